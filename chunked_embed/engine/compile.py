@@ -1,0 +1,94 @@
+"""The compile cache: one compiled step for each loss, its static options and a row count, for the whole process.
+
+Dynamo counts recompiles per *code object* and silently runs eager past a limit, so every entry gets a code object of its
+own. A changing number (beta, scale, temperature) is a 0-d tensor argument and recompiles nothing; a column count that
+changes is made dynamic by dynamo the second time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+_STEPS: dict[Hashable, Step] = {}
+_BROKEN: set[str] = set()  # device types on which nothing can be compiled: no C++ compiler, no Triton
+_WARNED: set[str] = set()
+
+BACKEND = "inductor"
+
+
+def warn_once(message: str) -> None:
+    """Say it the first time only: a training loop would repeat it every step."""
+    if message not in _WARNED:
+        _WARNED.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def compiled_step(factory: Callable[..., Callable], bound: tuple, key: Hashable, device: torch.device) -> Step:
+    """The step ``factory(*bound)``, compiled once for ``(factory, key)``.
+
+    Args:
+        factory: a module-level function that returns the step.
+        bound: what the step closes over.
+        key: everything besides tensor contents that the step depends on, ``bound`` included, hashable.
+        device: where the step runs.
+    """
+    entry = (factory, key, device.type)
+    if entry not in _STEPS:
+        _STEPS[entry] = Step(factory(*bound), device.type)
+    return _STEPS[entry]
+
+
+def clear() -> None:
+    """Forget all compiled steps and warnings (for tests)."""
+    _STEPS.clear()
+    _BROKEN.clear()
+    _WARNED.clear()
+
+
+class Step:
+    """A compiled function that runs eagerly, after one warning, where it cannot be compiled."""
+
+    def __init__(self, function: Callable, device_type: str) -> None:
+        code = function.__code__  # type: ignore[attr-defined]
+        function.__code__ = code.replace(co_name=f"{code.co_name}_{len(_STEPS)}")  # type: ignore[attr-defined]
+        self.eager = function
+        self.device_type = device_type
+        self.compiled: Callable | None = None
+        self.failed = False
+
+    def __call__(self, *args: Any) -> Any:
+        if self.failed or self.device_type in _BROKEN:
+            return self.eager(*args)
+        if self.compiled is None:
+            self.compiled = torch.compile(self.eager, fullgraph=True, backend=BACKEND)
+        try:
+            return self.compiled(*args)
+        except _compile_errors() as error:
+            failure = error
+        # Run first, warn after: where the eager step fails too, the user reads that plain error alone.
+        result = self.eager(*args)
+        self.failed = True
+        self._explain(failure)
+        return result
+
+    def _explain(self, error: BaseException) -> None:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if any(word in f"{type(error).__name__} {error}" for word in ("Cxx", "C++", "compiler", "Triton", "gcc")):
+            _BROKEN.add(self.device_type)
+            warn_once(
+                f"torch.compile does not work on this machine's {self.device_type} device ({reason}): chunk steps run "
+                "uncompiled, with the same numbers but slower and with more memory"
+            )
+        else:
+            warn_once(f"a chunk step could not be compiled and runs eagerly, slower ({reason})")
+
+
+def _compile_errors() -> tuple[type[BaseException], ...]:
+    import torch._dynamo.exc as dynamo
+    import torch._inductor.exc as inductor
+
+    return dynamo.TorchDynamoException, dynamo.FailOnRecompileLimitHit, inductor.InductorError, inductor.InvalidCxxCompiler

@@ -1,0 +1,380 @@
+"""What happens to the outputs of one chunk: values, and gradients with respect to the outputs only.
+
+Each factory below returns a plain function that is compiled once for a loss, its static options and a row count. The
+matrix products stay outside: cuBLAS does those, and a compiled step without them reaches a hand-written kernel.
+Outputs reach loss functions in float32 (float64), whatever the products' dtype: in a compiled step the cast is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .compile import compiled_step
+from .plan import tiles
+from .types import accumulator_dtype
+
+Named = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Function:
+    """A user's function and what identifies it in the compile cache."""
+
+    call: Callable
+    key: Hashable
+    single: bool  # outputs of one projection: pass the tensor, not a dict
+    has_columns: bool
+
+    def __call__(self, outputs: Named, rows: Named, columns: Named, hp: NamedTuple) -> Any:
+        given = next(iter(outputs.values())) if self.single else outputs
+        return self.call(given, rows, hp, columns=columns) if self.has_columns else self.call(given, rows, hp)
+
+
+@dataclass
+class ChunkData:
+    """One chunk in a step's hands. Buffers of outputs may be longer than ``rows``: room to pad a compiled step."""
+
+    rows: int
+    outputs: Named
+    destinations: dict[str, Tensor | None]  # for each output that wants a gradient: where it goes, None is in place
+    row_args: Named
+    columns: Named
+
+
+def split_metrics(result: Any) -> tuple[Tensor, Named]:
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
+        return result[0], dict(result[1])
+    return result, {}
+
+
+def _wide(outputs: Named) -> Named:
+    return {name: o.to(accumulator_dtype(o.dtype)) for name, o in outputs.items()}
+
+
+def _check_per_row(what: str, value: Any, rows: int) -> None:
+    if not isinstance(value, Tensor) or tuple(value.shape) != (rows,):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"expected {what} to return one value per row, ({rows},), got {got}")
+
+
+def _weighted(loss: Tensor, weight: Tensor) -> Tensor:
+    """Padded rows have weight zero and count for nothing, also where the row they repeat is infinite."""
+    return (torch.where(weight != 0, loss, 0.0) * weight).sum()
+
+
+def _own(named: Named) -> Named:
+    """Copies: a value that is a view of the outputs would change when their gradient takes their place."""
+    return {name: value.detach().clone() for name, value in named.items()}
+
+
+def _store(grads: Named, outputs: Named, destinations: dict[str, Tensor | None]) -> None:
+    for name, grad in grads.items():
+        destination = destinations[name]
+        (outputs[name] if destination is None else destination).copy_(grad)
+
+
+# --- row-wise losses: one fused step ---------------------------------------------------------------------------------
+
+
+def row_values(loss_fn: Function) -> Callable:
+    def step(outputs: Named, rows: Named, columns: Named, weight: Tensor, hp: NamedTuple) -> tuple[Tensor, Named]:
+        loss, metrics = split_metrics(loss_fn(_wide(outputs), rows, columns, hp))
+        _check_per_row("loss_fn", loss, len(weight))
+        return _weighted(loss, weight), _own(metrics)
+
+    return step
+
+
+def row_values_and_gradients(loss_fn: Function, wanted_rows: tuple[str, ...], wanted_columns: tuple[str, ...]) -> Callable:
+    def step(outputs, destinations, rows, columns, weight, hp):  # type: ignore[no-untyped-def]
+        wide = _wide(outputs)
+
+        def total(o: Named, r: Named, c: Named) -> tuple[Tensor, Named]:
+            result = loss_fn({**wide, **o}, {**rows, **r}, {**columns, **c}, hp)
+            loss, metrics = split_metrics(result)
+            _check_per_row("loss_fn", loss, len(weight))
+            return _weighted(loss, weight), _own(metrics)
+
+        arguments = (
+            {name: wide[name] for name in destinations},
+            {name: rows[name] for name in wanted_rows},
+            {name: columns[name] for name in wanted_columns},
+        )
+        grads, (value, metrics) = torch.func.grad_and_value(total, argnums=(0, 1, 2), has_aux=True)(*arguments)
+        _store(grads[0], outputs, destinations)
+        return value, metrics, grads[1], grads[2]
+
+    return step
+
+
+# --- scores: values first, the product of their Jacobian with an upstream later --------------------------------------
+
+
+def score_values(score_fn: Function, column_fn: Function | None, combine: tuple[tuple[str, str], ...]) -> Callable:
+    def step(outputs, rows, columns, valid, hp):  # type: ignore[no-untyped-def]
+        wide = _wide(outputs)
+        scores = score_fn(wide, rows, columns, hp)
+        for name, value in scores.items():
+            _check_per_row(f"score {name!r}", value, len(valid))
+        parts = {}
+        if column_fn is not None:
+            elements = column_fn(wide, rows, columns, hp)
+            for name, how in combine:
+                if how == "sum":
+                    parts[name] = torch.where(valid[:, None], elements[name], 0.0).sum(0)
+                else:
+                    parts[name] = torch.where(valid[:, None], elements[name], -torch.inf).logsumexp(0)
+        return _own(scores), parts
+
+    return step
+
+
+def score_gradients(
+    score_fn: Function,
+    column_fn: Function | None,
+    combine: tuple[tuple[str, str], ...],
+    wanted_rows: tuple[str, ...],
+    wanted_columns: tuple[str, ...],
+) -> Callable:
+    def step(outputs, destinations, rows, columns, valid, upstream, totals, hp):  # type: ignore[no-untyped-def]
+        wide = _wide(outputs)
+
+        def total(o: Named, r: Named, c: Named) -> Tensor:
+            arguments = ({**wide, **o}, {**rows, **r}, {**columns, **c}, hp)
+            value = torch.zeros((), dtype=valid.dtype, device=valid.device)
+            for name, score in score_fn(*arguments).items():
+                if name in upstream:
+                    value = value + (score * upstream[name]).sum()
+            if column_fn is not None:
+                elements = column_fn(*arguments)
+                for name, how in combine:
+                    x, g = elements[name], upstream[name] * valid[:, None]
+                    if how == "logsumexp":  # d total / d x = exp(x - total): no part needs to be formed again
+                        g = g * torch.where(totals[name] > -torch.inf, torch.exp(x.detach() - totals[name]), 0.0)
+                    value = value + torch.where(g == 0, 0.0, x * g).sum()
+            return value
+
+        arguments = (
+            {name: wide[name] for name in destinations},
+            {name: rows[name] for name in wanted_rows},
+            {name: columns[name] for name in wanted_columns},
+        )
+        grads = torch.func.grad(total, argnums=(0, 1, 2))(*arguments)
+        _store(grads[0], outputs, destinations)
+        return grads[1], grads[2]
+
+    return step
+
+
+# --- running a step over the rows of a chunk -------------------------------------------------------------------------
+
+
+class Runner:
+    """Runs steps over chunks: whole, or compiled for wide outputs in tiles of a few fixed sizes."""
+
+    def __init__(
+        self, compiled: bool, rungs: tuple[int, ...] | None, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.compiled = compiled
+        self.rungs = rungs  # None: natural row counts
+        self.device = device
+        self.dtype = dtype
+
+    def tiles(self, rows: int) -> list[tuple[int, int, int]]:
+        return [(0, rows, rows)] if self.rungs is None or rows == 0 else list(tiles(rows, self.rungs))
+
+    def step(self, factory: Callable, bound: tuple, key: Hashable, data: ChunkData, rows: int) -> Callable:
+        if not self.compiled or rows == 0:
+            return factory(*bound)
+        # Narrow steps have a key for each set of widths, wide ones for each row count: only the other may turn dynamic.
+        shape: Hashable = rows
+        if self.rungs is None:
+            shape = tuple(o.shape[1] for o in data.outputs.values())
+        return compiled_step(factory, bound, (key, shape, tuple(data.destinations)), self.device)
+
+    def valid(self, rows: int, size: int) -> Tensor:
+        """(size,) ones on rows, zeros on the padding behind them."""
+        weight = torch.ones(size, dtype=self.dtype, device=self.device)
+        weight[rows:] = 0
+        return weight
+
+
+def tile_of(buffer: Tensor, start: int, stop: int, size: int) -> Tensor:
+    """Rows [start, start + size) of an output buffer; the padding repeats the last real row, so it stays finite."""
+    if stop - start < size:
+        buffer[stop : start + size] = buffer[stop - 1]
+    return buffer[start : start + size]
+
+
+def pad(rows: Tensor, start: int, stop: int, size: int) -> Tensor:
+    """Rows [start, stop) of a row argument, its last row repeated up to ``size``."""
+    part = rows[start:stop]
+    if stop - start == size:
+        return part
+    return torch.cat([part, part[-1:].expand(size - (stop - start), *part.shape[1:])])
+
+
+def pad_zero(rows: Tensor, start: int, stop: int, size: int) -> Tensor:
+    """Rows [start, stop) of a weight or an upstream, zeros up to ``size``: padded rows count for nothing."""
+    part = rows[start:stop]
+    if stop - start == size:
+        return part
+    return torch.cat([part, part.new_zeros(size - (stop - start), *part.shape[1:])])
+
+
+class Score(Protocol):
+    """How a chunk's outputs become scores. ``saved`` is what the gradient may reuse (statistics of a kernel)."""
+
+    combine: Mapping[str, str]  # column scores by name: how parts of several chunks combine, "logsumexp" or "sum"
+
+    def values(self, data: ChunkData, hp: NamedTuple) -> tuple[Named, Named, Named]:
+        """-> scores {name: (rows,)}, column parts {name: (V,)}, saved {name: (rows,)}"""
+        ...
+
+    def gradients(
+        self, data: ChunkData, hp: NamedTuple, saved: Named, upstream: Named, totals: Named
+    ) -> tuple[Named, Named]:
+        """Write the outputs' gradients to their destinations -> gradients of row arguments, of columns."""
+        ...
+
+
+class PlainScore:
+    """A score from a user's function, by torch.compile."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        score_fn: Function,
+        column_fn: Function | None = None,
+        combine: Mapping[str, str] | None = None,
+        wanted_rows: tuple[str, ...] = (),
+        wanted_columns: tuple[str, ...] = (),
+    ) -> None:
+        self.runner = runner
+        self.combine = dict(combine or {})
+        how = tuple(self.combine.items())
+        self.forward = (score_fn, column_fn, how)
+        self.backward = (*self.forward, wanted_rows, wanted_columns)
+        self.key = (score_fn.key, score_fn.single, score_fn.has_columns, column_fn and column_fn.key, how)
+        self.backward_key = (self.key, wanted_rows, wanted_columns)
+
+    def values(self, data: ChunkData, hp: NamedTuple) -> tuple[Named, Named, Named]:
+        scores: dict[str, list[Tensor]] = {}
+        parts: Named = {}
+        for start, stop, size in self.runner.tiles(data.rows):
+            step = self.runner.step(score_values, self.forward, self.key, data, size)
+            values, columns = step(
+                {name: tile_of(o, start, stop, size) for name, o in data.outputs.items()},
+                {name: pad(r, start, stop, size) for name, r in data.row_args.items()},
+                data.columns,
+                self.runner.valid(stop - start, size) > 0,
+                hp,
+            )
+            for name, value in values.items():
+                scores.setdefault(name, []).append(value[: stop - start])
+            for name, how in self.combine.items():
+                parts[name] = combine_parts(how, parts.get(name), columns[name])
+        return {name: torch.cat(pieces) for name, pieces in scores.items()}, parts, {}
+
+    def gradients(
+        self, data: ChunkData, hp: NamedTuple, saved: Named, upstream: Named, totals: Named
+    ) -> tuple[Named, Named]:
+        row_grads: dict[str, list[Tensor]] = {}
+        column_grads: Named = {}
+        for start, stop, size in self.runner.tiles(data.rows):
+            step = self.runner.step(score_gradients, self.backward, self.backward_key, data, size)
+            rows, columns = step(
+                {name: tile_of(o, start, stop, size) for name, o in data.outputs.items()},
+                {n: d if d is None else d[start : start + size] for n, d in data.destinations.items()},
+                {name: pad(r, start, stop, size) for name, r in data.row_args.items()},
+                data.columns,
+                self.runner.valid(stop - start, size),
+                {n: u if n in totals else pad_zero(u, start, stop, size) for n, u in upstream.items()},
+                totals,
+                hp,
+            )
+            collect(row_grads, column_grads, rows, columns, stop - start)
+        return {name: torch.cat(pieces) for name, pieces in row_grads.items()}, column_grads
+
+
+class RowLoss:
+    """A row-wise loss: value and gradient fused in one step."""
+
+    def __init__(
+        self, runner: Runner, loss_fn: Function, wanted_rows: tuple[str, ...], wanted_columns: tuple[str, ...]
+    ) -> None:
+        self.runner = runner
+        self.loss_fn = loss_fn
+        self.key = (loss_fn.key, loss_fn.single, loss_fn.has_columns)
+        self.wanted = (wanted_rows, wanted_columns)
+
+    def values(self, data: ChunkData, weight: Tensor, hp: NamedTuple) -> tuple[Tensor, Named]:
+        """-> sum of weight * loss, metrics {name: (rows,)}"""
+        total = torch.zeros((), dtype=self.runner.dtype, device=self.runner.device)
+        metrics: dict[str, list[Tensor]] = {}
+        for start, stop, size in self.runner.tiles(data.rows):
+            step = self.runner.step(row_values, (self.loss_fn,), self.key, data, size)
+            value, named = step(
+                {name: tile_of(o, start, stop, size) for name, o in data.outputs.items()},
+                {name: pad(r, start, stop, size) for name, r in data.row_args.items()},
+                data.columns,
+                pad_zero(weight, start, stop, size),
+                hp,
+            )
+            total += value
+            collect(metrics, {}, named, {}, stop - start)
+        return total, {name: torch.cat(pieces) for name, pieces in metrics.items()}
+
+    def gradients(self, data: ChunkData, weight: Tensor, hp: NamedTuple) -> tuple[Tensor, Named, Named, Named]:
+        """The same, and gradients of row arguments and columns; the outputs' go to their destinations."""
+        total = torch.zeros((), dtype=self.runner.dtype, device=self.runner.device)
+        metrics: dict[str, list[Tensor]] = {}
+        row_grads: dict[str, list[Tensor]] = {}
+        column_grads: Named = {}
+        for start, stop, size in self.runner.tiles(data.rows):
+            key = (self.key, *self.wanted)
+            step = self.runner.step(row_values_and_gradients, (self.loss_fn, *self.wanted), key, data, size)
+            value, named, rows, columns = step(
+                {name: tile_of(o, start, stop, size) for name, o in data.outputs.items()},
+                {n: d if d is None else d[start : start + size] for n, d in data.destinations.items()},
+                {name: pad(r, start, stop, size) for name, r in data.row_args.items()},
+                data.columns,
+                pad_zero(weight, start, stop, size),
+                hp,
+            )
+            total += value
+            collect(metrics, {}, named, {}, stop - start)
+            collect(row_grads, column_grads, rows, columns, stop - start)
+        joined = ({name: torch.cat(pieces) for name, pieces in group.items()} for group in (metrics, row_grads))
+        return total, *joined, column_grads  # type: ignore[return-value]
+
+
+def collect(rows: dict[str, list[Tensor]], columns: Named, new_rows: Named, new_columns: Named, n: int) -> None:
+    """Keep a tile's real rows; add its columns up in float32."""
+    for name, value in new_rows.items():
+        _check_metric(name, value)
+        rows.setdefault(name, []).append(value[:n])
+    for name, value in new_columns.items():
+        wide = value.to(accumulator_dtype(value.dtype))
+        columns[name] = columns[name] + wide if name in columns else wide
+
+
+def _check_metric(name: str, value: Tensor) -> None:
+    if value.dim() == 0:
+        raise ValueError(f"expected metric {name!r} of a row-wise loss to have one entry per row, got a scalar")
+
+
+def combine_parts(how: str, total: Tensor | None, part: Tensor) -> Tensor:
+    if total is None:
+        return part
+    return total + part if how == "sum" else torch.logaddexp(total, part)
+
+
+def join(named: Sequence[Named]) -> Named:
+    """Concatenate the pieces of several chunks."""
+    return {name: torch.cat([piece[name] for piece in named]) for name in (named[0] if named else {})}
