@@ -1,5 +1,5 @@
-"""Embedding losses on plain tensors, without a model. A projection ``weight (D, H)``, ``bias (D,)``, where one is given,
-is applied to every side inside the chunk, followed by ``activation`` and, with ``normalize=True``, by an L2
+"""Embedding losses on plain tensors, without a model. A projection ``weight (D, H)``, ``bias (D,)``, where one is
+given, is applied to every side inside the chunk, followed by ``activation`` and, with ``normalize=True``, by an L2
 normalisation. Everything is chunked: what is held is the embeddings, their gradients and O(N) scores.
 """
 
@@ -28,7 +28,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def angle_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """``|cos + sin|`` of unit vectors read as complex ones, dimension i paired with i + D/2 (AnglE, arXiv 2309.12871)."""
+    """``|cos + sin|`` of unit vectors read as complex ones, i paired with i + D/2 (AnglE, arXiv 2309.12871)."""
     if a.shape[1] % 2:
         a, b = F.pad(a, (0, 1)), F.pad(b, (0, 1))
     a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)

@@ -1,8 +1,8 @@
 """The compile cache: one compiled step for each loss, its static options and a row count, for the whole process.
 
-Dynamo counts recompiles per *code object* and silently runs eager past a limit, so every entry gets a code object of its
-own. A changing number (beta, scale, temperature) is a 0-d tensor argument and recompiles nothing; a column count that
-changes is made dynamic by dynamo the second time.
+Dynamo counts recompiles per *code object* and silently runs eager past a limit, so every entry gets a code object of
+its own. A changing number (beta, scale, temperature) is a 0-d tensor argument and recompiles nothing; a column count
+that changes is made dynamic by dynamo the second time.
 """
 
 from __future__ import annotations
@@ -91,4 +91,9 @@ def _compile_errors() -> tuple[type[BaseException], ...]:
     import torch._dynamo.exc as dynamo
     import torch._inductor.exc as inductor
 
-    return dynamo.TorchDynamoException, dynamo.FailOnRecompileLimitHit, inductor.InductorError, inductor.InvalidCxxCompiler
+    return (
+        dynamo.TorchDynamoException,
+        dynamo.FailOnRecompileLimitHit,
+        inductor.InductorError,
+        inductor.InvalidCxxCompiler,
+    )

@@ -104,9 +104,7 @@ class Gradients:
         """A column's or a bias's gradient, summed over chunks."""
         if i not in self.buffers:
             operand = self.operands[i]
-            self.buffers[i] = torch.zeros(
-                operand.shape, dtype=accumulator_dtype(operand.dtype), device=operand.device
-            )
+            self.buffers[i] = torch.zeros(operand.shape, dtype=accumulator_dtype(operand.dtype), device=operand.device)
         self.buffers[i].add_(value)
 
     def finish(self, scale: Tensor | None, keep_wide: bool) -> list[Tensor | None]:

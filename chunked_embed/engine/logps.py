@@ -154,7 +154,9 @@ class KernelScore:
         self, data: ChunkData, hp: NamedTuple, saved: Named, upstream: Named, totals: Named
     ) -> tuple[Named, Named]:
         ((name, outputs),) = data.outputs.items()
-        wanted = {name: upstream[name].to(accumulator_dtype(outputs.dtype)) for name in DIFFERENTIABLE if name in upstream}
+        wanted = {
+            name: upstream[name].to(accumulator_dtype(outputs.dtype)) for name in DIFFERENTIABLE if name in upstream
+        }
         destination = data.destinations[name]
         out = None if destination is None else destination[: data.rows]
         token_gradient_(outputs[: data.rows], data.row_args["target"], saved, wanted, **self.transform, out=out)

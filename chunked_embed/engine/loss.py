@@ -11,12 +11,14 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from .autograd import ChunkedLoss, ChunkedScores
+from .passes import group_counts
 from .plan import ChunkPlan, Settings, make_plan
 from .problem import Problem, build
 from .select import select
 from .steps import Function, Named, PlainScore, RowLoss, Score, split_metrics
 from .types import LossOutput, Projections, Tensors
-from .walk import Call, ChunkedLoss, ChunkedScores, GroupLoss, Unit, group_counts, make_runner
+from .walk import Call, GroupLoss, Unit, make_runner
 
 ENGINE_OPTIONS = ("chunk_size", "max_chunk_bytes", "compiled")
 
@@ -24,12 +26,12 @@ ENGINE_OPTIONS = ("chunk_size", "max_chunk_bytes", "compiled")
 class FlexChunkLoss(nn.Module):
     """A loss over ``outputs = input @ weight.T + bias`` that never holds the outputs whole.
 
-    **Row-wise**: override ``loss_fn(self, outputs, rows, hp)`` and return one value per row ``(R,)``, or that and a dict
-    of per-row metrics. The loss is ``sum(row_weight * values)``, by default their mean.
+    **Row-wise**: override ``loss_fn(self, outputs, rows, hp)`` and return one value per row ``(R,)``, or that and a
+    dict of per-row metrics. The loss is ``sum(row_weight * values)``, by default their mean.
 
     **Grouped**: override ``score_fn(self, outputs, rows, hp) -> {name: (R,)}`` too. The engine adds scores up per
-    segment, and ``loss_fn(self, scores, groups, hp)`` gets ``{name: (G, segments)}`` (with ``"count"``, the rows of each
-    segment) and returns ``(G,)``, or that and a dict of per-group metrics.
+    segment, and ``loss_fn(self, scores, groups, hp)`` gets ``{name: (G, segments)}`` (with ``"count"``, the rows of
+    each segment) and returns ``(G,)``, or that and a dict of per-group metrics.
 
     ``outputs`` are ``(R, V)`` in float32 (float64 for float64 inputs), or a dict of those where several projections are
     given. ``rows`` holds the chunk's rows of the row arguments. ``hp`` holds the loss's numbers: every float or int
@@ -67,8 +69,8 @@ class FlexChunkLoss(nn.Module):
     segments_per_group: ClassVar[int] = 1
     """Segments whose scores a group's loss sees: 2 for pairs."""
     couples_batch: ClassVar[bool] = False
-    """The loss sorts or averages over the batch: all scores first, the loss once over all groups, then every chunk again.
-    ``loss_fn`` may then return a scalar."""
+    """The loss sorts or averages over the batch: all scores first, the loss once over all groups, then every chunk
+    again. ``loss_fn`` may then return a scalar."""
     separate_outputs: ClassVar[bool] = False
     """Score each projection on its own (policy, then reference, through one buffer); ``scores[projection][name]``."""
     float32_outputs: ClassVar[bool] = False
@@ -102,7 +104,9 @@ class FlexChunkLoss(nn.Module):
     # --- what a subclass states ---
 
     def loss_fn(self, outputs: Any, rows: Any, hp: Any) -> Any:
-        raise NotImplementedError(f"{type(self).__name__} has no loss_fn: override it, or give one to FlexChunkLoss(...)")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no loss_fn: override it, or give one to FlexChunkLoss(...)"
+        )
 
     score_fn: Callable | None = None
     column_score_fn: Callable | None = None
@@ -196,7 +200,7 @@ class FlexChunkLoss(nn.Module):
             scores.setdefault(key, {})[name] = value[:, None] if by_row else value
         columns = scores.pop(None, {})
         (block,) = call.plan.blocks
-        counts = group_counts(call.selection, block, call.problem.dtype, call.problem.device)
+        counts = group_counts(call, block)
         given = call.group_loss.arrange(cast(dict, scores), call.units, counts) | columns
         with torch.autocast(call.problem.device.type, enabled=False):
             loss, metrics = call.group_loss.call(given, groups, call.hp)
@@ -257,7 +261,7 @@ class FlexChunkLoss(nn.Module):
             settings,
             units=units_of,
             couples_batch=coupled,
-            deferred=coupled or (not grouped and problem.frozen_products_only),
+            deferred=coupled or (not grouped and problem.all_identity),
         )
         call = Call(problem, selection, plan, make_runner(plan, problem), hp)
         if grouped:
@@ -439,5 +443,3 @@ def _group_count(problem: Problem, groups: Named, weight: Tensor | None) -> int 
     if weight is not None and (weight.requires_grad or weight.dim() != 1):
         raise ValueError(f"expected group_weight (G,) without gradient, got {tuple(weight.shape)}")
     return next(iter(counts.values()), None)
-
-

@@ -14,7 +14,9 @@ from .types import HALF, accumulator_dtype
 CUDA_CHUNK_BYTES = 1 << 30
 CPU_CHUNK_BYTES = 1 << 27
 NARROW = 4096  # up to this width a reduction over a row does not split, and compiled steps take any number of rows
-EAGER_BYTES = 24  # an uncompiled step's float32 temporaries for each output: the copy read, about four more, the gradient
+EAGER_BYTES = (
+    24  # an uncompiled step's float32 temporaries for each output: the copy read, about four more, the gradient
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class ChunkPlan:
 
         lines = [
             f"rows          {self.used_rows} of {self.rows} used",
-            f"chunks        {self.chunks} of up to {self.chunk_rows} rows, {self.passes} pass{'es' * (self.passes > 1)}",
+            f"chunks        {self.chunks} of up to {self.chunk_rows} rows",
+            f"passes        {self.passes}",
             f"products      {self.products} matrix products per chunk",
             f"steps         {'compiled' if self.compiled else 'uncompiled'}",
             f"chunk         {size(self.chunk_bytes)}",
@@ -229,7 +232,11 @@ def make_plan(
     if two_passes:  # the outputs that a gradient is taken of are formed twice
         forwards += sum(len(p.terms) for p in problem.projections.values() if not p.identity and p.wants_grad)
     backwards = sum(
-        problem.wants_grad[i] for p in problem.projections.values() if not p.identity for t in p.terms for i in t  # type: ignore[index]
+        problem.wants_grad[i]
+        for p in problem.projections.values()
+        if not p.identity
+        for t in p.terms
+        for i in t  # type: ignore[index]
     )
     scaled = 0 if deferred else gradients  # backward scales out of place
     peak = max(chunk_bytes + accumulators + _row_gradient_bytes(problem), accumulators + gradients, gradients + scaled)

@@ -62,12 +62,12 @@ class Problem:
         return tuple(name for name, i in names.items() if self.wants_grad[i])
 
     @property
-    def has_half(self) -> bool:
+    def has_float16(self) -> bool:
         return any(p.operand_dtype == torch.float16 for p in self.projections.values())
 
     @property
-    def frozen_products_only(self) -> bool:
-        """No gradient product could be saved by keeping the outputs: every projection is the identity."""
+    def all_identity(self) -> bool:
+        """There is no product to save by taking gradients while the outputs are there."""
         return all(p.identity for p in self.projections.values())
 
     def operands(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -90,7 +90,9 @@ def row_values(loss_fn: Function) -> Callable:
     return step
 
 
-def row_values_and_gradients(loss_fn: Function, wanted_rows: tuple[str, ...], wanted_columns: tuple[str, ...]) -> Callable:
+def row_values_and_gradients(
+    loss_fn: Function, wanted_rows: tuple[str, ...], wanted_columns: tuple[str, ...]
+) -> Callable:
     def step(outputs, destinations, rows, columns, weight, hp):  # type: ignore[no-untyped-def]
         wide = _wide(outputs)
 
@@ -177,9 +179,7 @@ def score_gradients(
 class Runner:
     """Runs steps over chunks: whole, or compiled for wide outputs in tiles of a few fixed sizes."""
 
-    def __init__(
-        self, compiled: bool, rungs: tuple[int, ...] | None, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, compiled: bool, rungs: tuple[int, ...] | None, device: torch.device, dtype: torch.dtype) -> None:
         self.compiled = compiled
         self.rungs = rungs  # None: natural row counts
         self.device = device
