@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .engine import FlexChunkLoss, Projection
+from .engine.compile import outside_compile
 
 Activation = Callable[[Tensor], Tensor]
 Rows = dict[str, Tensor]
@@ -23,18 +24,23 @@ Rows = dict[str, Tensor]
 # --- pairwise similarities: (R, D), (R, D) -> (R,) -------------------------------------------------------------------
 
 
+def inverse_norm(x: Tensor) -> Tensor:
+    """(R,), with the floor of ``F.normalize``. Dividing sums instead of vectors leaves nothing of size (R, D) behind."""
+    return 1 / torch.linalg.vector_norm(x, dim=1).clamp_min(1e-12)
+
+
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    return (F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(1)
+    return (a * b).sum(1) * inverse_norm(a) * inverse_norm(b)
 
 
 def angle_similarity(a: Tensor, b: Tensor) -> Tensor:
     """``|cos + sin|`` of unit vectors read as complex ones, i paired with i + D/2 (AnglE, arXiv 2309.12871)."""
     if a.shape[1] % 2:
         a, b = F.pad(a, (0, 1)), F.pad(b, (0, 1))
-    a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
     a_re, a_im = a.chunk(2, dim=1)
     b_re, b_im = b.chunk(2, dim=1)
-    return ((a_re * b_re + a_im * b_im) + (a_im * b_re - a_re * b_im)).sum(1).abs()
+    both = ((a_re * b_re + a_im * b_im) + (a_im * b_re - a_re * b_im)).sum(1)
+    return (both * inverse_norm(a) * inverse_norm(b)).abs()
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -109,6 +115,7 @@ class Triplet(_Embedding):
 # --- public functions ------------------------------------------------------------------------------------------------
 
 
+@outside_compile
 def pairwise_scores(
     a: Tensor,  # (N, H)
     b: Tensor,  # (N, H)
@@ -142,6 +149,7 @@ def pairwise_scores(
     return scores.scores(_project({"a": a, "b": b}, weight, bias))["score"]
 
 
+@outside_compile
 def cosent(a: Tensor, b: Tensor, labels: Tensor, *, scale: float = 20.0, **options: Any) -> Tensor:
     """CoSENT: ``log(1 + sum over pairs with y_i < y_j of exp(s_i - s_j))`` with ``s = scale * cos(a, b)``.
 
@@ -161,6 +169,7 @@ def cosent(a: Tensor, b: Tensor, labels: Tensor, *, scale: float = 20.0, **optio
     return _ranked(a, b, labels, scale, "cosine", options)
 
 
+@outside_compile
 def angle(a: Tensor, b: Tensor, labels: Tensor, *, scale: float = 20.0, **options: Any) -> Tensor:
     """AnglE: CoSENT over the angle similarity. Source: Li and Li, "AnglE-optimized Text Embeddings", arXiv 2309.12871.
 
@@ -170,11 +179,11 @@ def angle(a: Tensor, b: Tensor, labels: Tensor, *, scale: float = 20.0, **option
 
 
 def _ranked(a: Tensor, b: Tensor, labels: Tensor, scale: float, similarity: str, options: dict[str, Any]) -> Tensor:
-    _check_labels(labels, a)
     scores = pairwise_scores(a, b, similarity=similarity, **options)
     return cosent_from_scores(scores * _finite("scale", scale), labels)
 
 
+@outside_compile
 def triplet(
     anchor: Tensor,  # (N, H)
     positive: Tensor,  # (N, H)
@@ -209,6 +218,7 @@ def triplet(
     return loss(_project({"anchor": anchor, "positive": positive, "negative": negative}, weight, bias)).loss
 
 
+@outside_compile
 def cosent_from_scores(scores: Tensor, labels: Tensor) -> Tensor:
     """CoSENT of scores that are already scaled: ``log(1 + sum over pairs with y_i < y_j of exp(s_i - s_j))``.
 
@@ -222,7 +232,7 @@ def cosent_from_scores(scores: Tensor, labels: Tensor) -> Tensor:
     if scores.dim() != 1 or not scores.is_floating_point():
         raise ValueError(f"expected scores (N,) in floating point, got {tuple(scores.shape)} {scores.dtype}")
     _check_labels(labels, scores)
-    return _CoSENT.apply(scores, labels)  # type: ignore[no-any-return]
+    return _CoSENT.apply(scores, labels)
 
 
 class _CoSENT(torch.autograd.Function):

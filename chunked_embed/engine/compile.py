@@ -7,11 +7,15 @@ that changes is made dynamic by dynamo the second time.
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
+
+F = TypeVar("F", bound=Callable)
 
 _STEPS: dict[Hashable, Step] = {}
 _BROKEN: set[str] = set()  # device types on which nothing can be compiled: no C++ compiler, no Triton
@@ -25,6 +29,25 @@ def warn_once(message: str) -> None:
     if message not in _WARNED:
         _WARNED.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def outside_compile(function: F) -> F:
+    """Keep an outer torch.compile out of ``function``; the steps inside compile on their own.
+
+    That is ``torch.compiler.disable``, applied on the first call: applied here it would import dynamo with the package.
+    """
+    disabled: list[Callable] = []
+
+    @functools.wraps(function)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:  # then nobody is compiling
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    door._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return cast(F, door)
 
 
 def compiled_step(factory: Callable[..., Callable], bound: tuple, key: Hashable, device: torch.device) -> Step:

@@ -14,6 +14,8 @@ from .products import addmm_, mm
 from .select import Selection
 from .types import accumulator_dtype
 
+BLOCK = 1 << 25  # elements cast at a time: where a device casts through a copy, the copy is small
+
 
 class Gradients:
     """Gradients of all tensors of a problem that want one, in their accumulators.
@@ -36,9 +38,9 @@ class Gradients:
     def row_buffer(self, i: int) -> Tensor:
         """``(M, ...)`` for a row-aligned tensor; zero where rows are dropped."""
         if i not in self.buffers:
-            operand, given = self.operands[i], self.problem.tensors[i]
-            # float16 waits in float32 for backward's scaling; a float32 parameter under autocast gets float32.
-            wide = operand.dtype == torch.float16 or given.dtype != operand.dtype
+            operand = self.operands[i]
+            # float16 waits in float32 for its scale; a float32 parameter under autocast gets float32.
+            wide = operand.dtype == torch.float16 or self.problem.dtypes[i] != operand.dtype
             dtype = accumulator_dtype(operand.dtype) if wide else operand.dtype
             make = torch.empty_like if self.selection.n_rows == len(operand) else torch.zeros_like
             self.buffers[i] = make(operand, dtype=dtype, memory_format=torch.contiguous_format)
@@ -87,11 +89,11 @@ class Gradients:
 
     def add_weight(self, i: int, grad_outputs: Tensor, input: Tensor) -> None:
         """``grad_outputs.T @ input``, summed over chunks."""
-        operand, given = self.operands[i], self.problem.tensors[i]
+        operand = self.operands[i]
         if i not in self.buffers:
             once = self.n_chunks * self.uses[i] == 1 and operand.dtype != torch.float16
             # A float32 parameter under autocast takes its gradient straight from the float32 product.
-            dtype = given.dtype if once else accumulator_dtype(operand.dtype)
+            dtype = self.problem.dtypes[i] if once else accumulator_dtype(operand.dtype)
             self.buffers[i] = torch.empty(operand.shape, dtype=dtype, device=operand.device)
             self.fresh.add(i)
         if i in self.fresh:
@@ -107,19 +109,22 @@ class Gradients:
             self.buffers[i] = torch.zeros(operand.shape, dtype=accumulator_dtype(operand.dtype), device=operand.device)
         self.buffers[i].add_(value)
 
-    def finish(self, scale: Tensor | None, keep_wide: bool) -> list[Tensor | None]:
-        """Gradients in their tensors' dtypes, scaled first. ``keep_wide`` leaves float16 ones in float32."""
-        result: list[Tensor | None] = []
-        for i, given in enumerate(self.problem.tensors):
-            if not self.problem.wants_grad[i]:
-                result.append(None)
-                continue
-            value = self.buffers.pop(i, None)
-            if value is None:  # no row was used
-                result.append(torch.zeros_like(given))
-                continue
-            if scale is not None:
-                value.mul_(scale.to(value.dtype))
-            wait = keep_wide and given.dtype == torch.float16
-            result.append(value if wait else value.to(given.dtype))
-        return result
+    def finish(self) -> list[Tensor | None]:
+        """The sums as they were gathered, perhaps wider than their tensors, in the order of the problem's tensors."""
+        missing = (i for i, wants in enumerate(self.problem.wants_grad) if wants and i not in self.buffers)
+        for i in missing:  # no row was used
+            self.buffers[i] = torch.zeros_like(self.operands[i])
+        return [self.buffers.pop(i, None) for i in range(len(self.problem.dtypes))]
+
+
+def scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``grad * factor`` in ``dtype``, rounded once, without a wide copy. Out of place unless there is nothing to do."""
+    if factor is None:
+        return grad.to(dtype)
+    if grad.dtype == dtype:
+        return grad * factor.to(dtype)
+    result = torch.empty_like(grad, dtype=dtype)
+    rows = grad.shape[0] if grad.numel() < BLOCK else max(1, BLOCK * grad.shape[0] // grad.numel())
+    for part, out in zip(grad.split(rows), result.split(rows), strict=True):
+        torch.mul(part, factor, out=out)
+    return result

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels import available
 from ..kernels.token_scores import DIFFERENTIABLE, STATISTICS, token_gradient_, token_scores, token_statistics
+from .compile import outside_compile
 from .loss import FlexChunkLoss
 from .steps import ChunkData, Named, Score
 from .types import Projection, accumulator_dtype
@@ -27,7 +28,7 @@ class TokenLogps(NamedTuple):
     is_top1: Tensor | None = None
 
 
-@torch.compiler.disable
+@outside_compile
 def linear_logps(
     hidden: Tensor,  # (..., H)
     weight: Tensor,  # (V, H)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .autograd import ChunkedLoss, ChunkedScores
+from .compile import outside_compile
 from .passes import group_counts
 from .plan import ChunkPlan, Settings, make_plan
 from .problem import Problem, build
@@ -113,7 +114,7 @@ class FlexChunkLoss(nn.Module):
 
     # --- running it ---
 
-    @torch.compiler.disable
+    @outside_compile
     def forward(
         self,
         projections: Projections,
@@ -146,10 +147,9 @@ class FlexChunkLoss(nn.Module):
         call, group_tensors = self._prepare(
             projections, rows, columns, row_weight, groups, segments, group_weight, numbers
         )
-        tensors = (*call.problem.tensors, *group_tensors.values())
         if call.plan.deferred and call.row_loss is None:
             return self._coupled(call, group_tensors)
-        loss = ChunkedLoss.apply(call, *tensors)
+        loss = ChunkedLoss.apply(call, *call.problem.release(), *group_tensors.values())
         return LossOutput(cast(Tensor, loss), call.metrics)
 
     def plan(self, projections: Projections, rows: Tensors | None = None, **arguments: Any) -> ChunkPlan:
@@ -161,7 +161,7 @@ class FlexChunkLoss(nn.Module):
         call, _ = self._prepare(projections, rows, *(arguments.get(name) for name in names))
         return call.plan
 
-    @torch.compiler.disable
+    @outside_compile
     def scores(
         self,
         projections: Projections,
@@ -188,7 +188,7 @@ class FlexChunkLoss(nn.Module):
 
     @staticmethod
     def _walk(call: Call) -> list[tuple[str | None, str, Tensor]]:
-        results = cast(tuple, ChunkedScores.apply(call, *call.problem.tensors))
+        results = cast(tuple, ChunkedScores.apply(call, *call.problem.release()))
         return [(key, name, value) for (key, name), value in zip(call.layout, results, strict=True)]
 
     def _coupled(self, call: Call, groups: Named) -> LossOutput:

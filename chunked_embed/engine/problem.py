@@ -41,7 +41,8 @@ class Problem:
 
     leading: tuple[int, ...]  # the shape of the user's rows; M is its product
     device: torch.device
-    tensors: list[Tensor]
+    tensors: list[Tensor]  # until the call runs; then autograd alone holds them
+    dtypes: list[torch.dtype]
     wants_grad: list[bool]
     cast: dict[int, torch.dtype]  # operands that autocast converts
     projections: dict[str, ProjectionSpec]
@@ -69,6 +70,11 @@ class Problem:
     def all_identity(self) -> bool:
         """There is no product to save by taking gradients while the outputs are there."""
         return all(p.identity for p in self.projections.values())
+
+    def release(self) -> list[Tensor]:
+        """Hand the tensors over: a loss that is kept for logging must not keep the batch alive."""
+        tensors, self.tensors = self.tensors, []
+        return tensors
 
     def operands(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Detached tensors in the dtype of the products. A tensor that autocast converts is converted once."""
@@ -107,6 +113,7 @@ def build(
         leading=builder.leading,
         device=first.device,
         tensors=builder.tensors,
+        dtypes=[t.dtype for t in builder.tensors],
         wants_grad=[grad and t.requires_grad for t in builder.tensors],
         cast=builder.cast,
         projections=specs,

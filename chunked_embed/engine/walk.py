@@ -116,11 +116,11 @@ class Walk:
                         offset += size(name)
         return buffers
 
-    def finish(self, scale: Tensor | None, keep_wide: bool) -> list[Tensor | None]:
-        """Let go of the buffers, then cast the gradients."""
+    def finish(self) -> list[Tensor | None]:
+        """Let go of the buffers; the gradients, in the order of the call's tensors."""
         self.buffers.clear()
         self.gathered.clear()
-        return self.gradients.finish(scale, keep_wide)
+        return self.gradients.finish()
 
     def begin(self, chunk: Chunk) -> None:
         self.chunk = chunk

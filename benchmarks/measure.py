@@ -1,0 +1,354 @@
+"""Timing, peak memory and a results file (csv and plot), shared by the benchmarks beside it.
+
+A benchmark is a list of candidates for one case: floors (the bare work), ours and peers. Each is checked against the
+truth in the same process before its time is printed. Every run adds to `<out>/<family>-<device>.csv`, replacing the
+lines that it measured again, so that a long benchmark can be split over several calls.
+"""
+
+import csv
+import datetime
+import gc
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import TypeVar
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that reads peak memory on a CPU is chatty
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+OURS, PEER, FLOOR = "ours", "peer", "floor"
+GIB = 2**30
+
+
+@dataclass
+class Timing:
+    ms: float | None = None  # median
+    min_ms: float | None = None
+    peak_gib: float | None = None  # above the inputs; the gradients that a call returns are counted
+    first_s: float | None = None  # the first call, compilation included
+    note: str = ""
+
+
+@dataclass
+class Candidate:
+    """One way to do the work of a case. `run` returns (loss, gradients...), the same for every candidate."""
+
+    name: str
+    role: str
+    run: Callable[[], Sequence[Tensor]]
+    bound: float = 0.0  # the largest relative error that is still correct; floors are not checked
+
+
+@dataclass
+class Line:
+    """A line of the csv."""
+
+    case: str
+    name: str
+    role: str
+    ms: float | None
+    min_ms: float | None
+    floor_ratio: float | None
+    peak_gib: float | None
+    first_s: float | None
+    error: float | None
+    note: str
+    device: str
+    torch: str
+    triton: str
+    sentence_transformers: str
+    date: str
+
+
+def measure(run: Callable[[], object], device: torch.device, warmups: int = 2, repeats: int = 5) -> Timing:
+    """The median of `repeats` calls after `warmups`, by CUDA events on a GPU."""
+    _collect(device)
+    first = _seconds(run, device)[0]
+    for _ in range(warmups - 1):
+        run()
+    times = [_time_ms(run, device) for _ in range(repeats)]
+    peak = _peak_bytes(run, device)
+    return Timing(statistics.median(times), min(times), peak / GIB, first)
+
+
+def failure(error: Exception) -> str:
+    """What went wrong, short: running out of memory is a result like another."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "ALLOC_FAILED" in text:
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {text.splitlines()[0] if text else ''}"[:100]
+
+
+def _seconds(run: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    started = time.perf_counter()
+    result = run()
+    _synchronize(device)
+    return time.perf_counter() - started, result
+
+
+def _time_ms(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cpu":
+        return 1e3 * _seconds(run, device)[0]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end)
+
+
+def _peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Of one call, in memory that is as it was before the first."""
+    _collect(device)
+    if device.type != "cpu":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        kept = run()  # gradients stay alive to the end of the call, as in training
+        torch.cuda.synchronize(device)
+        del kept
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = run()
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    del kept
+    held = peak = 0
+    for event in sorted(changes, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def _collect(device: torch.device) -> None:
+    gc.collect(1)  # what is young: a full collection takes half a second here, several times a line
+    if device.type != "cpu":
+        torch.cuda.empty_cache()
+
+
+def value_and_gradients(loss: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """A training step of a loss: forward, backward, and the gradients of `leaves`."""
+
+    def run() -> list[Tensor]:
+        for leaf in leaves:
+            leaf.grad = None
+        value = loss()
+        value.backward()
+        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        for leaf in leaves:
+            leaf.grad = None
+        return [value.detach(), *gradients]
+
+    return run
+
+
+def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest |got - expected| / |expected| (Euclidean norms) over the tensors of a result."""
+    if len(got) != len(expected):
+        raise ValueError(f"expected {len(expected)} results, got {len(got)}")
+    worst = 0.0
+    for ours, truth in zip(got, expected, strict=True):
+        if ours.shape != truth.shape:
+            raise ValueError(f"expected a result of shape {tuple(truth.shape)}, got {tuple(ours.shape)}")
+        # In blocks: a float64 copy of a gradient of gigabytes would not fit beside the inputs.
+        pairs = zip(ours.reshape(-1).split(2**24), truth.reshape(-1).split(2**24), strict=True)
+        norms = [((a.double() - b.double()).square().sum(), b.double().square().sum()) for a, b in pairs]
+        difference, size = (torch.stack(list(column)).sum().sqrt().item() for column in zip(*norms, strict=True))
+        error = difference / size if size else difference
+        worst = max(worst, error) if error == error else float("inf")
+    return worst
+
+
+@dataclass
+class Benchmark:
+    """Runs cases, and prints and writes each line as it comes."""
+
+    family: str
+    device: torch.device
+    out: Path
+    warmups: int = 2
+    repeats: int = 5
+    lines: list[Line] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def case(self, name: str, candidates: Sequence[Candidate], truth: Callable[[], Sequence[Tensor]] | None) -> None:
+        """Measure the candidates of one case, floors first. `truth` gives what `run` should; None: nothing to check.
+
+        One that fails is a line of the table, so that the others are still measured; ours is reported at the end too.
+        """
+        expected = None if truth is None else truth()
+        floor = None
+        for candidate in sorted(candidates, key=lambda c: c.role != FLOOR):
+            timing, error = Timing(), None
+            try:
+                timing, error = self._checked(candidate, expected)
+            except Exception as problem:
+                timing = Timing(note=failure(problem))
+            if candidate.role == OURS and timing.ms is None:
+                self.wrong.append(f"{name}, {candidate.name}: {timing.note}")
+            if candidate.role == FLOOR:
+                floor = timing.ms
+            _collect(self.device)
+            self.add(name, candidate.name, candidate.role, timing, error, floor)
+
+    def _checked(self, candidate: Candidate, expected: Sequence[Tensor] | None) -> tuple[Timing, float | None]:
+        """A time, once the result is right. A peer's time is given beside its error, ours only without one."""
+        if candidate.role == FLOOR or expected is None:
+            return measure(candidate.run, self.device, self.warmups, self.repeats), None
+        first, result = _seconds(candidate.run, self.device)
+        error = relative_error(result, expected)
+        del result
+        wrong = error > candidate.bound
+        if wrong and candidate.role == OURS:
+            return Timing(first_s=first, note=f"WRONG: above {candidate.bound:.0e}, not timed"), error
+        timing = measure(candidate.run, self.device, self.warmups, self.repeats)
+        timing.first_s = first
+        timing.note = f"inaccurate: above {candidate.bound:.0e}" if wrong else ""
+        return timing, error
+
+    def add(self, case: str, name: str, role: str, timing: Timing, error: float | None, floor: float | None) -> None:
+        ratio = timing.ms / floor if timing.ms and floor else None
+        numbers = {"floor_ratio": ratio, "error": error, **asdict(timing)}
+        line = Line(case=case, name=name, role=role, **numbers, **self.where())  # type: ignore[arg-type]
+        self.lines.append(line)
+        print(" | ".join([case, *_cells(line)]), flush=True)
+        write_csv(self.path, merge(self.path, self.lines))  # a run that is cut short keeps what it has
+
+    @property
+    def path(self) -> Path:
+        slug = re.sub(r"[^a-z0-9]+", "-", self.where()["device"].lower()).strip("-")
+        return self.out / f"{self.family}-{slug}.csv"
+
+    def where(self) -> dict[str, str]:
+        name = torch.cuda.get_device_name(self.device) if self.device.type != "cpu" else f"cpu ({platform.machine()})"
+        versions = {key: _version(key) for key in ("torch", "triton", "sentence-transformers")}
+        return {
+            "device": name,
+            "date": datetime.date.today().isoformat(),
+            **{key.replace("-", "_"): version for key, version in versions.items()},
+        }
+
+    def finish(self) -> None:
+        """Print the table and plot. Exits with an error if something of ours was wrong."""
+        if not self.lines:
+            raise SystemExit("no case was chosen")
+        print_table(self.lines)
+        plot(self.path.with_suffix(".png"), merge(self.path, self.lines))
+        print(f"written to {self.path} and {self.path.with_suffix('.png').name}")
+        if self.wrong:
+            raise SystemExit("WRONG: " + "; ".join(self.wrong))
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def merge(path: Path, new: Sequence[Line]) -> list[Line]:
+    """The lines of the file that were not measured again, then the new ones."""
+    replaced = {(line.case, line.name) for line in new}
+    old = []
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                numbers = ("ms", "min_ms", "floor_ratio", "peak_gib", "first_s", "error")
+                values = {
+                    key: (float(value) if value else None) if key in numbers else value for key, value in row.items()
+                }
+                old.append(Line(**values))  # type: ignore[arg-type]
+    return [line for line in old if (line.case, line.name) not in replaced] + list(new)
+
+
+def write_csv(path: Path, lines: Sequence[Line]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Line)])
+        writer.writeheader()
+        for line in lines:
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(line).items()})
+
+
+COLUMNS = ("", "ms", "x floor", "peak GiB", "first s", "error", "")
+
+
+def _cells(line: Line) -> list[str]:
+    numbers = [(line.ms, ".3g" if (line.ms or 0) < 100 else ".0f"), (line.floor_ratio, ".2f"), (line.peak_gib, ".3g")]
+    numbers += [(line.first_s, ".1f"), (line.error, ".1e")]
+    return [line.name, *("" if value is None else format(value, form) for value, form in numbers), line.note]
+
+
+def print_table(lines: Sequence[Line]) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        for line in lines:
+            print("  ".join([line.case, *_cells(line)]))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
+    case = None
+    for line in lines:
+        if line.case != case:
+            case = line.case
+            table.add_row()
+            table.add_row(case, style="bold")
+        table.add_row(*_cells(line), style="cyan" if line.role == OURS else None)
+    where = lines[0]
+    console = Console(width=140)
+    console.print(table)
+    console.print(f"\n{where.device}, torch {where.torch}, triton {where.triton or '-'}")
+
+
+def plot(path: Path, lines: Sequence[Line]) -> None:
+    """Time and peak memory, a bar for each line, on a log scale. Skipped without matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("no matplotlib: no plot")
+        return
+    shades = {OURS: "#1b6ca8", PEER: "#e08e45", FLOOR: "#b8b8b8"}
+    position, y = [], 0.0
+    for n, line in enumerate(lines):
+        y += 1.8 if n and lines[n - 1].case != line.case else 1.0
+        position.append(y)
+    labels = [f"{line.case} · {line.name}" for line in lines]
+    figure, axes = pyplot.subplots(1, 2, sharey=True, figsize=(13, 1.2 + 0.22 * y), layout="constrained")
+    for axis, key, unit in zip(axes, ("ms", "peak_gib"), ("time [ms]", "peak above the inputs [GiB]"), strict=True):
+        values = [getattr(line, key) or float("nan") for line in lines]
+        axis.barh(position, values, color=[shades[line.role] for line in lines], height=0.85)
+        known = [value for value in values if value == value]
+        axis.set_xscale("log")
+        left = min(known, default=1.0) / 3
+        axis.set_xlim(left, max(known, default=1.0) * 4)
+        for place, value, line in zip(position, values, lines, strict=True):
+            text = f" {value:.3g}" if value == value else f" {line.note or '-'}"
+            axis.text(value if value == value else left, place, text, va="center", fontsize=7)
+        axis.set_xlabel(unit)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(position, labels, fontsize=7)
+    axes[0].invert_yaxis()
+    where = lines[-1]
+    figure.suptitle(
+        f"{where.device}, torch {where.torch}, {where.date}; blue: ours, orange: peers, grey: floor", fontsize=9
+    )
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,111 @@
+"""Two doors into autograd. ``ChunkedLoss`` takes gradients in the forward pass (three products for each trainable
+projection) and scales them in backward. ``ChunkedScores`` returns differentiable scores and walks again in backward
+(four products), for losses that need all scores first and for code behind the scores that we do not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .gradients import scaled
+from .passes import grouped, in_user_order, power_of_two, row_wise, segment_sums, to_rows
+from .steps import Named
+from .walk import Call, Scored, Walk, pull_chunks, score_chunks, unit_key
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Gradients in forward, scaled in backward; or, where no product can be saved by that, both in backward.
+
+    Half-precision weight gradients stay in their float32 sums until backward scales and rounds them, once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Tensor) -> Tensor:
+        wanted = call.problem.any_grad or bool(call.group_loss and call.group_loss.wanted)
+        ctx.call = call
+        ctx.dtypes = [t.dtype for t in tensors]
+        with torch.autocast(call.problem.device.type, enabled=False):
+            if call.row_loss is not None:
+                assert call.row_weight is not None
+                loss, grads, ctx.scale = row_wise(call, tensors, call.row_weight, wanted and not call.plan.deferred)
+            else:
+                loss, grads, ctx.scale = grouped(call, tensors, wanted)
+        if wanted:
+            ctx.save_for_backward(*(tensors if call.plan.deferred else grads))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        call = ctx.call
+        if call.plan.deferred:
+            with torch.autocast(call.problem.device.type, enabled=False):
+                _, grads, factor = row_wise(call, ctx.saved_tensors, call.row_weight * grad_loss, True)
+        else:
+            # Out of place: a second backward over a retained graph must not see scaled gradients.
+            grads, factor = ctx.saved_tensors, grad_loss if ctx.scale is None else grad_loss * ctx.scale
+        return (None, *_cast(grads, factor, ctx.dtypes))
+
+
+def _cast(
+    grads: Sequence[Tensor | None], factor: Tensor | None, dtypes: Sequence[torch.dtype]
+) -> Iterator[Tensor | None]:
+    return (None if g is None else scaled(g, factor, dtype) for g, dtype in zip(grads, dtypes, strict=True))
+
+
+class ChunkedScores(torch.autograd.Function):
+    """Differentiable scores: sums of a segment ``(G, segments)``, or one per row ``(M,)``, and column scores ``(V,)``.
+
+    Nothing but the scores is kept for backward, which walks over the chunks again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        (block,) = call.plan.blocks
+        with torch.autocast(call.problem.device.type, enabled=False):
+            scored = score_chunks(Walk(call, tensors, with_grad=False), block.chunks)
+        ctx.call, ctx.scored = call, Scored({}, scored.columns, scored.saved)
+        if call.problem.any_grad:
+            ctx.save_for_backward(*tensors)
+        results = []
+        call.layout = []
+        for unit in call.units:
+            for name, value in scored.rows[unit_key(unit)].items():
+                call.layout.append((unit_key(unit), name))
+                by_segment = call.selection.lengths is not None
+                results.append(
+                    segment_sums(value, call.selection, block) if by_segment else in_user_order(call, value, flat=True)
+                )
+        for name, value in scored.columns.items():
+            call.layout.append((None, name))
+            results.append(value.clone())
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_scores: Tensor) -> tuple[Tensor | None, ...]:
+        call, scored = ctx.call, ctx.scored
+        problem, selection = call.problem, call.selection
+        (block,) = call.plan.blocks
+        scale = None
+        if problem.has_float16:
+            scale = power_of_two(torch.stack([g.abs().amax() for g in grad_scores]))
+            grad_scores = tuple(g / scale for g in grad_scores)
+        upstream: dict[str, Named] = {unit_key(unit): {} for unit in call.units}
+        columns: Named = {}
+        for (key, name), grad in zip(call.layout, grad_scores, strict=True):
+            if key is None:
+                columns[name] = grad.to(problem.dtype)
+            elif selection.lengths is not None:
+                upstream[key][name] = to_rows(grad, selection, block)
+            else:
+                upstream[key][name] = grad if selection.order is None else grad.index_select(0, selection.order)
+        with torch.autocast(problem.device.type, enabled=False):
+            walk = Walk(call, ctx.saved_tensors, with_grad=True)
+            pull_chunks(walk, block.chunks, scored, upstream, columns)
+            return (None, *_cast(walk.finish(), scale, [t.dtype for t in ctx.saved_tensors]))
