@@ -25,7 +25,7 @@ Rows = dict[str, Tensor]
 
 
 def inverse_norm(x: Tensor) -> Tensor:
-    """(R,), with the floor of ``F.normalize``. Dividing sums instead of vectors leaves nothing of size (R, D) behind."""
+    """(R,), with the floor of ``F.normalize``. It divides sums, not vectors: nothing of size (R, D) is left behind."""
     return 1 / torch.linalg.vector_norm(x, dim=1).clamp_min(1e-12)
 
 
@@ -180,7 +180,7 @@ def angle(a: Tensor, b: Tensor, labels: Tensor, *, scale: float = 20.0, **option
 
 def _ranked(a: Tensor, b: Tensor, labels: Tensor, scale: float, similarity: str, options: dict[str, Any]) -> Tensor:
     scores = pairwise_scores(a, b, similarity=similarity, **options)
-    return cosent_from_scores(scores * _finite("scale", scale), labels)
+    return cosent_from_scores(scores, labels, scale=scale)
 
 
 @outside_compile
@@ -219,8 +219,8 @@ def triplet(
 
 
 @outside_compile
-def cosent_from_scores(scores: Tensor, labels: Tensor) -> Tensor:
-    """CoSENT of scores that are already scaled: ``log(1 + sum over pairs with y_i < y_j of exp(s_i - s_j))``.
+def cosent_from_scores(scores: Tensor, labels: Tensor, *, scale: float = 1.0) -> Tensor:
+    """CoSENT of given scores: ``log(1 + sum over pairs with y_i < y_j of exp(s_i - s_j))`` with ``s = scale * scores``.
 
     Sorted by label, the double sum is one running logsumexp over the scores of strictly higher labels and one logsumexp
     over all; its gradient is analytic, so nothing is kept but itself. Sums run in float64.
@@ -232,32 +232,39 @@ def cosent_from_scores(scores: Tensor, labels: Tensor) -> Tensor:
     if scores.dim() != 1 or not scores.is_floating_point():
         raise ValueError(f"expected scores (N,) in floating point, got {tuple(scores.shape)} {scores.dtype}")
     _check_labels(labels, scores)
-    return _CoSENT.apply(scores, labels)
+    return _CoSENT.apply(scores, labels, _finite("scale", scale))
 
 
 class _CoSENT(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, scores: Tensor, labels: Tensor, scale: float) -> Tensor:
+        n = len(scores)
         labels, order = labels.sort()
-        s = scores.detach()[order].double()
-        none = s.new_full((1,), -torch.inf)
+        s = scores.detach().index_select(0, order).double() * scale
         # Ties count on neither side: from the first strictly higher label on, up to the last strictly lower one.
         higher = torch.searchsorted(labels, labels, right=True)
-        lower = torch.searchsorted(labels, labels)
-        above = torch.cat([torch.logcumsumexp(-s.flip(0), 0).flip(0), none])[higher]  # log sum exp(-s_j), y_j > y_i
-        loss = torch.cat([s.new_zeros(1), s + above]).logsumexp(0)
+        above = _running_logsumexp(-s.flip(0)).index_select(0, n - higher)  # log sum exp(-s_j), y_j > y_i
+        exponents = s + above
+        loss = torch.logaddexp(exponents.logsumexp(0), s.new_zeros(()))
         if ctx.needs_input_grad[0]:
-            below = torch.cat([none, torch.logcumsumexp(s, 0)])[lower]  # log sum exp(s_j), y_j < y_i
-            grad = torch.exp(s + above - loss) - torch.exp(below - s - loss)
+            lower = torch.searchsorted(labels, labels)
+            below = _running_logsumexp(s).index_select(0, lower)  # log sum exp(s_j), y_j < y_i
+            grad = (torch.exp(exponents - loss) - torch.exp(below - s - loss)) * scale
             ctx.save_for_backward(torch.empty_like(scores).index_copy_(0, order, grad.to(scores.dtype)))
-        wide = scores.dtype if scores.dtype == torch.float64 else torch.float32
-        return loss.to(wide)
+        return loss if scores.dtype == torch.float64 else loss.float()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
-        return (grad * grad_loss).to(grad.dtype), None
+        return grad * grad_loss.to(grad.dtype), None, None
+
+
+def _running_logsumexp(x: Tensor) -> Tensor:
+    """(N + 1,): entry k is the logsumexp of the first k, -inf for none."""
+    running = x.new_full((len(x) + 1,), -torch.inf)
+    torch.logcumsumexp(x, 0, out=running[1:])
+    return running
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

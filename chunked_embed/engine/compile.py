@@ -11,12 +11,14 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Hashable
+from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 import torch
 
 F = TypeVar("F", bound=Callable)
 
+_INSIDE: ContextVar[bool] = ContextVar("inside", default=False)
 _STEPS: dict[Hashable, Step] = {}
 _BROKEN: set[str] = set()  # device types on which nothing can be compiled: no C++ compiler, no Triton
 _WARNED: set[str] = set()
@@ -40,11 +42,15 @@ def outside_compile(function: F) -> F:
 
     @functools.wraps(function)
     def door(*args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:  # then nobody is compiling
+        if "torch._dynamo" not in sys.modules or _INSIDE.get():  # nobody is compiling, or an outer door is closed
             return function(*args, **kwargs)
         if not disabled:
             disabled.append(torch.compiler.disable(function))
-        return disabled[0](*args, **kwargs)
+        token = _INSIDE.set(True)
+        try:
+            return disabled[0](*args, **kwargs)
+        finally:
+            _INSIDE.reset(token)
 
     door._torchdynamo_disable = True  # type: ignore[attr-defined]
     return cast(F, door)
@@ -99,8 +105,11 @@ class Step:
         return result
 
     def _explain(self, error: BaseException) -> None:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if any(word in f"{type(error).__name__} {error}" for word in ("Cxx", "C++", "compiler", "Triton", "gcc")):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:2]) or type(error).__name__
+        if any(
+            word in f"{type(error).__name__} {error}" for word in ("Cxx", "C++ compiler", "Triton", "triton", "gcc")
+        ):
             _BROKEN.add(self.device_type)
             warn_once(
                 f"torch.compile does not work on this machine's {self.device_type} device ({reason}): chunk steps run "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .plan import Block, Chunk
 from .select import Selection
-from .steps import ChunkData, Named, join
+from .steps import ChunkData, Named, grad_or_zero, join
 from .walk import Call, Walk, pull_chunks, score_chunks
 
 Result = tuple[Tensor, list[Tensor | None], Tensor | None]  # loss, gradients of the call's tensors, their common scale
@@ -29,7 +29,7 @@ def row_wise(call: Call, tensors: Sequence[Tensor], weight: Tensor, with_grad: b
     results = [_row_chunk(walk, chunk, weight) for block in call.plan.blocks for chunk in block.chunks]
     metrics = join([named for _, named in results])
     call.metrics.update({name: in_user_order(call, value) for name, value in metrics.items()})
-    total = torch.stack([value for value, _ in results]).sum()
+    total = _sum([value for value, _ in results])
     return total if scale is None else total * scale, walk.finish(), scale
 
 
@@ -56,7 +56,7 @@ def grouped(call: Call, tensors: Sequence[Tensor], with_grad: bool) -> Result:
     groups = dict(zip(group_loss.groups, tensors[len(call.problem.dtypes) :], strict=True))
     results = [_block(walk, block, groups, weight) for block in call.plan.blocks]
     call.metrics.update(join([metrics for _, metrics, _ in results]))
-    total = torch.stack([value for value, _, _ in results]).sum()
+    total = _sum([value for value, _, _ in results])
     grads = walk.finish()
     for name in groups:
         wanted = with_grad and name in group_loss.wanted
@@ -85,7 +85,7 @@ def _block(walk: Walk, block: Block, groups: Named, weight: Tensor) -> tuple[Ten
     if not with_grad:
         return value, metrics, {}
     leaves = [score for named in scores.values() for score in named.values()]
-    grads = _grad_or_zero(value, leaves + wanted)
+    grads = grad_or_zero(value, leaves + wanted)
     flat = iter(to_rows(grad, selection, block) for grad in grads[: len(leaves)])
     upstream = {unit: {name: next(flat) for name in named} for unit, named in scores.items()}
     pull_chunks(walk, block.chunks, scored, upstream, {}, keep)
@@ -128,11 +128,8 @@ def power_of_two(weight: Tensor) -> Tensor:
     return torch.exp2(torch.where(torch.isfinite(exponent), exponent, 0.0))
 
 
-def _grad_or_zero(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    if not value.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    found = torch.autograd.grad(value, leaves, allow_unused=True)
-    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
+def _sum(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).sum()
 
 
 def in_user_order(call: Call, value: Tensor, flat: bool = False) -> Tensor:

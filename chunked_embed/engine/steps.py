@@ -72,6 +72,29 @@ def _own(named: Named) -> Named:
     return {name: value.detach().clone() for name, value in named.items()}
 
 
+def _gradients(total: Callable, arguments: tuple[Named, ...]) -> tuple[tuple[Named, ...], Tensor, Named]:
+    """-> gradients of ``total(*arguments) -> (value, metrics)``, its value, its metrics."""
+    if torch.compiler.is_compiling():
+        both = torch.func.grad_and_value(total, argnums=tuple(range(len(arguments))), has_aux=True)
+        grads, (value, metrics) = both(*arguments)
+        return grads, value, metrics
+    # Plain autograd also works under saved-tensor hooks (offloading), which torch.func refuses.
+    with torch.enable_grad():
+        leaves = tuple({name: t.detach().requires_grad_() for name, t in named.items()} for named in arguments)
+        value, metrics = total(*leaves)
+        flat = grad_or_zero(value, [leaf for named in leaves for leaf in named.values()])
+    found = iter(flat)
+    return tuple({name: next(found) for name in named} for named in leaves), value.detach(), metrics
+
+
+def grad_or_zero(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """Gradients of a scalar; zero where it does not depend on a leaf."""
+    if not value.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    found = torch.autograd.grad(value, leaves, allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
+
+
 def _store(grads: Named, outputs: Named, destinations: dict[str, Tensor | None]) -> None:
     for name, grad in grads.items():
         destination = destinations[name]
@@ -107,7 +130,7 @@ def row_values_and_gradients(
             {name: rows[name] for name in wanted_rows},
             {name: columns[name] for name in wanted_columns},
         )
-        grads, (value, metrics) = torch.func.grad_and_value(total, argnums=(0, 1, 2), has_aux=True)(*arguments)
+        grads, value, metrics = _gradients(total, arguments)
         _store(grads[0], outputs, destinations)
         return value, metrics, grads[1], grads[2]
 
@@ -122,7 +145,7 @@ def score_values(score_fn: Function, column_fn: Function | None, combine: tuple[
         wide = _wide(outputs)
         scores = score_fn(wide, rows, columns, hp)
         for name, value in scores.items():
-            _check_per_row(f"score {name!r}", value, len(valid))
+            _check_per_row(f"score {name!r}", value, len(next(iter(wide.values()))))
         parts = {}
         if column_fn is not None:
             elements = column_fn(wide, rows, columns, hp)
@@ -146,12 +169,10 @@ def score_gradients(
     def step(outputs, destinations, rows, columns, valid, upstream, totals, hp):  # type: ignore[no-untyped-def]
         wide = _wide(outputs)
 
-        def total(o: Named, r: Named, c: Named) -> Tensor:
+        def total(o: Named, r: Named, c: Named) -> tuple[Tensor, Named]:
             arguments = ({**wide, **o}, {**rows, **r}, {**columns, **c}, hp)
-            value = torch.zeros((), dtype=valid.dtype, device=valid.device)
-            for name, score in score_fn(*arguments).items():
-                if name in upstream:
-                    value = value + (score * upstream[name]).sum()
+            scores = score_fn(*arguments)
+            value = sum((scores[name] * upstream[name]).sum() for name in scores)
             if column_fn is not None:
                 elements = column_fn(*arguments)
                 for name, how in combine:
@@ -159,14 +180,14 @@ def score_gradients(
                     if how == "logsumexp":  # d total / d x = exp(x - total): no part needs to be formed again
                         g = g * torch.where(totals[name] > -torch.inf, torch.exp(x.detach() - totals[name]), 0.0)
                     value = value + torch.where(g == 0, 0.0, x * g).sum()
-            return value
+            return value, {}
 
         arguments = (
             {name: wide[name] for name in destinations},
             {name: rows[name] for name in wanted_rows},
             {name: columns[name] for name in wanted_columns},
         )
-        grads = torch.func.grad(total, argnums=(0, 1, 2))(*arguments)
+        grads, _, _ = _gradients(total, arguments)
         _store(grads[0], outputs, destinations)
         return grads[1], grads[2]
 
@@ -191,17 +212,13 @@ class Runner:
     def step(self, factory: Callable, bound: tuple, key: Hashable, data: ChunkData, rows: int) -> Callable:
         if not self.compiled or rows == 0:
             return factory(*bound)
-        # Narrow steps have a key for each set of widths, wide ones for each row count: only the other may turn dynamic.
-        shape: Hashable = rows
-        if self.rungs is None:
-            shape = tuple(o.shape[1] for o in data.outputs.values())
-        return compiled_step(factory, bound, (key, shape, tuple(data.destinations)), self.device)
+        # A wide step is compiled for its row count alone; a narrow one turns dynamic in whatever changes.
+        size = "narrow" if self.rungs is None else rows
+        return compiled_step(factory, bound, (key, size, tuple(data.destinations)), self.device)
 
     def valid(self, rows: int, size: int) -> Tensor:
-        """(size,) ones on rows, zeros on the padding behind them."""
-        weight = torch.ones(size, dtype=self.dtype, device=self.device)
-        weight[rows:] = 0
-        return weight
+        """(size,) True on rows, False on the padding behind them."""
+        return torch.arange(size, device=self.device) < rows
 
 
 def tile_of(buffer: Tensor, start: int, stop: int, size: int) -> Tensor:
@@ -272,14 +289,14 @@ class PlainScore:
                 {name: tile_of(o, start, stop, size) for name, o in data.outputs.items()},
                 {name: pad(r, start, stop, size) for name, r in data.row_args.items()},
                 data.columns,
-                self.runner.valid(stop - start, size) > 0,
+                self.runner.valid(stop - start, size) if self.combine else None,
                 hp,
             )
             for name, value in values.items():
                 scores.setdefault(name, []).append(value[: stop - start])
             for name, how in self.combine.items():
                 parts[name] = combine_parts(how, parts.get(name), columns[name])
-        return {name: torch.cat(pieces) for name, pieces in scores.items()}, parts, {}
+        return {name: cat(pieces) for name, pieces in scores.items()}, parts, {}
 
     def gradients(
         self, data: ChunkData, hp: NamedTuple, saved: Named, upstream: Named, totals: Named
@@ -293,13 +310,13 @@ class PlainScore:
                 {n: d if d is None else d[start : start + size] for n, d in data.destinations.items()},
                 {name: pad(r, start, stop, size) for name, r in data.row_args.items()},
                 data.columns,
-                self.runner.valid(stop - start, size),
+                self.runner.valid(stop - start, size) if self.combine else None,
                 {n: u if n in totals else pad_zero(u, start, stop, size) for n, u in upstream.items()},
                 totals,
                 hp,
             )
             collect(row_grads, column_grads, rows, columns, stop - start)
-        return {name: torch.cat(pieces) for name, pieces in row_grads.items()}, column_grads
+        return {name: cat(pieces) for name, pieces in row_grads.items()}, column_grads
 
 
 class RowLoss:
@@ -328,7 +345,7 @@ class RowLoss:
             )
             total += value
             collect(metrics, {}, named, {}, stop - start)
-        return total, {name: torch.cat(pieces) for name, pieces in metrics.items()}
+        return total, {name: cat(pieces) for name, pieces in metrics.items()}
 
     def gradients(self, data: ChunkData, weight: Tensor, hp: NamedTuple) -> tuple[Tensor, Named, Named, Named]:
         """The same, and gradients of row arguments and columns; the outputs' go to their destinations."""
@@ -350,7 +367,7 @@ class RowLoss:
             total += value
             collect(metrics, {}, named, {}, stop - start)
             collect(row_grads, column_grads, rows, columns, stop - start)
-        joined = ({name: torch.cat(pieces) for name, pieces in group.items()} for group in (metrics, row_grads))
+        joined = ({name: cat(pieces) for name, pieces in group.items()} for group in (metrics, row_grads))
         return total, *joined, column_grads  # type: ignore[return-value]
 
 
@@ -377,4 +394,8 @@ def combine_parts(how: str, total: Tensor | None, part: Tensor) -> Tensor:
 
 def join(named: Sequence[Named]) -> Named:
     """Concatenate the pieces of several chunks."""
-    return {name: torch.cat([piece[name] for piece in named]) for name in (named[0] if named else {})}
+    return {name: cat([piece[name] for piece in named]) for name in (named[0] if named else {})}
+
+
+def cat(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))

@@ -120,7 +120,7 @@ class Walk:
         """Let go of the buffers; the gradients, in the order of the call's tensors."""
         self.buffers.clear()
         self.gathered.clear()
-        return self.gradients.finish()
+        return self.gradients.finish() if self.with_grad else []
 
     def begin(self, chunk: Chunk) -> None:
         self.chunk = chunk

@@ -1,0 +1,50 @@
+"""The one place that knows where sentence-transformers 5.7 to 6.x keeps what we build on."""
+
+# ruff: noqa: E402, F401
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+MINIMUM = (5, 7)
+NEED = "chunked_embed.losses needs sentence-transformers 5.7 or later"
+
+try:
+    import sentence_transformers
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "sentence_transformers":
+        raise  # it is there, and something that it needs is not
+    raise ImportError(f"{NEED}: pip install 'chunked-embed[sentence-transformers]'") from error
+
+if tuple(int(part) for part in sentence_transformers.__version__.split(".")[:2]) < MINIMUM:
+    raise ImportError(
+        f"{NEED}, found {sentence_transformers.__version__}: pip install -U 'chunked-embed[sentence-transformers]'"
+    )
+
+from sentence_transformers import SentenceTransformer, util
+from sentence_transformers.base.losses import CachedLossMixin, RandContext, uses_gradient_cache
+from sentence_transformers.sentence_transformer import losses as library
+from sentence_transformers.sentence_transformer.losses.matryoshka import shrink
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize
+
+try:
+    from sentence_transformers.base.losses.merged_forward import embed_columns
+except ImportError:  # 5.x embeds every column in a forward pass of its own
+
+    def embed_columns(
+        model: nn.Module, features_list: Iterable[dict[str, Tensor]], separate_first: bool = True
+    ) -> list:
+        return [model(features)["sentence_embedding"] for features in features_list]
+
+
+TripletDistanceMetric = library.TripletDistanceMetric
+
+
+def callable_name(function: object) -> str:
+    """A name for a config: of a function, a module, a ``functools.partial`` or any other callable."""
+    if hasattr(util, "similarity_fct_name"):
+        return util.similarity_fct_name(function)
+    function = getattr(function, "func", function)  # 5.x: of a partial, the function alone
+    return getattr(function, "__name__", type(function).__name__)

@@ -1,0 +1,137 @@
+"""A model's trailing ``Dense`` and ``Normalize``, found where they can run inside the loss's chunk.
+
+Without a chunk they run on the whole batch and keep two or three copies of it. Anything unusual about them (a hook, an
+adapter, a residual, a patched forward) would be skipped along with them, so each of these is a reason to leave them be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from chunked_embed.losses._compat import Dense, Normalize, SentenceTransformer
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_KEY = "sentence_embedding"
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+# One object per activation: it is part of a compile cache's key.
+_ACTIVATIONS: dict[type[nn.Module], Callable | None] = {
+    nn.Identity: None,
+    nn.Tanh: torch.tanh,
+    nn.ReLU: torch.relu,
+    nn.ReLU6: F.relu6,
+    nn.Sigmoid: torch.sigmoid,
+    nn.SiLU: F.silu,
+    nn.Mish: F.mish,
+    nn.Softsign: F.softsign,
+    nn.Tanhshrink: F.tanhshrink,
+    nn.LogSigmoid: F.logsigmoid,
+}
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Modules to skip, and the projection that stands for them."""
+
+    modules: tuple[nn.Module, ...]
+    projection: dict[str, Any]
+    touched: tuple[Tensor, ...] = ()
+
+    @contextmanager
+    def skipped(self) -> Iterator[None]:
+        """While open, the model hands its features through these modules unchanged."""
+        try:
+            for module in self.modules:
+                module.forward = partial(_pass_through, touched=self.touched)
+            yield
+        finally:
+            for module in self.modules:
+                vars(module).pop("forward", None)
+
+
+NO_TAIL = Tail((), {})
+
+
+def _pass_through(features: dict[str, Tensor], touched: tuple[Tensor, ...] = ()) -> dict[str, Tensor]:
+    # DistributedDataParallel takes a parameter that no output depends on for unused, and would not wait for the
+    # gradient that the loss gives it. An empty slice ties it to the outputs and adds exactly nothing.
+    if touched and torch.is_grad_enabled():
+        return {**features, "touched": torch.cat([parameter.flatten()[:0] for parameter in touched]).sum()}
+    return features
+
+
+def find_tail(model: nn.Module) -> Tail | str:
+    """The model's fusable tail, or the reason why there is none."""
+    inner = model.module if type(model) is DistributedDataParallel else model
+    # FSDP shards the parameters, compiled and otherwise wrapped models hide the module list or hold a copy of it.
+    if not isinstance(inner, SentenceTransformer) or type(inner).forward is not SentenceTransformer.forward:
+        return f"{type(model).__name__} is not a plain or DDP-wrapped SentenceTransformer"
+    if _has_any_global_hook() or not (_is_plain(model) and _is_plain(inner)):
+        return "the model has hooks, a patched forward (as mixed precision sets) or a compiled one"
+    children = list(inner.children())
+    normalize = len(children) > 1 and type(children[-1]) is Normalize
+    modules = [children.pop()] if normalize else []
+    dense = children.pop() if len(children) > 1 and type(children[-1]) is Dense else None
+    if dense is not None:
+        modules.insert(0, dense)
+    if not modules:
+        return f"the last module is a {type(children[-1]).__name__}, not Dense or Normalize"
+    for module in modules:
+        if not _is_plain(module):
+            return f"{type(module).__name__} has hooks or a patched forward"
+        if {getattr(module, f"module_{end}_name", _KEY) for end in ("input", "output")} != {_KEY}:
+            return f"{type(module).__name__} does not map {_KEY} to {_KEY}"
+    if dense is None:
+        return Tail(tuple(modules), {"normalize": True})
+    reason = _why_not(dense)
+    if reason:
+        return reason
+    linear = dense.linear
+    touched = () if inner is model else tuple(p for p in linear.parameters() if p.requires_grad)
+    projection = {"weight": linear.weight, "bias": linear.bias, "activation": _activation(dense.activation_function)}
+    return Tail(tuple(modules), {**projection, "normalize": normalize}, touched)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    hooked = any(getattr(module, hooks, None) for hooks in _HOOKS)
+    return not (hooked or "forward" in vars(module) or getattr(module, "_compiled_call_impl", None))
+
+
+def _why_not(dense: Dense) -> str | None:
+    linear, activation = dense.linear, dense.activation_function
+    # Adapters and parametrisations replace the class or the parameter: ``weight`` is then not what is multiplied.
+    if type(linear) is not nn.Linear or any(type(p) is not nn.Parameter for p in linear.parameters()):
+        return f"Dense.linear is not a plain nn.Linear but a {type(linear).__name__}"
+    if getattr(dense, "use_residual", False):
+        return "Dense has a residual connection"
+    if not _is_plain(linear) or (isinstance(activation, nn.Module) and not _is_plain(activation)):
+        return "a part of Dense has hooks or a patched forward"
+    if _activation(activation) is _UNKNOWN:
+        return f"unknown activation {activation!r}"
+    return None
+
+
+_UNKNOWN = object()
+
+
+def _activation(activation: Any) -> Any:
+    if type(activation) is nn.GELU:
+        return {"none": F.gelu, "tanh": gelu_tanh}.get(activation.approximate, _UNKNOWN)
+    if isinstance(activation, nn.Module):
+        return _ACTIVATIONS.get(type(activation), _UNKNOWN)
+    known = (function for function in _ACTIVATIONS.values() if function is activation)
+    return next(known, _UNKNOWN)

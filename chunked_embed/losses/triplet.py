@@ -1,0 +1,73 @@
+"""Triplet: the anchor nearer to its positive than to its negative, by a margin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chunked_embed import functional as CF
+from chunked_embed.losses._base import ChunkedLoss
+from chunked_embed.losses._compat import SentenceTransformer, TripletDistanceMetric, library
+from chunked_embed.losses._gather import global_mean
+
+_FUSED = (
+    (TripletDistanceMetric.EUCLIDEAN, "euclidean"),
+    (TripletDistanceMetric.COSINE, "cosine"),
+    (TripletDistanceMetric.MANHATTAN, "manhattan"),
+)
+
+
+class TripletLoss(ChunkedLoss, library.TripletLoss):
+    """``mean(relu(d(anchor, positive) - d(anchor, negative) + margin))``.
+
+    Args:
+        model: The SentenceTransformer to train.
+        distance_metric: Distance of two aligned batches, (N, D), (N, D) -> (N,). Those of ``TripletDistanceMetric`` run
+            fused and chunked, any other callable through ordinary autograd.
+        triplet_margin: By how much the negative must be further away than the positive.
+        options: See :class:`~chunked_embed.losses.Options`.
+
+    Inputs: three columns (anchor, positive, negative); labels are ignored.
+
+    Reference: https://arxiv.org/abs/1703.07737
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        distance_metric: Callable[[Tensor, Tensor], Tensor] = TripletDistanceMetric.EUCLIDEAN,
+        triplet_margin: float = 5,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, distance_metric, triplet_margin)
+        self._set_options(**options)
+
+    @property
+    def _distance(self) -> str | None:
+        return next((name for function, name in _FUSED if function is self.distance_metric), None)
+
+    @property
+    def _fusable(self) -> bool:
+        return self._distance is not None
+
+    def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
+        if len(embeddings) != 3:
+            raise ValueError(
+                f"TripletLoss expects anchor, positive and negative columns, got {len(embeddings)} columns"
+            )
+        if self._distance:
+            options = {"margin": self.triplet_margin, "distance": self._distance, **projection, **self._chunking}
+            loss = CF.triplet(*embeddings, **options)
+        else:
+            loss = self._plain(*embeddings)
+        return global_mean(loss, len(embeddings[0])) if self.gather_across_devices else loss
+
+    def _plain(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        difference = self.distance_metric(anchor, positive) - self.distance_metric(anchor, negative)
+        if difference.dtype in (torch.float16, torch.bfloat16):
+            difference = difference.float()
+        return F.relu(difference + self.triplet_margin).mean()

@@ -1,0 +1,134 @@
+"""What each of two gloo processes runs: every distributed case against one process that has the whole batch."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from itertools import product
+
+import torch
+import torch.distributed as dist
+from sentence_transformers.sentence_transformer import losses as library
+from sentence_transformers.sentence_transformer.modules import Normalize
+from st_parts import EXACT, assert_same, build, dense, features, labels_for, value_and_grads
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from chunked_embed import losses
+
+ROWS, WORLD = 8, 2
+SHARDS = [slice(0, 5), slice(5, 8)]  # an uneven last batch
+GLOBAL = {"gather_across_devices": True, "compiled": False}
+
+# name: (columns, has labels, ours, the library's)
+CASES: dict[str, tuple[int, bool, Callable, Callable]] = {
+    "cosent": (2, True, losses.CoSENTLoss, library.CoSENTLoss),
+    "angle": (3, False, losses.AnglELoss, library.AnglELoss),
+    "triplet": (3, False, losses.TripletLoss, library.TripletLoss),
+    "custom": (
+        2,
+        True,
+        lambda model, **options: losses.CoSENTLoss(model, 20.0, negative_l3, **options),
+        lambda model: library.CoSENTLoss(model, 20.0, negative_l3),
+    ),
+}
+MODES = {"plain": {"fuse_projection": False}, "fused": {"fuse_projection": "auto"}}
+if EXACT:  # before 6.2 every mini-batch is a collective, and ranks with unlike numbers of them wait for ever
+    MODES["cached"] = {"mini_batch_size": 2}
+
+
+def negative_l3(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return -(a - b).abs().pow(3).sum(-1)
+
+
+def names() -> list[str]:
+    gathered = [f"{case}-{mode}-{unused}" for case, mode, unused in product(CASES, MODES, ("unused", "used"))]
+    local = [f"local-{case}-{unused}" for case, unused in product(("cosent", "triplet"), ("unused", "used"))]
+    cached = ["matryoshka-cached-unused"] if "cached" in MODES else []
+    return [*gathered, *local, "matryoshka-used", *cached, "frozen-dense"]
+
+
+def run(rank: int, folder: str, scratch: str) -> None:
+    """Writes {case name: traceback or None} of this rank."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=WORLD)
+    outcome: dict[str, str | None] = {}
+    for name in names():
+        try:
+            check(name, rank, folder)
+            outcome[name] = None
+        except Exception:
+            outcome[name] = traceback.format_exc()
+        dist.barrier()
+    torch.save(outcome, f"{scratch}/outcome-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def check(name: str, rank: int, folder: str) -> None:
+    kind, *rest = name.split("-")
+    if kind == "local":
+        return check_local(rest[0], rest[1] == "unused", rank, folder)
+    if kind == "frozen":
+        return check_gathered("cosent", MODES["fused"], True, rank, folder, freeze="weight")
+    if kind == "matryoshka":
+        options = {"mini_batch_size": 2} if "cached" in rest else {}
+        return check_matryoshka(options, "unused" in rest, rank, folder)
+    return check_gathered(kind, MODES[rest[0]], rest[1] == "unused", rank, folder)
+
+
+def a_model(folder: str, freeze: str = "") -> nn.Module:
+    model = build(folder, dense(), Normalize())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("pooler" not in name)  # BERT's own pooler has no use here: DDP would wait for it
+    if freeze:
+        model[2].linear.get_parameter(freeze).requires_grad_(False)
+    return model
+
+
+def wrapped(model: nn.Module, loss: nn.Module, unused: bool) -> nn.Module:
+    """The loss holding the model in DDP, as the trainer leaves it."""
+    parallel = DistributedDataParallel(model, find_unused_parameters=unused)
+    for part in (loss, getattr(loss, "loss", None)):
+        if part is not None:
+            part.model = parallel
+    return loss
+
+
+def check_gathered(case: str, options: dict, unused: bool, rank: int, folder: str, freeze: str = "") -> None:
+    columns, labelled, ours, theirs = CASES[case]
+    model = a_model(folder, freeze)
+    whole, part = features(model, ROWS, columns), features(model, ROWS, columns, rows=SHARDS[rank])
+    labels = labels_for("tied", ROWS) if labelled else None
+    expected = value_and_grads(theirs(model), model, whole, labels, upstream=2.0)
+    loss = wrapped(model, ours(model, **GLOBAL, **options), unused)
+    own = labels[SHARDS[rank]] if labelled else None
+    assert_same(value_and_grads(loss, model, part, own, upstream=2.0), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(loss([dict(column) for column in part], own), expected[0])
+
+
+def check_local(case: str, unused: bool, rank: int, folder: str) -> None:
+    """No gathering, the tail fused: DDP's mean of the ranks' own gradients."""
+    columns, labelled, ours, theirs = CASES[case]
+    model = a_model(folder)
+    labels = labels_for("tied", ROWS) if labelled else None
+    each = []
+    for shard in SHARDS:
+        part = features(model, ROWS, columns, rows=shard)
+        each.append(value_and_grads(theirs(model), model, part, labels[shard] if labelled else None))
+    mean = {name: (each[0][1][name] + each[1][1][name]) / 2 for name in each[0][1]}
+    loss = wrapped(model, ours(model, compiled=False, fuse_projection=True), unused)
+    part = features(model, ROWS, columns, rows=SHARDS[rank])
+    got = value_and_grads(loss, model, part, labels[SHARDS[rank]] if labelled else None)
+    assert_same(got, (each[rank][0], mean))
+
+
+def check_matryoshka(options: dict, unused: bool, rank: int, folder: str) -> None:
+    model = a_model(folder)
+    labels, dims = labels_for("random", ROWS), [12, 6, 2]
+    theirs = library.MatryoshkaLoss(model, library.CoSENTLoss(model), dims)
+    expected = value_and_grads(theirs, model, features(model, ROWS, 2), labels)
+    inner = losses.CoSENTLoss(model, **GLOBAL, **options)
+    loss = wrapped(model, losses.MatryoshkaLoss(model, inner, dims), unused)
+    part = features(model, ROWS, 2, rows=SHARDS[rank])
+    assert_same(value_and_grads(loss, model, part, labels[SHARDS[rank]]), expected)
