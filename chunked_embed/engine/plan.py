@@ -124,6 +124,8 @@ def bytes_per_output(spec: ProjectionSpec, problem: Problem, settings: Settings,
         total += 2 * spec.output_dtype.itemsize
     if not settings.compiled:
         total += EAGER_BYTES * problem.dtype.itemsize // 4
+    elif problem.device.type == "cpu" and spec.wants_grad:  # see steps._store
+        total += spec.operand_dtype.itemsize
     return total
 
 

@@ -45,6 +45,11 @@ class ChunkData:
     row_args: Named
     columns: Named
 
+    def tile(self, start: int, stop: int, size: int) -> tuple[Named, dict[str, Tensor | None]]:
+        """Outputs and destinations of a step's rows, padded to ``size``."""
+        outputs = {name: tile_of(o, start, stop, size) for name, o in self.outputs.items()}
+        return outputs, {n: d if d is None else d[start : start + size] for n, d in self.destinations.items()}
+
 
 def split_metrics(result: Any) -> tuple[Tensor, Named]:
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
@@ -95,8 +100,25 @@ def grad_or_zero(value: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
 
 
-def _store(grads: Named, outputs: Named, destinations: dict[str, Tensor | None]) -> None:
+def _store(grads: Named, outputs: Named, destinations: dict[str, Tensor | None]) -> Named:
+    """Write the outputs' gradients to their destinations -> those that are left for ``store_rest``.
+
+    Inductor's C++ backend fails on some reductions that are fused with a write to an input (KeyError in its outer loop
+    fusion, torch 2.13), so a compiled step on a CPU returns them.
+    """
+    rest = {}
     for name, grad in grads.items():
+        destination = outputs[name] if destinations[name] is None else destinations[name]
+        assert destination is not None
+        if torch.compiler.is_compiling() and destination.device.type == "cpu":
+            rest[name] = grad.to(destination.dtype)
+        else:
+            destination.copy_(grad)
+    return rest
+
+
+def store_rest(rest: Named, outputs: Named, destinations: dict[str, Tensor | None]) -> None:
+    for name, grad in rest.items():
         destination = destinations[name]
         (outputs[name] if destination is None else destination).copy_(grad)
 
@@ -131,8 +153,7 @@ def row_values_and_gradients(
             {name: columns[name] for name in wanted_columns},
         )
         grads, value, metrics = _gradients(total, arguments)
-        _store(grads[0], outputs, destinations)
-        return value, metrics, grads[1], grads[2]
+        return value, metrics, grads[1], grads[2], _store(grads[0], outputs, destinations)
 
     return step
 
@@ -188,8 +209,7 @@ def score_gradients(
             {name: columns[name] for name in wanted_columns},
         )
         grads, _, _ = _gradients(total, arguments)
-        _store(grads[0], outputs, destinations)
-        return grads[1], grads[2]
+        return grads[1], grads[2], _store(grads[0], outputs, destinations)
 
     return step
 
@@ -286,7 +306,7 @@ class PlainScore:
         for start, stop, size in self.runner.tiles(data.rows):
             step = self.runner.step(score_values, self.forward, self.key, data, size)
             values, columns = step(
-                {name: tile_of(o, start, stop, size) for name, o in data.outputs.items()},
+                data.tile(start, stop, size)[0],
                 {name: pad(r, start, stop, size) for name, r in data.row_args.items()},
                 data.columns,
                 self.runner.valid(stop - start, size) if self.combine else None,
@@ -305,9 +325,10 @@ class PlainScore:
         column_grads: Named = {}
         for start, stop, size in self.runner.tiles(data.rows):
             step = self.runner.step(score_gradients, self.backward, self.backward_key, data, size)
-            rows, columns = step(
-                {name: tile_of(o, start, stop, size) for name, o in data.outputs.items()},
-                {n: d if d is None else d[start : start + size] for n, d in data.destinations.items()},
+            outputs, destinations = data.tile(start, stop, size)
+            rows, columns, rest = step(
+                outputs,
+                destinations,
                 {name: pad(r, start, stop, size) for name, r in data.row_args.items()},
                 data.columns,
                 self.runner.valid(stop - start, size) if self.combine else None,
@@ -315,6 +336,7 @@ class PlainScore:
                 totals,
                 hp,
             )
+            store_rest(rest, outputs, destinations)
             collect(row_grads, column_grads, rows, columns, stop - start)
         return {name: cat(pieces) for name, pieces in row_grads.items()}, column_grads
 
@@ -337,7 +359,7 @@ class RowLoss:
         for start, stop, size in self.runner.tiles(data.rows):
             step = self.runner.step(row_values, (self.loss_fn,), self.key, data, size)
             value, named = step(
-                {name: tile_of(o, start, stop, size) for name, o in data.outputs.items()},
+                data.tile(start, stop, size)[0],
                 {name: pad(r, start, stop, size) for name, r in data.row_args.items()},
                 data.columns,
                 pad_zero(weight, start, stop, size),
@@ -356,14 +378,16 @@ class RowLoss:
         for start, stop, size in self.runner.tiles(data.rows):
             key = (self.key, *self.wanted)
             step = self.runner.step(row_values_and_gradients, (self.loss_fn, *self.wanted), key, data, size)
-            value, named, rows, columns = step(
-                {name: tile_of(o, start, stop, size) for name, o in data.outputs.items()},
-                {n: d if d is None else d[start : start + size] for n, d in data.destinations.items()},
+            outputs, destinations = data.tile(start, stop, size)
+            value, named, rows, columns, rest = step(
+                outputs,
+                destinations,
                 {name: pad(r, start, stop, size) for name, r in data.row_args.items()},
                 data.columns,
                 pad_zero(weight, start, stop, size),
                 hp,
             )
+            store_rest(rest, outputs, destinations)
             total += value
             collect(metrics, {}, named, {}, stop - start)
             collect(row_grads, column_grads, rows, columns, stop - start)
