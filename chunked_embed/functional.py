@@ -239,7 +239,7 @@ class _CoSENT(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, labels: Tensor, scale: float) -> Tensor:
         n = len(scores)
-        labels, order = labels.sort()
+        labels, order = (labels.byte() if labels.dtype == torch.bool else labels).sort()
         s = scores.detach().index_select(0, order).double() * scale
         # Ties count on neither side: from the first strictly higher label on, up to the last strictly lower one.
         higher = torch.searchsorted(labels, labels, right=True)

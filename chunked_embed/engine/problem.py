@@ -7,7 +7,7 @@ by their position in it, so that the same structure serves the forward pass and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +92,8 @@ def build(
     """
     _refuse_transforms()
     single = isinstance(projections, Projection)
+    if not isinstance(projections, (Projection, Mapping)):
+        raise TypeError(f"expected a Projection or a dict of them, got {type(projections).__name__}")
     named = {ONLY: projections} if isinstance(projections, Projection) else dict(projections)
     if not named:
         raise ValueError("expected at least one projection, got an empty dict")

@@ -252,7 +252,7 @@ def pad(rows: Tensor, start: int, stop: int, size: int) -> Tensor:
     """Rows [start, stop) of a row argument, its last row repeated up to ``size``."""
     part = rows[start:stop]
     if stop - start == size:
-        return part
+        return _from_zero(part)
     return torch.cat([part, part[-1:].expand(size - (stop - start), *part.shape[1:])])
 
 
@@ -260,8 +260,13 @@ def pad_zero(rows: Tensor, start: int, stop: int, size: int) -> Tensor:
     """Rows [start, stop) of a weight or an upstream, zeros up to ``size``: padded rows count for nothing."""
     part = rows[start:stop]
     if stop - start == size:
-        return part
+        return _from_zero(part)
     return torch.cat([part, part.new_zeros(size - (stop - start), *part.shape[1:])])
+
+
+def _from_zero(part: Tensor) -> Tensor:
+    """Small row vectors start their storage: dynamo compiles a dynamic step anew for an offset of zero."""
+    return part.clone() if part.storage_offset() else part
 
 
 class Score(Protocol):

@@ -1,7 +1,7 @@
 """Losses of every shape that the engine knows, each with a plain reference that holds the outputs whole.
 
-Properties are tested over all of them at once (test_properties.py). A case says how to make its tensors, how to call the
-engine with them, and what plain autograd would compute.
+Properties are tested over all of them at once (test_properties.py). A case says how to make its tensors, how to call
+the engine with them, and what plain autograd would compute.
 """
 
 from __future__ import annotations

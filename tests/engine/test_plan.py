@@ -1,0 +1,172 @@
+"""The plan says what will happen, and it does: chunks, products, and the peak of memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_zoo import CASES, CrossEntropy, make
+
+from chunked_embed import FlexChunkLoss, Projection
+from chunked_embed import functional as CF
+from chunked_embed.engine.logps import TokenStatistics
+from chunked_embed.engine.plan import ladder, pack, tiles
+from chunked_embed.engine.select import Selection
+
+
+def peak_on_cpu(function):
+    """Bytes above the start at the worst moment, from the allocator's own events."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()
+    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    level = peak = 0
+    for _, n in memory:
+        level += n
+        peak = max(peak, level)
+    return peak
+
+
+def peak_on_cuda(function):
+    torch.cuda.synchronize()
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    return torch.cuda.max_memory_allocated() - start
+
+
+class NLL(TokenStatistics):
+    def loss_fn(self, scores, groups, hp):
+        return -scores["logps"][:, 0]
+
+
+SHAPES = {  # loss, rows, hidden, columns
+    "one chunk": (CrossEntropy, 256, 64, 4500),
+    "many chunks": (CrossEntropy, 2048, 64, 4500),
+    "grouped": (NLL, 1024, 64, 4500),
+}
+
+
+def call(name, device, dtype, **options):
+    make_loss, m, h, v = SHAPES[name]
+    hidden = torch.randn(m, h, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.randn(v, h, device=device, dtype=dtype, requires_grad=True)
+    target = torch.randint(0, v, (m,), device=device)
+    loss = make_loss(**options)
+    arguments = (Projection(hidden, weight), {"target": target})
+
+    def run():
+        hidden.grad = weight.grad = None
+        loss(*arguments).loss.backward()
+
+    return loss.plan(*arguments), run
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_promised_peak_uncompiled(name, dtype):
+    plan, run = call(name, "cpu", dtype, compiled=False, max_chunk_bytes=48 << 20)
+    run()
+    peak = peak_on_cpu(run)
+    assert 0.4 * plan.peak_bytes < peak < 1.1 * plan.peak_bytes, (peak / plan.peak_bytes, str(plan))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(SHAPES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_promised_peak_on_a_gpu(name, dtype, compiled):
+    plan, run = call(name, "cuda", dtype, compiled=compiled, max_chunk_bytes=48 << 20)
+    run()
+    run()
+    peak = peak_on_cuda(run)
+    low = 0.85 if compiled else 0.4
+    assert low * plan.peak_bytes < peak < 1.1 * plan.peak_bytes, (peak / plan.peak_bytes, str(plan))
+
+
+def test_identity_losses_hold_scores_and_gradients_only():
+    a, b = (torch.randn(20_000, 64, requires_grad=True) for _ in range(2))
+    labels = torch.rand(20_000)
+
+    def run():
+        a.grad = b.grad = None
+        CF.cosent(a, b, labels).backward()
+
+    run()
+    gradients = 2 * a.numel() * 4
+    assert peak_on_cpu(run) < 2.5 * gradients
+
+
+def test_a_plan_can_be_printed_before_running():
+    x = make("preference")
+    loss = CASES["preference"].loss(chunk_size=8)
+    sides = {"policy": Projection(x["hidden"], x["weight"]), "reference": Projection(x["other"], x["other_weight"])}
+    ids = torch.arange(23) // 3 * 2 + torch.arange(23) % 2
+    plan = loss.plan(sides, {"target": x["target"]}, segments=torch.where(ids > 13, -1, ids))
+    text = str(plan)
+    assert plan.used_rows == 21 and plan.chunk_rows == 8
+    assert plan.passes == 1 and plan.products == 4  # policy: outputs and two gradients; reference: outputs
+    for word in ("21 of 23 used", "up to 8 rows", "4 matrix products", "peak"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("name", "learns", "products"),
+    [
+        ("cross_entropy", ["hidden", "weight"], 3),
+        ("cross_entropy", ["hidden"], 2),
+        ("cross_entropy", ["weight"], 2),
+        ("cross_entropy", [], 1),
+        ("two_sided", ["hidden", "positive"], 4),
+        ("identity", ["hidden", "positive"], 0),
+    ],
+)
+def test_products_per_chunk(name, learns, products):
+    x = {key: t.detach() for key, t in make(name).items()}
+    for key in learns:
+        x[key].requires_grad_()
+    seen = []
+
+    class Spy(CASES[name].loss):
+        def forward(self, *args, **kwargs):
+            seen.append(self.plan(*args, **kwargs))
+            return super().forward(*args, **kwargs)
+
+    CASES[name].call(Spy(compiled=False), x)
+    assert seen[0].products == products
+
+
+def test_chunk_rows_follow_the_budget():
+    x = Projection(torch.randn(100_000, 4), torch.randn(8192, 4))
+    loss = FlexChunkLoss(lambda o, r, hp: o.sum(1), max_chunk_bytes=8192 * 4 * 1024)
+    assert loss.plan(x).chunk_rows == 1024
+    assert loss.plan(x).chunk_bytes <= loss.max_chunk_bytes
+    loss.chunk_size = 300
+    assert loss.plan(x).chunk_rows == 300
+
+
+@pytest.mark.parametrize("rows", [1, 7, 63, 64, 65, 255, 256, 700, 1024])
+def test_tiles_cover_the_rows_with_few_sizes_and_little_padding(rows):
+    rungs = (1024, 256, 64)
+    covered = list(tiles(rows, rungs))
+    assert [t[0] for t in covered] == [0, *(t[1] for t in covered[:-1])] and covered[-1][1] == rows
+    assert all(stop - start <= size and size in rungs for start, stop, size in covered)
+    assert sum(size for *_, size in covered) <= max(4 / 3 * rows, rows + 64)
+
+
+def test_a_ladder_has_three_rungs_where_rows_are_wide():
+    x = make("cross_entropy")
+    loss = CrossEntropy(chunk_size=1024)
+    problem = loss.plan(Projection(x["hidden"], x["weight"]), {"target": x["target"]})
+    assert problem.rungs is None  # narrow
+    wide = loss.plan(Projection(torch.randn(9, 2), torch.randn(5000, 2)), {"target": torch.zeros(9, dtype=torch.long)})
+    assert wide.rungs == (1024, 256, 64)
+    assert ladder.__doc__
+
+
+def test_groups_are_packed_whole():
+    lengths = torch.tensor([3, 4, 0, 9, 2, 2, 25, 1, 0])
+    blocks = pack(Selection(46, lengths=lengths, n_groups=9), 10, couples_batch=False)
+    assert [(b.start, b.stop) for b in blocks] == [(0, 3), (3, 4), (4, 6), (6, 7), (7, 9)]
+    assert [len(b.chunks) for b in blocks] == [1, 1, 1, 3, 1]
+    assert all(chunk.rows <= 10 for block in blocks for chunk in block.chunks)
