@@ -82,8 +82,8 @@ class Step:
     """A compiled function that runs eagerly, after one warning, where it cannot be compiled."""
 
     def __init__(self, function: Callable, device_type: str) -> None:
-        code = function.__code__  # type: ignore[attr-defined]
-        function.__code__ = code.replace(co_name=f"{code.co_name}_{len(_STEPS)}")  # type: ignore[attr-defined]
+        code = function.__code__
+        function.__code__ = code.replace(co_name=f"{code.co_name}_{len(_STEPS)}")
         self.eager = function
         self.device_type = device_type
         self.compiled: Callable | None = None

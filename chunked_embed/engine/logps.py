@@ -144,7 +144,7 @@ class KernelScore:
 
     def __init__(self, names: tuple[str, ...], logit_scale: float, softcap: float | None, temperature: float) -> None:
         self.names = names
-        self.transform = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
+        self.transform: dict[str, Any] = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
 
     def values(self, data: ChunkData, hp: NamedTuple) -> tuple[Named, Named, Named]:
         (outputs,) = data.outputs.values()

@@ -62,7 +62,8 @@ class FlexChunkLoss(nn.Module):
     Args:
         loss_fn, score_fn: plain functions, instead of overriding the methods.
         chunk_size: rows per chunk; without it they follow from ``max_chunk_bytes``.
-        max_chunk_bytes: a chunk's budget (1 GiB on a GPU, 128 MiB on a CPU).
+        max_chunk_bytes: a chunk's budget. Without one: on a GPU as much as the gradients and their float32 sums take,
+            between 512 MiB and 1.25 GiB; on a CPU 128 MiB; or one chunk, where that takes no more than several.
         compiled: compile the chunk steps. False gives the same numbers, slower and with more memory.
         numbers: further attributes, for plain functions.
     """
@@ -158,7 +159,7 @@ class FlexChunkLoss(nn.Module):
         unknown = set(arguments) - set(names)
         if unknown:
             raise TypeError(f"expected arguments of forward, got {sorted(unknown)}")
-        call, _ = self._prepare(projections, rows, *(arguments.get(name) for name in names))
+        call, _ = self._prepare(projections, rows, **arguments)
         return call.plan
 
     @outside_compile
@@ -178,7 +179,15 @@ class FlexChunkLoss(nn.Module):
         With ``separate_outputs`` their names are ``"projection/score"``. ``row_weight`` zero drops a row (its score is
         zero); other values of it count for nothing.
         """
-        call, _ = self._prepare(projections, rows, columns, row_weight, None, segments, None, numbers, scores_only=True)
+        call, _ = self._prepare(
+            projections,
+            rows,
+            columns,
+            row_weight=row_weight,
+            segments=segments,
+            numbers=numbers,
+            scores_only=True,
+        )
         results = {}
         for key, name, value in self._walk(call):
             by_row = key is not None and call.selection.lengths is None
@@ -217,12 +226,12 @@ class FlexChunkLoss(nn.Module):
         self,
         projections: Projections,
         rows: Tensors | None,
-        columns: Tensors | None,
-        row_weight: Tensor | None,
-        groups: Tensors | None,
-        segments: Tensor | None,
-        group_weight: Tensor | None,
-        numbers: Mapping[str, Tensor] | None,
+        columns: Tensors | None = None,
+        row_weight: Tensor | None = None,
+        groups: Tensors | None = None,
+        segments: Tensor | None = None,
+        group_weight: Tensor | None = None,
+        numbers: Mapping[str, Tensor] | None = None,
         scores_only: bool = False,
     ) -> tuple[Call, Named]:
         hp = self._numbers(numbers)
@@ -253,7 +262,9 @@ class FlexChunkLoss(nn.Module):
             n_groups=n_groups,
             segments_per_group=self.segments_per_group,
         )
-        units_of = [(name,) for name in problem.projections] if self.separate_outputs else [tuple(problem.projections)]
+        units_of: list[tuple[str, ...]] = [tuple(problem.projections)]
+        if self.separate_outputs:
+            units_of = [(name,) for name in problem.projections]
         coupled = scores_only or (grouped and self.couples_batch)
         plan = make_plan(
             problem,
@@ -342,7 +353,7 @@ class FlexChunkLoss(nn.Module):
             raise TypeError(
                 f"expected hashable attributes on {type(self).__name__} (tuples, not lists), got {unhashable}"
             ) from None
-        twin = _twin(type(self), statics)
+        twin = _twin(cast(Any, type(self)), statics)
         return Function(getattr(twin, name), (type(self), name, statics), single, bool(problem.columns))
 
     def _attributes(self) -> dict[str, Any]:

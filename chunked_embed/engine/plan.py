@@ -9,10 +9,10 @@ import torch
 
 from .problem import Problem, ProjectionSpec
 from .select import Selection
-from .types import HALF, accumulator_dtype
+from .types import accumulator_dtype
 
-CUDA_CHUNK_BYTES = 1 << 30
-CPU_CHUNK_BYTES = 1 << 27
+CUDA_CHUNK_BYTES = (1 << 29, 5 << 28)  # least and most; between them, as much as the gradients take anyway
+CPU_CHUNK_BYTES = (1 << 27, 1 << 27)
 NARROW = 4096  # up to this width a reduction over a row does not split, and compiled steps take any number of rows
 EAGER_BYTES = (
     24  # an uncompiled step's float32 temporaries for each output: the copy read, about four more, the gradient
@@ -47,8 +47,9 @@ class Block:
 class ChunkPlan:
     """What a call will do. ``print(loss.plan(...))`` shows it.
 
-    Byte counts are peaks above the call's inputs, returned gradients included; ``peak_bytes`` is the largest moment of
-    forward and backward together. A plain compiled ``loss_fn`` may add what inductor keeps beside its inputs.
+    Byte counts are above the call's inputs: a chunk's outputs and workspace, the gradients as they are gathered (half
+    precision in float32 sums), and as they are returned. ``peak_bytes`` is the largest moment of forward and backward.
+    A plain compiled ``loss_fn`` may add what inductor keeps beside its inputs.
     """
 
     rows: int
@@ -58,7 +59,7 @@ class ChunkPlan:
     products: int
     rungs: tuple[int, ...] | None  # the row counts of compiled steps; None: any
     chunk_bytes: int
-    accumulator_bytes: int
+    gathered_bytes: int
     gradient_bytes: int
     peak_bytes: int
     compiled: bool
@@ -83,7 +84,7 @@ class ChunkPlan:
             f"products      {self.products} matrix products per chunk",
             f"steps         {'compiled' if self.compiled else 'uncompiled'}",
             f"chunk         {size(self.chunk_bytes)}",
-            f"accumulators  {size(self.accumulator_bytes)}",
+            f"gathered      {size(self.gathered_bytes)}",
             f"gradients     {size(self.gradient_bytes)}",
             f"peak          {size(self.peak_bytes)}",
         ]
@@ -142,15 +143,26 @@ def bytes_per_row(problem: Problem, settings: Settings, units: list[tuple[str, .
     return max(trainable, frozen)
 
 
-def rows_per_chunk(problem: Problem, settings: Settings, per_row: int) -> int:
+def rows_per_chunk(problem: Problem, settings: Settings, per_row: int, rows: int) -> tuple[int, int]:
+    """-> rows of a chunk, rows of the largest compiled step.
+
+    As many as fit in the budget; or all of them, where that takes no more memory than chunks and their accumulators.
+    The steps' sizes follow from the budget alone: a ragged batch must not change them.
+    """
     if settings.chunk_size is not None:
-        return settings.chunk_size
-    default = CUDA_CHUNK_BYTES if problem.device.type == "cuda" else CPU_CHUNK_BYTES
+        return settings.chunk_size, settings.chunk_size
     if per_row == 0:
-        return problem.n_rows
-    fitting = (settings.max_chunk_bytes or default) // per_row
-    step = 256 if fitting >= 256 else 16  # whole tiles of the matrix product, and a ladder that divides evenly
-    return max(fitting // step * step, 1)
+        return max(rows, 1), max(rows, 1)
+    least, most = CUDA_CHUNK_BYTES if problem.device.type == "cuda" else CPU_CHUNK_BYTES
+    several, one = gathered_bytes(problem, n_chunks=2), gathered_bytes(problem, n_chunks=1)
+    budget = settings.max_chunk_bytes or min(max(least, several), most)
+    step = (
+        256 if budget // per_row >= 256 else 16
+    )  # whole tiles of the matrix product, and a ladder that divides evenly
+    fitting = max(budget // per_row // step * step, 1)
+    if settings.max_chunk_bytes is None and rows * per_row + one <= budget + several:
+        return max(rows, 1), fitting
+    return fitting, fitting
 
 
 def split(start: int, stop: int, size: int) -> tuple[Chunk, ...]:
@@ -194,7 +206,7 @@ def tiles(rows: int, ladder: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
         start = stop
 
 
-def ladder(problem: Problem, settings: Settings, chunk_rows: int) -> tuple[int, ...] | None:
+def ladder(problem: Problem, settings: Settings, step_rows: int) -> tuple[int, ...] | None:
     """The row counts that compiled steps are specialised to. None: natural ones, uncompiled or with dynamic rows.
 
     With a dynamic row count inductor splits a long reduction and drops its online softmax (measured at a 128k
@@ -202,7 +214,7 @@ def ladder(problem: Problem, settings: Settings, chunk_rows: int) -> tuple[int, 
     """
     if not settings.compiled or all(p.width <= NARROW for p in problem.projections.values()):
         return None
-    return tuple(sorted({chunk_rows, -(-chunk_rows // 4), -(-chunk_rows // 16)}, reverse=True))
+    return tuple(sorted({step_rows, -(-step_rows // 4), -(-step_rows // 16)}, reverse=True))
 
 
 def padded_rows(rows: int, rungs: tuple[int, ...] | None) -> int:
@@ -222,26 +234,22 @@ def make_plan(
 ) -> ChunkPlan:
     """Lay out the chunks and count what they take."""
     per_row = bytes_per_row(problem, settings, units, selection.order is not None)
-    size = rows_per_chunk(problem, settings, per_row)
-    rungs = ladder(problem, settings, size)
+    size, step_rows = rows_per_chunk(problem, settings, per_row, selection.n_rows)
+    rungs = ladder(problem, settings, step_rows)
     blocks = pack(selection, size, couples_batch)
     largest = max((chunk.rows for block in blocks for chunk in block.chunks), default=0)
     chunk_bytes = padded_rows(largest, rungs) * per_row
 
-    accumulators, gradients = _gradient_bytes(problem, sum(len(b.chunks) for b in blocks))
+    gathered = gathered_bytes(problem, sum(len(b.chunks) for b in blocks))
+    returned = sum(t.numel() * t.dtype.itemsize for t, w in zip(problem.tensors, problem.wants_grad, strict=True) if w)
+    products = [p for p in problem.projections.values() if not p.identity]
     two_passes = deferred or any(len(b.chunks) > 1 for b in blocks)
-    forwards = sum(len(p.terms) for p in problem.projections.values() if not p.identity)
-    if two_passes:  # the outputs that a gradient is taken of are formed twice
-        forwards += sum(len(p.terms) for p in problem.projections.values() if not p.identity and p.wants_grad)
-    backwards = sum(
-        problem.wants_grad[i]
-        for p in problem.projections.values()
-        if not p.identity
-        for t in p.terms
-        for i in t  # type: ignore[index]
-    )
-    scaled = 0 if deferred else gradients  # backward scales out of place
-    peak = max(chunk_bytes + accumulators + _row_gradient_bytes(problem), accumulators + gradients, gradients + scaled)
+    # Outputs that a gradient is taken of are formed again in a second pass.
+    forwards = sum(len(p.terms) * (2 if two_passes and p.wants_grad else 1) for p in products)
+    backwards = sum(problem.wants_grad[i] for p in products for term in p.terms for i in term if i is not None)
+    # A gradient that is still to be scaled, or is wider than its tensor, is returned as a copy.
+    copied = returned if not deferred or gathered > returned else 0
+    peak = max(chunk_bytes + gathered, gathered + copied)
     return ChunkPlan(
         rows=problem.n_rows,
         used_rows=selection.n_rows,
@@ -250,36 +258,27 @@ def make_plan(
         products=forwards + backwards,
         rungs=rungs,
         chunk_bytes=chunk_bytes,
-        accumulator_bytes=accumulators,
-        gradient_bytes=gradients,
+        gathered_bytes=gathered,
+        gradient_bytes=returned,
         peak_bytes=peak if problem.any_grad else chunk_bytes,
         compiled=settings.compiled,
         deferred=deferred,
     )
 
 
-def _row_gradient_bytes(problem: Problem) -> int:
-    """Gradients of row-aligned tensors are held from the first chunk on."""
-    rowlike = {i for p in problem.projections.values() for i, _ in p.terms} | set(problem.rows.values())
-    return sum(_storage_bytes(problem, i) for i in rowlike if problem.wants_grad[i])
-
-
-def _storage_bytes(problem: Problem, i: int) -> int:
-    tensor = problem.tensors[i]
-    operand = problem.cast.get(i, tensor.dtype)
-    wide = operand == torch.float16 or (operand in HALF and tensor.dtype not in HALF)
-    return tensor.numel() * (4 if wide else operand.itemsize)
-
-
-def _gradient_bytes(problem: Problem, n_chunks: int) -> tuple[int, int]:
-    """(accumulators that are not themselves returned, gradients that are)."""
-    accumulators = gradients = 0
-    shared = [i for p in problem.projections.values() for _, i in p.terms if i is not None]
+def gathered_bytes(problem: Problem, n_chunks: int) -> int:
+    """What gradients.Gradients holds: float32 sums for half precision, but one product alone needs no sum."""
+    terms = [term for p in problem.projections.values() for term in p.terms]
+    weights = [w for _, w in terms]
+    rowlike = {i for i, _ in terms} | set(problem.rows.values())
+    total = 0
     for i, tensor in enumerate(problem.tensors):
         if not problem.wants_grad[i]:
             continue
-        gradients += tensor.numel() * tensor.dtype.itemsize
-        once = n_chunks * max(shared.count(i), 1) == 1
-        if i in shared and tensor.dtype in HALF and not (once and tensor.dtype != torch.float16):
-            accumulators += tensor.numel() * accumulator_dtype(tensor.dtype).itemsize
-    return accumulators, gradients
+        operand = problem.cast.get(i, tensor.dtype)
+        alone = i in rowlike or (i in weights and n_chunks * weights.count(i) == 1)
+        if alone and operand == tensor.dtype and operand != torch.float16:
+            total += tensor.numel() * operand.itemsize
+        else:
+            total += tensor.numel() * accumulator_dtype(operand).itemsize
+    return total

@@ -52,52 +52,58 @@ def select(
     Raises:
         ValueError: an index out of range, a weight that is not finite, segment ids that overrun or skip.
     """
-    m, device = problem.n_rows, problem.device
-    if segments is None and row_weight is None:
-        checks = [_out_of_range(problem, name, None) for name in index_rows]
-        _raise_on_indices(problem, index_rows, _fetch(checks))
-        return Selection(n_rows=m, n_groups=m)
-    if segments is None:
-        used = row_weight != 0  # type: ignore[operator]
-        finite = torch.isfinite(row_weight).all()  # type: ignore[arg-type]
-        checks = [used.sum(), ~finite, *(_out_of_range(problem, name, used) for name in index_rows)]
-        n_used, bad_weights, *bad = _fetch(checks)
-        if bad_weights:
-            raise ValueError("expected finite row weights, got NaN or infinity")
-        _raise_on_indices(problem, index_rows, bad)
-        order = None if n_used == m else torch.argsort((~used).to(torch.int8), stable=True)[:n_used]
-        return Selection(n_rows=n_used, order=order, n_groups=m)
+    if segments is not None:
+        return _by_segment(problem, index_rows, segments, n_groups, segments_per_group)
+    if row_weight is not None:
+        return _by_weight(problem, index_rows, row_weight)
+    _raise_on_indices(problem, index_rows, _fetch([_out_of_range(problem, name, None) for name in index_rows]))
+    return Selection(n_rows=problem.n_rows, n_groups=problem.n_rows)
 
-    inferred = n_groups is None
-    if inferred:
-        n_groups = int(segments.max()) // segments_per_group + 1  # the one case that costs a second sync
-    n_segments = n_groups * segments_per_group  # type: ignore[operator]
+
+def _by_weight(problem: Problem, index_rows: Sequence[str], weight: Tensor) -> Selection:
+    used = weight != 0
+    broken = ~torch.isfinite(weight).all()
+    checks = [used.sum(), broken, *(_out_of_range(problem, name, used) for name in index_rows)]
+    n_used, bad_weights, *bad = _fetch(checks)
+    if bad_weights:
+        raise ValueError("expected finite row weights, got NaN or infinity")
+    _raise_on_indices(problem, index_rows, bad)
+    order = None if n_used == problem.n_rows else torch.argsort((~used).to(torch.int8), stable=True)[:n_used]
+    return Selection(n_rows=n_used, order=order, n_groups=problem.n_rows)
+
+
+def _by_segment(
+    problem: Problem, index_rows: Sequence[str], segments: Tensor, given_groups: int | None, per_group: int
+) -> Selection:
+    # Without a number of groups the largest id tells: the one case that costs a second sync.
+    n_groups = int(segments.max()) // per_group + 1 if given_groups is None else given_groups
+    n_segments = n_groups * per_group
     used = segments >= 0
     inside = torch.where(used & (segments < n_segments), segments, n_segments)
-    counts = torch.zeros(n_segments + 1, dtype=torch.int64, device=device)
+    counts = torch.zeros(n_segments + 1, dtype=torch.int64, device=problem.device)
     counts.scatter_add_(0, inside, torch.ones_like(inside))
     in_order = used.all() & (segments[1:] >= segments[:-1]).all()
     overrun = (segments >= n_segments).sum()
     checks = [overrun, in_order, *(_out_of_range(problem, name, used) for name in index_rows)]
     fetched = _fetch([*checks, counts[:-1]])
-    n_over, sorted_already, *rest = fetched[: len(checks)]
+    n_over, sorted_already, *bad = fetched[: len(checks)]
     lengths = torch.tensor(fetched[len(checks) :], dtype=torch.int64)
     if n_over:
         raise ValueError(
-            f"expected segment ids below {n_segments} ({n_groups} groups of {segments_per_group}), "
+            f"expected segment ids below {n_segments} ({n_groups} groups of {per_group}), "
             f"got {int(segments.max())} among others"
         )
-    _raise_on_indices(problem, index_rows, rest)
-    n_used = int(lengths.sum())
-    if inferred and n_groups and bool((lengths.view(-1, segments_per_group).sum(1) == 0).any()):
-        empty = int((lengths.view(-1, segments_per_group).sum(1) == 0).nonzero()[0])
+    _raise_on_indices(problem, index_rows, bad)
+    empty = (lengths.view(-1, per_group).sum(1) == 0).nonzero()
+    if given_groups is None and len(empty):
         raise ValueError(
-            f"expected segment ids without gaps, got no row for group {empty} of {n_groups}; where a group may be "
-            "empty, say how many there are by group arguments or a group_weight"
+            f"expected segment ids without gaps, got no row for group {int(empty[0])} of {n_groups}; where a group may "
+            "be empty, say how many there are by group arguments or a group_weight"
         )
+    n_used = int(lengths.sum())
     order = None if sorted_already else torch.argsort(inside, stable=True)[:n_used]
     segment = segments if order is None else segments.index_select(0, order)
-    return Selection(n_used, order, segment, lengths, n_groups, segments_per_group)  # type: ignore[arg-type]
+    return Selection(n_used, order, segment, lengths, n_groups, per_group)
 
 
 def _fetch(values: Sequence[Tensor]) -> list[int]:

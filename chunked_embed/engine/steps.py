@@ -138,7 +138,7 @@ def row_values(loss_fn: Function) -> Callable:
 def row_values_and_gradients(
     loss_fn: Function, wanted_rows: tuple[str, ...], wanted_columns: tuple[str, ...]
 ) -> Callable:
-    def step(outputs, destinations, rows, columns, weight, hp):  # type: ignore[no-untyped-def]
+    def step(outputs, destinations, rows, columns, weight, hp):
         wide = _wide(outputs)
 
         def total(o: Named, r: Named, c: Named) -> tuple[Tensor, Named]:
@@ -162,7 +162,7 @@ def row_values_and_gradients(
 
 
 def score_values(score_fn: Function, column_fn: Function | None, combine: tuple[tuple[str, str], ...]) -> Callable:
-    def step(outputs, rows, columns, valid, hp):  # type: ignore[no-untyped-def]
+    def step(outputs, rows, columns, valid, hp):
         wide = _wide(outputs)
         scores = score_fn(wide, rows, columns, hp)
         for name, value in scores.items():
@@ -187,7 +187,7 @@ def score_gradients(
     wanted_rows: tuple[str, ...],
     wanted_columns: tuple[str, ...],
 ) -> Callable:
-    def step(outputs, destinations, rows, columns, valid, upstream, totals, hp):  # type: ignore[no-untyped-def]
+    def step(outputs, destinations, rows, columns, valid, upstream, totals, hp):
         wide = _wide(outputs)
 
         def total(o: Named, r: Named, c: Named) -> tuple[Tensor, Named]:
@@ -234,7 +234,8 @@ class Runner:
             return factory(*bound)
         # A wide step is compiled for its row count alone; a narrow one turns dynamic in whatever changes.
         size = "narrow" if self.rungs is None else rows
-        return compiled_step(factory, bound, (key, size, tuple(data.destinations)), self.device)
+        dtypes = tuple(o.dtype for o in data.outputs.values())
+        return compiled_step(factory, bound, (key, size, dtypes, tuple(data.destinations)), self.device)
 
     def valid(self, rows: int, size: int) -> Tensor:
         """(size,) True on rows, False on the padding behind them."""
@@ -298,7 +299,7 @@ class PlainScore:
         wanted_columns: tuple[str, ...] = (),
     ) -> None:
         self.runner = runner
-        self.combine = dict(combine or {})
+        self.combine: Mapping[str, str] = dict(combine or {})
         how = tuple(self.combine.items())
         self.forward = (score_fn, column_fn, how)
         self.backward = (*self.forward, wanted_rows, wanted_columns)
