@@ -20,7 +20,7 @@ import typer
 from measure import FLOOR, OURS, PEER, Benchmark, Candidate, Timing, relative_error, value_and_gradients
 from torch import Tensor
 
-from chunked_embed import FlexChunkLoss, Projection, linear_logps
+from chunked_embed import FlexChunkLoss, Projection, TokenStatistics, linear_logps
 from chunked_embed.kernels import available
 from chunked_embed.kernels.token_scores import (
     DIFFERENTIABLE,
@@ -52,6 +52,13 @@ class SequenceLoss(FlexChunkLoss):
 
     def loss_fn(self, scores, groups, hp):
         return -(scores["logps"] / scores["count"]).squeeze(1)
+
+
+class TokenLoss(TokenStatistics):
+    """The same over single tokens, on the token statistics that the engine ships: a hand-written kernel pair."""
+
+    def loss_fn(self, scores, groups, hp):
+        return -scores["logps"].squeeze(1)
 
 
 class InfoNCE(FlexChunkLoss):
@@ -142,7 +149,8 @@ def run_head(
 ) -> None:
     tokens, vocabulary, width = shape
     hidden, weight, target = random_head(bench, *shape, dtype)
-    leaves, bound, rows = [hidden, weight], BOUNDS[dtype], options["chunk_size"]
+    leaves, bound = [hidden, weight], BOUNDS[dtype]
+    rows = CrossEntropy(**options).plan(Projection(hidden, weight), {"target": target}).chunk_rows
     size = f"{tokens} tokens, V={vocabulary}, H={width}, {str(dtype).removeprefix('torch.')}, chunks of {rows}"
     expected: list[Tensor] = []
 
@@ -169,6 +177,9 @@ def run_head(
             lambda: sequence_loss(Projection(hidden, weight), {"target": target}, segments=segments).loss, leaves
         )
         candidates.append(Candidate("score_fn, grouped", OURS, ours, bound))
+        token_loss = TokenLoss(**options)
+        ours = value_and_gradients(lambda: token_loss(Projection(hidden, weight), {"target": target}).loss, leaves)
+        candidates.append(Candidate("TokenStatistics, grouped", OURS, ours, bound))
     if candidates:
         candidates.append(Candidate("floor: 3 products", FLOOR, product_floor(hidden, weight, rows, 1)))
         bench.case(f"cross-entropy, {size}", candidates + peers(hidden, weight, target, 1.0, bound), truth)
@@ -181,12 +192,18 @@ def run_infonce(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, opt
     queries, documents = (side.to(dtype).requires_grad_() for side in sides)
     target = torch.arange(rows, device=bench.device)
     loss, bound = InfoNCE(**options), BOUNDS[dtype]
+    token_loss = TokenLoss(logit_scale=SCALE, **options)
+    chunk_rows = loss.plan(Projection(queries, documents), {"target": target}).chunk_rows
+    on_tokens = value_and_gradients(
+        lambda: token_loss(Projection(queries, documents), {"target": target}).loss, [queries, documents]
+    )
     ours = value_and_gradients(
         lambda: loss(Projection(queries, documents), {"target": target}).loss, [queries, documents]
     )
     candidates = [
-        Candidate("floor: 3 products", FLOOR, product_floor(queries, documents, options["chunk_size"], 1)),
+        Candidate("floor: 3 products", FLOOR, product_floor(queries, documents, chunk_rows, 1)),
         Candidate("loss_fn, row-wise", OURS, ours, bound),
+        Candidate("TokenStatistics, grouped", OURS, on_tokens, bound),
         *peers(queries, documents, target, SCALE, bound),
     ]
     try:
@@ -200,7 +217,7 @@ def run_infonce(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, opt
             lambda: library.compute_loss_from_embeddings([queries, documents], None), [queries, documents]
         )
         candidates.append(Candidate("sentence-transformers", PEER, theirs, bound))
-    name = f"InfoNCE {rows}x{width}, {str(dtype).removeprefix('torch.')}, chunks of {options['chunk_size']}"
+    name = f"InfoNCE {rows}x{width}, {str(dtype).removeprefix('torch.')}, chunks of {chunk_rows}"
     bench.case(name, candidates, lambda: true_step(queries, documents, target, SCALE, torch.float32))
 
 
@@ -307,7 +324,7 @@ def main(
     error: Annotated[str, typer.Option(help="tokens x vocabulary x hidden of the weight-gradient error")] = "",
     kernel: Annotated[str, typer.Option(help="rows x columns of the raw kernels")] = "",
     dtype: str = "",
-    chunk_size: Annotated[int, typer.Option(help="rows")] = 0,
+    chunk_size: Annotated[int, typer.Option(help="rows; 0 for what the plan says")] = 0,
     compiled: bool = True,
     tune: Annotated[bool, typer.Option(help="time the kernels at other block sizes too")] = False,
     repeats: int = 5,
@@ -318,7 +335,7 @@ def main(
     if unknown := chosen - set(CASES):
         raise typer.BadParameter(f"expected cases out of {CASES}, got {sorted(unknown)}")
     kind = getattr(torch, dtype or ("float32" if cpu else "bfloat16"))
-    options = {"chunk_size": chunk_size or (64 if cpu else 4096), "compiled": compiled}
+    options = {"chunk_size": chunk_size or (64 if cpu else None), "compiled": compiled}
     bench = Benchmark("token-losses", torch.device(device), out, repeats=repeats)
     if chosen & {"linear-logps", "cross-entropy", "grouped"}:
         run_head(bench, chosen, _shape(head or ("256x1000x64" if cpu else "8192x151936x4096")), kind, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from .engine import ChunkPlan, FlexChunkLoss, LossOutput, Projection, TokenLogps, linear_logps
+from .engine import ChunkPlan, FlexChunkLoss, LossOutput, Projection, TokenLogps, TokenStatistics, linear_logps
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "LossOutput",
     "Projection",
     "TokenLogps",
+    "TokenStatistics",
     "functional",
     "linear_logps",
     "losses",

@@ -81,6 +81,9 @@ class FlexChunkLoss(nn.Module):
     """Row arguments that index the columns: checked to lie in [0, V) on used rows."""
     combine: ClassVar[Mapping[str, str]] = {}
     """Column scores: name -> "logsumexp" or "sum" over rows, of the ``(R, V)`` elements of ``column_score_fn``."""
+    static_widths: bool = False
+    """Compile anew for each width of narrow outputs: for formulas that cut a row at a fraction of its width, which do
+    not fuse when the width is dynamic."""
     workspace_bytes: ClassVar[int] = 0
     """Bytes per output that a step needs beyond the outputs (a sort index: 8); counts against the chunk budget."""
 
@@ -271,10 +274,10 @@ class FlexChunkLoss(nn.Module):
             selection,
             settings,
             units=units_of,
-            couples_batch=coupled,
-            deferred=coupled or (not grouped and problem.all_identity),
+            coupled=coupled,
+            grouped=grouped,
         )
-        call = Call(problem, selection, plan, make_runner(plan, problem), hp)
+        call = Call(problem, selection, plan, make_runner(plan, problem, self.static_widths), hp)
         if grouped:
             self._grouped(call, units_of, group_tensors, group_weight)
         else:

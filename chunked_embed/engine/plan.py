@@ -13,6 +13,7 @@ from .types import accumulator_dtype
 
 CUDA_CHUNK_BYTES = (1 << 29, 5 << 28)  # least and most; between them, as much as the gradients take anyway
 CPU_CHUNK_BYTES = (1 << 27, 1 << 27)
+SMALL_BYTES = 1 << 26  # gradients up to this are held from forward to backward: one step is faster than two
 NARROW = 4096  # up to this width a reduction over a row does not split, and compiled steps take any number of rows
 EAGER_BYTES = (
     24  # an uncompiled step's float32 temporaries for each output: the copy read, about four more, the gradient
@@ -229,19 +230,21 @@ def make_plan(
     settings: Settings,
     *,
     units: list[tuple[str, ...]],
-    couples_batch: bool,
-    deferred: bool,
+    grouped: bool,
+    coupled: bool,
 ) -> ChunkPlan:
     """Lay out the chunks and count what they take."""
+    returned = sum(t.numel() * t.dtype.itemsize for t, w in zip(problem.tensors, problem.wants_grad, strict=True) if w)
+    # Without products, taking gradients in backward costs little and holds nothing in between.
+    deferred = coupled or (not grouped and problem.all_identity and returned > SMALL_BYTES)
     per_row = bytes_per_row(problem, settings, units, selection.order is not None)
     size, step_rows = rows_per_chunk(problem, settings, per_row, selection.n_rows)
     rungs = ladder(problem, settings, step_rows)
-    blocks = pack(selection, size, couples_batch)
+    blocks = pack(selection, size, coupled)
     largest = max((chunk.rows for block in blocks for chunk in block.chunks), default=0)
     chunk_bytes = padded_rows(largest, rungs) * per_row
 
     gathered = gathered_bytes(problem, sum(len(b.chunks) for b in blocks))
-    returned = sum(t.numel() * t.dtype.itemsize for t, w in zip(problem.tensors, problem.wants_grad, strict=True) if w)
     products = [p for p in problem.projections.values() if not p.identity]
     two_passes = deferred or any(len(b.chunks) > 1 for b in blocks)
     # Outputs that a gradient is taken of are formed again in a second pass.

@@ -220,9 +220,17 @@ def score_gradients(
 class Runner:
     """Runs steps over chunks: whole, or compiled for wide outputs in tiles of a few fixed sizes."""
 
-    def __init__(self, compiled: bool, rungs: tuple[int, ...] | None, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        compiled: bool,
+        rungs: tuple[int, ...] | None,
+        static_widths: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self.compiled = compiled
         self.rungs = rungs  # None: natural row counts
+        self.static_widths = static_widths
         self.device = device
         self.dtype = dtype
 
@@ -234,8 +242,8 @@ class Runner:
             return factory(*bound)
         # A wide step is compiled for its row count alone; a narrow one turns dynamic in whatever changes.
         size = "narrow" if self.rungs is None else rows
-        dtypes = tuple(o.dtype for o in data.outputs.values())
-        return compiled_step(factory, bound, (key, size, dtypes, tuple(data.destinations)), self.device)
+        shapes = tuple((o.dtype, o.shape[1] if self.static_widths else None) for o in data.outputs.values())
+        return compiled_step(factory, bound, (key, size, shapes, tuple(data.destinations)), self.device)
 
     def valid(self, rows: int, size: int) -> Tensor:
         """(size,) True on rows, False on the padding behind them."""

@@ -63,8 +63,8 @@ class Call:
         return any(self.problem.projections[name].wants_grad for name in unit.names)
 
 
-def make_runner(plan: ChunkPlan, problem: Problem) -> Runner:
-    return Runner(plan.compiled, plan.rungs, problem.device, problem.dtype)
+def make_runner(plan: ChunkPlan, problem: Problem, static_widths: bool) -> Runner:
+    return Runner(plan.compiled, plan.rungs, static_widths, problem.device, problem.dtype)
 
 
 class Walk:
