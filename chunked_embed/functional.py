@@ -242,7 +242,9 @@ def cosent_from_scores(scores: Tensor, labels: Tensor, *, scale: float = 1.0) ->
     if scores.dim() != 1 or not scores.is_floating_point():
         raise ValueError(f"expected scores (N,) in floating point, got {tuple(scores.shape)} {scores.dtype}")
     _check_labels(labels, scores)
-    return _CoSENT.apply(scores, labels, _finite("scale", scale))
+    if _finite("scale", scale) < 0:
+        raise ValueError(f"expected scale to be at least 0, got {scale}: a negative one ranks the labels backwards")
+    return _CoSENT.apply(scores, labels, float(scale))
 
 
 class _CoSENT(torch.autograd.Function):

@@ -104,6 +104,7 @@ CASES = {
         "one shape",
     ),
     "dtypes differ": (lambda: CF.triplet(*[torch.ones(3, 2)] * 2, torch.ones(3, 2).half()), TypeError, "one dtype"),
+    "cosent negative": (lambda: CF.cosent(*torch.randn(2, M, H), torch.rand(M), scale=-1), ValueError, "at least 0"),
     "distance": (lambda: CF.triplet(*torch.ones(3, 3, 2), distance="chebyshev"), ValueError, "chebyshev"),
     "similarity": (lambda: CF.pairwise_scores(*torch.ones(2, 3, 2), similarity="x"), ValueError, "one of"),
     "margin": (lambda: CF.triplet(*torch.ones(3, 3, 2), margin=nan), ValueError, "margin to be finite"),
