@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from .gradients import scaled
 from .passes import grouped, in_user_order, power_of_two, row_wise, segment_sums, to_rows
 from .steps import Named
-from .walk import Call, Scored, Walk, pull_chunks, score_chunks, unit_key
+from .walk import Call, Scored, Walk, pull_chunks, score_chunks
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -75,8 +75,8 @@ class ChunkedScores(torch.autograd.Function):
         results = []
         call.layout = []
         for unit in call.units:
-            for name, value in scored.rows[unit_key(unit)].items():
-                call.layout.append((unit_key(unit), name))
+            for name, value in scored.rows[unit.key].items():
+                call.layout.append((unit.key, name))
                 by_segment = call.selection.lengths is not None
                 results.append(
                     segment_sums(value, call.selection, block) if by_segment else in_user_order(call, value, flat=True)
@@ -96,7 +96,7 @@ class ChunkedScores(torch.autograd.Function):
         if problem.has_float16:
             scale = power_of_two(torch.stack([g.abs().amax() for g in grad_scores]))
             grad_scores = tuple(g / scale for g in grad_scores)
-        upstream: dict[str, Named] = {unit_key(unit): {} for unit in call.units}
+        upstream: dict[str, Named] = {unit.key: {} for unit in call.units}
         columns: Named = {}
         for (key, name), grad in zip(call.layout, grad_scores, strict=True):
             if key is None:

@@ -155,6 +155,8 @@ class KernelScore:
         self, data: ChunkData, hp: NamedTuple, saved: Named, upstream: Named, totals: Named
     ) -> tuple[Named, Named]:
         ((name, outputs),) = data.outputs.items()
+        if name not in data.destinations:
+            return {}, {}
         wanted = {
             name: upstream[name].to(accumulator_dtype(outputs.dtype)) for name in DIFFERENTIABLE if name in upstream
         }

@@ -326,13 +326,12 @@ class FlexChunkLoss(nn.Module):
             if not call.plan.deferred or self.separate_outputs:
                 raise ValueError("expected couples_batch = True and joint outputs with a column_score_fn")
             column_fn = self._bind("column_score_fn", problem)
-        trains = any(problem.projections[name].wants_grad for name in names)
         return PlainScore(
             call.runner,
             self._bind("score_fn", problem, single=problem.single or self.separate_outputs),
             column_fn,
             self.combine,
-            problem.wanting(problem.rows) if trains or not self.separate_outputs else (),
+            problem.wanting(problem.rows),
             problem.wanting(problem.columns),
         )
 

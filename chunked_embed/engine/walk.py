@@ -25,6 +25,10 @@ class Unit:
     score: Score
     rows: tuple[str, ...]  # the row arguments that the score reads
 
+    @property
+    def key(self) -> str:
+        return "/".join(self.names)
+
 
 @dataclass
 class GroupLoss:
@@ -39,8 +43,8 @@ class GroupLoss:
     def arrange(self, scores: dict[str, Named], units: Sequence[Unit], counts: Tensor) -> dict[str, Any]:
         """Scores as the loss sees them: by projection where those are scored apart."""
         if self.separate:
-            return {unit.names[0]: scores[unit_key(unit)] for unit in units} | {"count": counts}
-        return scores[unit_key(units[0])] | {"count": counts}
+            return {unit.names[0]: scores[unit.key] for unit in units} | {"count": counts}
+        return scores[units[0].key] | {"count": counts}
 
 
 @dataclass
@@ -216,20 +220,16 @@ class Walk:
 class Scored:
     """Scores of some chunks: per used row, per column, and what a gradient may reuse."""
 
-    rows: dict[str, Named]  # by unit, see unit_key
+    rows: dict[str, Named]  # by unit
     columns: Named
     saved: list[dict[str, Named]]  # by chunk, by unit
-
-
-def unit_key(unit: Unit) -> str:
-    return "\0".join(unit.names)
 
 
 def score_chunks(walk: Walk, chunks: Sequence[Chunk], keep: dict[str, ChunkData] | None = None) -> Scored:
     """Scores of the chunks' rows. ``keep`` receives the outputs of the units that want a gradient (of one chunk)."""
     call = walk.call
     units = sorted(call.units, key=call.trainable)  # frozen ones first: they share the buffer of the first that trains
-    pieces: dict[str, list[Named]] = {unit_key(unit): [] for unit in units}
+    pieces: dict[str, list[Named]] = {unit.key: [] for unit in units}
     columns: Named = {}
     saved: list[dict[str, Named]] = []
     for chunk in chunks:
@@ -238,12 +238,12 @@ def score_chunks(walk: Walk, chunks: Sequence[Chunk], keep: dict[str, ChunkData]
         for unit in units:
             data = walk.data(unit.names, unit.rows)
             scores, parts, reuse = unit.score.values(data, call.hp)
-            pieces[unit_key(unit)].append(scores)
-            saved[-1][unit_key(unit)] = reuse
+            pieces[unit.key].append(scores)
+            saved[-1][unit.key] = reuse
             for name, part in parts.items():
                 columns[name] = combine_parts(unit.score.combine[name], columns.get(name), part)
             if keep is not None and call.trainable(unit):
-                keep[unit_key(unit)] = data
+                keep[unit.key] = data
     return Scored({key: join(named) for key, named in pieces.items()}, columns, saved)
 
 
@@ -263,10 +263,11 @@ def pull_chunks(
             continue
         if kept is None:
             walk.begin(chunk)
-        for unit in call.units:
+        # Those that train first: a frozen one that is formed again takes the buffer of the first of them.
+        for unit in sorted(call.units, key=call.trainable, reverse=True):
             if not (call.trainable(unit) or _wants_arguments(call, unit)):
                 continue
-            key = unit_key(unit)
+            key = unit.key
             data = kept[key] if kept and key in kept else walk.data(unit.names, unit.rows)
             part = slice(chunk.start - offset, chunk.stop - offset)
             named = {name: value[part] for name, value in upstream[key].items()} | column_upstream

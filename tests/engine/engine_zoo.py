@@ -203,6 +203,28 @@ def preference_reference(x):
     return -F.logsigmoid(0.1 * (ratio[:, 0] - ratio[:, 1]) - x["shift"]).mean()
 
 
+class WeightedPreference(Preference):
+    """The frozen projection's scores have a gradient too, through a row argument; and it comes first."""
+
+    def score_fn(self, outputs, rows, hp):
+        return {"logps": rows["scale"] * token_logps(outputs, rows["target"])}
+
+
+def call_weighted(loss, x):
+    sides = {"reference": Projection(x["other"], x["other_weight"]), "policy": Projection(x["hidden"], x["weight"])}
+    ids = segments(len(x["hidden"])).to(x["hidden"].device)
+    rows = {"target": x["target"], "scale": x["scale"]}
+    return loss(sides, rows, segments=ids, groups={"shift": x["shift"]})
+
+
+def weighted_reference(x):
+    m = len(x["hidden"])
+    sides = ((x["hidden"], x["weight"]), (x["other"], x["other_weight"]))
+    policy, reference = (x["scale"] * token_logps(h @ w.T, x["target"]) for h, w in sides)
+    ratio = sums(policy - reference, segments(m), 2 * n_groups(m)).view(-1, 2)
+    return -F.logsigmoid(0.1 * (ratio[:, 0] - ratio[:, 1]) - x["shift"]).mean()
+
+
 class LengthNormalised(FlexChunkLoss):
     """A mean over each segment, from its sum and its count; empty segments are zero."""
 
@@ -352,6 +374,9 @@ CASES = {
         lambda x: F.softplus(x["hidden"] @ x["hidden"].T).mean(),
     ),
     "preference": Case(Preference, pair_rows, call_preference, preference_reference),
+    "weighted_preference": Case(
+        WeightedPreference, lambda m, r: pair_rows(m, r) | {"scale": r(m)}, call_weighted, weighted_reference
+    ),
     "length_normalised": Case(LengthNormalised, token_rows, call_length, length_reference),
     "joint": Case(
         JointScores,
