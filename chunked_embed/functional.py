@@ -40,7 +40,7 @@ def angle_similarity(a: Tensor, b: Tensor) -> Tensor:
         a, b = F.pad(a, (0, 1)), F.pad(b, (0, 1))
     a_re, a_im = a.chunk(2, dim=1)
     b_re, b_im = b.chunk(2, dim=1)
-    both = (a_re * (b_re - b_im) + a_im * (b_re + b_im)).sum(1)  # cos + sin
+    both = ((a_re * b_re + a_im * b_im) + (a_im * b_re - a_re * b_im)).sum(1)  # cos + sin
     return (both * inverse_norm(a) * inverse_norm(b)).abs()
 
 

@@ -61,14 +61,16 @@ def _cast(
 class ChunkedScores(torch.autograd.Function):
     """Differentiable scores: sums of a segment ``(G, segments)``, or one per row ``(M,)``, and column scores ``(V,)``.
 
-    Nothing but the scores is kept for backward, which walks over the chunks again.
+    Nothing but the scores is kept for backward, which walks over the chunks again; except for outputs that are no
+    larger than the inputs, which autograd holds anyway.
     """
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         (block,) = call.plan.blocks
+        ctx.kept = {} if call.plan.keeps_outputs and call.problem.any_grad else None
         with torch.autocast(call.problem.device.type, enabled=False):
-            scored = score_chunks(Walk(call, tensors, with_grad=False), block.chunks)
+            scored = score_chunks(Walk(call, tensors, with_grad=False), block.chunks, ctx.kept)
         ctx.call, ctx.scored = call, Scored({}, scored.columns, scored.saved)
         if call.problem.any_grad:
             ctx.save_for_backward(*tensors)
@@ -107,5 +109,7 @@ class ChunkedScores(torch.autograd.Function):
                 upstream[key][name] = grad if selection.order is None else grad.index_select(0, selection.order)
         with torch.autocast(problem.device.type, enabled=False):
             walk = Walk(call, ctx.saved_tensors, with_grad=True)
-            pull_chunks(walk, block.chunks, scored, upstream, columns)
+            kept, ctx.kept = ctx.kept, None  # gradients take the outputs' place: a second backward forms them again
+            pull_chunks(walk, block.chunks, scored, upstream, columns, kept)
+            del kept
             return (None, *_cast(walk.finish(), scale, [t.dtype for t in ctx.saved_tensors]))

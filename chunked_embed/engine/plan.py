@@ -14,6 +14,7 @@ from .types import accumulator_dtype
 CUDA_CHUNK_BYTES = (1 << 29, 5 << 28)  # least and most; between them, as much as the gradients take anyway
 CPU_CHUNK_BYTES = (1 << 27, 1 << 27)
 SMALL_BYTES = 1 << 26  # gradients up to this are held from forward to backward: one step is faster than two
+KEEP_RATIO = 1.5  # outputs up to this many times the inputs are kept for backward
 NARROW = 4096  # up to this width a reduction over a row does not split, and compiled steps take any number of rows
 EAGER_BYTES = (
     24  # an uncompiled step's float32 temporaries for each output: the copy read, about four more, the gradient
@@ -64,7 +65,8 @@ class ChunkPlan:
     gradient_bytes: int
     peak_bytes: int
     compiled: bool
-    deferred: bool
+    deferred: bool  # gradients are taken in backward
+    keeps_outputs: bool  # from forward to backward
 
     @property
     def chunks(self) -> int:
@@ -72,7 +74,8 @@ class ChunkPlan:
 
     @property
     def passes(self) -> int:
-        return 2 if self.deferred or any(len(block.chunks) > 1 for block in self.blocks) else 1
+        again = self.deferred and not self.keeps_outputs
+        return 2 if again or any(len(block.chunks) > 1 for block in self.blocks) else 1
 
     def __str__(self) -> str:
         def size(n: int) -> str:
@@ -246,7 +249,12 @@ def make_plan(
 
     gathered = gathered_bytes(problem, sum(len(b.chunks) for b in blocks))
     products = [p for p in problem.projections.values() if not p.identity]
-    two_passes = deferred or any(len(b.chunks) > 1 for b in blocks)
+    # A Dense layer's outputs are as large as its inputs: in one chunk they may as well stay for backward.
+    inputs = {i for p in products for i, _ in p.terms}
+    input_bytes = sum(problem.tensors[i].numel() * problem.tensors[i].dtype.itemsize for i in inputs)
+    output_bytes = selection.n_rows * sum(p.width * p.output_dtype.itemsize for p in products)
+    keeps = coupled and len(blocks[0].chunks) == 1 and 0 < output_bytes <= KEEP_RATIO * input_bytes
+    two_passes = (deferred and not keeps) or any(len(b.chunks) > 1 for b in blocks)
     # Outputs that a gradient is taken of are formed again in a second pass.
     forwards = sum(len(p.terms) * (2 if two_passes and p.wants_grad else 1) for p in products)
     backwards = sum(problem.wants_grad[i] for p in products for term in p.terms for i in term if i is not None)
@@ -266,6 +274,7 @@ def make_plan(
         peak_bytes=peak if problem.any_grad else chunk_bytes,
         compiled=settings.compiled,
         deferred=deferred,
+        keeps_outputs=keeps,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -83,16 +84,17 @@ class Walk:
         chunks = [chunk for block in call.plan.blocks for chunk in block.chunks]
         self.capacity = max((self.padded(chunk.rows) for chunk in chunks), default=0)
         self.gradients = Gradients(self.problem, self.selection, self.operands, len(chunks))
-        self.buffers = self._allocate()
+        self.chunk: Chunk | None = None
         self.gathered: dict[int, Tensor] = {}
         self.written: set[int] = set()
 
     def padded(self, rows: int) -> int:
         return padded_rows(rows, self.call.runner.rungs)
 
-    def _allocate(self) -> Named:
-        """Output buffers. Units without gradient are scored one after the other through the space of the first that
-        has one, before it is filled."""
+    @cached_property
+    def buffers(self) -> Named:
+        """Output buffers, made when the first outputs are. Units without gradient are scored one after the other through
+        the space of the first that has one, before it is filled."""
 
         def size(name: str) -> int:
             spec = self.problem.projections[name]
@@ -122,21 +124,29 @@ class Walk:
 
     def finish(self) -> list[Tensor | None]:
         """Let go of the buffers; the gradients, in the order of the call's tensors."""
-        self.buffers.clear()
+        self.__dict__.pop("buffers", None)
         self.gathered.clear()
         return self.gradients.finish() if self.with_grad else []
 
     def begin(self, chunk: Chunk) -> None:
+        """Turn to a chunk; a second time in a row changes nothing."""
+        if chunk != self.chunk:
+            self.gathered.clear()
         self.chunk = chunk
-        self.gathered.clear()
         self.written.clear()
+
+    @property
+    def here(self) -> Chunk:
+        if self.chunk is None:
+            raise RuntimeError("no chunk has begun")
+        return self.chunk
 
     def rows_of(self, i: int) -> Tensor:
         """The chunk's rows of a row-aligned tensor; a view where rows are taken as they come."""
         if self.selection.order is None:
-            return self.operands[i][self.chunk.start : self.chunk.stop]
+            return self.operands[i][self.here.start : self.here.stop]
         if i not in self.gathered:
-            index = self.selection.order[self.chunk.start : self.chunk.stop]
+            index = self.selection.order[self.here.start : self.here.stop]
             self.gathered[i] = self.operands[i].index_select(0, index)
         return self.gathered[i]
 
@@ -144,7 +154,7 @@ class Walk:
         return {name: self._outputs(self.problem.projections[name]) for name in names}
 
     def _outputs(self, spec: ProjectionSpec) -> Tensor:
-        rows = self.chunk.rows
+        rows = self.here.rows
         if spec.identity:
             given = self.rows_of(spec.terms[0][0])
             if self.padded(rows) == rows:
@@ -168,7 +178,7 @@ class Walk:
     def data(self, names: Sequence[str], rows: Sequence[str], outputs: Named | None = None) -> ChunkData:
         outputs = self.outputs(names) if outputs is None else outputs
         return ChunkData(
-            rows=self.chunk.rows,
+            rows=self.here.rows,
             outputs=outputs,
             destinations={},
             row_args={name: self.rows_of(self.problem.rows[name]) for name in rows},
@@ -185,30 +195,30 @@ class Walk:
                 data.destinations[name] = None
             elif spec.identity:
                 i = spec.terms[0][0]
-                data.destinations[name] = self.gradients.destination(i, self.chunk, self.padded(self.chunk.rows))
+                data.destinations[name] = self.gradients.destination(i, self.here, self.padded(self.here.rows))
             else:
-                shape = (self.padded(self.chunk.rows), spec.width)
+                shape = (self.padded(self.here.rows), spec.width)
                 data.destinations[name] = torch.empty(shape, dtype=spec.operand_dtype, device=self.problem.device)
         return data
 
     def fold(self, data: ChunkData, row_grads: Named, column_grads: Named) -> None:
         """Fold the chunk's gradients into the accumulators: the two products of each trainable term."""
-        problem, rows = self.problem, self.chunk.rows
+        problem, rows = self.problem, self.here.rows
         for name, destination in data.destinations.items():
             spec = problem.projections[name]
             grad = (data.outputs[name] if destination is None else destination)[:rows]
             for i, w in spec.terms:
                 if w is None:
-                    self.gradients.add_rows(i, self.chunk, grad, self.written)
+                    self.gradients.add_rows(i, self.here, grad, self.written)
                     continue
                 if problem.wants_grad[i]:
-                    self.gradients.add_input(i, self.chunk, grad, self.operands[w], self.written)
+                    self.gradients.add_input(i, self.here, grad, self.operands[w], self.written)
                 if problem.wants_grad[w]:
                     self.gradients.add_weight(w, grad, self.rows_of(i))
             if spec.bias is not None and problem.wants_grad[spec.bias]:
                 self.gradients.add(spec.bias, grad.sum(0, dtype=problem.dtype))
         for name, value in row_grads.items():
-            self.gradients.add_rows(problem.rows[name], self.chunk, value, self.written)
+            self.gradients.add_rows(problem.rows[name], self.here, value, self.written)
         for name, value in column_grads.items():
             self.gradients.add(problem.columns[name], value)
 
@@ -261,8 +271,7 @@ def pull_chunks(
     for chunk, saved in zip(chunks, scored.saved, strict=True):
         if chunk.rows == 0:
             continue
-        if kept is None:
-            walk.begin(chunk)
+        walk.begin(chunk)
         # Those that train first: a frozen one that is formed again takes the buffer of the first of them.
         for unit in sorted(call.units, key=call.trainable, reverse=True):
             if not (call.trainable(unit) or _wants_arguments(call, unit)):

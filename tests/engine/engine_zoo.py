@@ -395,6 +395,17 @@ CASES = {
         call_ranked,
         ranked_reference,
     ),
+    "ranked_dense": Case(  # a Dense layer: outputs are no larger than inputs and stay for backward
+        Ranked,
+        lambda m, r: {
+            "hidden": r(m, H),
+            "positive": r(m, H),
+            "weight": r(H, H),
+            "label": torch.randint(0, 4, (m,)).float(),
+        },
+        call_ranked,
+        ranked_reference,
+    ),
     "two_sided": Case(
         TwoSided, lambda m, r: {"hidden": r(m, H), "positive": r(m, H)}, call_two_sided, two_sided_reference
     ),

@@ -56,8 +56,8 @@ def call(name, device, dtype, **options):
     arguments = (Projection(hidden, weight), {"target": target})
 
     def run():
-        hidden.grad = weight.grad = None
         loss(*arguments).loss.backward()
+        hidden.grad = weight.grad = None
 
     return loss.plan(*arguments), run
 
@@ -118,6 +118,8 @@ def test_a_plan_can_be_printed_before_running():
         ("cross_entropy", ["weight"], 2),
         ("cross_entropy", [], 1),
         ("two_sided", ["hidden", "positive"], 4),
+        ("ranked", ["hidden", "positive", "weight"], 8),
+        ("ranked_dense", ["hidden", "positive", "weight"], 6),
         ("identity", ["hidden", "positive"], 0),
     ],
 )
