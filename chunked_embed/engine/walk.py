@@ -93,7 +93,7 @@ class Walk:
 
     @cached_property
     def buffers(self) -> Named:
-        """Output buffers, made when the first outputs are. Units without gradient are scored one after the other through
+        """Output buffers, made with the first outputs. Units without gradient are scored one after the other through
         the space of the first that has one, before it is filled."""
 
         def size(name: str) -> int:
