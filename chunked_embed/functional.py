@@ -303,7 +303,7 @@ def _check_labels(labels: Tensor, rows: Tensor) -> None:
 
 
 def _finite(name: str, value: float) -> float:
-    if not math.isfinite(value):
+    if isinstance(value, Tensor) or not math.isfinite(value):
         raise ValueError(f"expected {name} to be finite, got {value}")
     return float(value)
 

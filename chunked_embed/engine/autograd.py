@@ -5,17 +5,29 @@ projection) and scales them in backward. ``ChunkedScores`` returns differentiabl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .gradients import scaled
 from .passes import grouped, in_user_order, power_of_two, row_wise, segment_sums, to_rows
 from .steps import Named
 from .walk import Call, Scored, Walk, pull_chunks, score_chunks
+
+
+def once_only(backward: Callable) -> Callable:
+    """Refuse ``create_graph=True``: gradients that are built once have no graph; a penalty on them would be lost."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("a chunked loss has no second derivative: expected backward without create_graph=True")
+        return backward(ctx, *grads)
+
+    return checked
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -40,7 +52,7 @@ class ChunkedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @once_only
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         call = ctx.call
         if call.plan.deferred:
@@ -80,16 +92,16 @@ class ChunkedScores(torch.autograd.Function):
             for name, value in scored.rows[unit.key].items():
                 call.layout.append((unit.key, name))
                 by_segment = call.selection.lengths is not None
-                results.append(
-                    segment_sums(value, call.selection, block) if by_segment else in_user_order(call, value, flat=True)
-                )
+                # A copy: what is kept for backward must not hold a result, which holds what is kept.
+                value = segment_sums(value, call.selection, block) if by_segment else value.clone()
+                results.append(value if by_segment else in_user_order(call, value, flat=True))
         for name, value in scored.columns.items():
             call.layout.append((None, name))
             results.append(value.clone())
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
+    @once_only
     def backward(ctx: Any, *grad_scores: Tensor) -> tuple[Tensor | None, ...]:
         call, scored = ctx.call, ctx.scored
         problem, selection = call.problem, call.selection

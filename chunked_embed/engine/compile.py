@@ -105,7 +105,8 @@ class Step:
         return result
 
     def _explain(self, error: BaseException) -> None:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told = f"{error.__cause__ or ''}\n{error}"  # the cause, where there is one, says more
+        lines = [line.strip() for line in told.splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or type(error).__name__
         if any(
             word in f"{type(error).__name__} {error}" for word in ("Cxx", "C++ compiler", "Triton", "triton", "gcc")

@@ -113,7 +113,8 @@ class Gradients:
         """The sums as they were gathered, perhaps wider than their tensors, in the order of the problem's tensors."""
         missing = (i for i, wants in enumerate(self.problem.wants_grad) if wants and i not in self.buffers)
         for i in missing:  # no row was used
-            self.buffers[i] = torch.zeros_like(self.operands[i])
+            operand = self.operands[i]
+            self.buffers[i] = torch.zeros_like(operand, dtype=accumulator_dtype(operand.dtype))
         return [self.buffers.pop(i, None) for i in range(len(self.problem.dtypes))]
 
 
@@ -121,8 +122,8 @@ def scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``grad * factor`` in ``dtype``, rounded once, without a wide copy. Out of place unless there is nothing to do."""
     if factor is None:
         return grad.to(dtype)
-    if grad.dtype == dtype:
-        return grad * factor.to(dtype)
+    # A factor of one dimension takes part in type promotion: a 0-d one would be rounded to half precision first.
+    factor = factor.reshape(1)
     result = torch.empty_like(grad, dtype=dtype)
     rows = grad.shape[0] if grad.numel() < BLOCK else max(1, BLOCK * grad.shape[0] // grad.numel())
     for part, out in zip(grad.split(rows), result.split(rows), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -112,9 +113,7 @@ class TokenStatistics(FlexChunkLoss):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        for name, value in (("logit_scale", logit_scale), ("softcap", softcap), ("temperature", temperature)):
-            if value is not None and not (0 < value < float("inf")):
-                raise ValueError(f"expected {name} to be positive and finite, got {value}")
+        _check_transform(logit_scale, softcap, temperature)
         self.names = names
         self.logit_scale = logit_scale
         self.softcap = softcap
@@ -123,7 +122,7 @@ class TokenStatistics(FlexChunkLoss):
     def score_fn(self, outputs: Tensor, rows: Named, hp: Any) -> Named:
         return token_scores(
             outputs,
-            rows["target"],
+            rows["target"].long(),
             self.names,
             logit_scale=hp.logit_scale,
             softcap=getattr(hp, "softcap", None),
@@ -132,9 +131,23 @@ class TokenStatistics(FlexChunkLoss):
 
     def _score(self, call: Call, names: tuple[str, ...]) -> Score:
         problem = call.problem
-        if self.compiled and problem.dtype != torch.float64 and available(problem.device):
+        _check_transform(self.logit_scale, self.softcap, self.temperature)
+        own = self._function("score_fn") == self.score_fn and type(self).score_fn is TokenStatistics.score_fn
+        if (
+            own
+            and not problem.columns
+            and self.compiled
+            and problem.dtype != torch.float64
+            and available(problem.device)
+        ):
             return KernelScore(self.names, self.logit_scale, self.softcap, self.temperature)
         return super()._score(call, names)
+
+
+def _check_transform(logit_scale: float, softcap: float | None, temperature: float) -> None:
+    for name, value in (("logit_scale", logit_scale), ("softcap", softcap), ("temperature", temperature)):
+        if value is not None and (not isinstance(value, Real) or not 0 < value < float("inf")):
+            raise ValueError(f"expected {name} to be a positive, finite number, got {value!r}")
 
 
 class KernelScore:
@@ -148,7 +161,8 @@ class KernelScore:
 
     def values(self, data: ChunkData, hp: NamedTuple) -> tuple[Named, Named, Named]:
         (outputs,) = data.outputs.values()
-        found = token_statistics(outputs[: data.rows], data.row_args["target"], names=self.names, **self.transform)
+        x, target = outputs[: data.rows], data.row_args["target"].long()
+        found = token_statistics(x if x.stride(1) == 1 else x.contiguous(), target, names=self.names, **self.transform)
         return {name: found[name] for name in self.names}, {}, found
 
     def gradients(
@@ -162,5 +176,6 @@ class KernelScore:
         }
         destination = data.destinations[name]
         out = None if destination is None else destination[: data.rows]
-        token_gradient_(outputs[: data.rows], data.row_args["target"], saved, wanted, **self.transform, out=out)
+        x, target = outputs[: data.rows], data.row_args["target"].long()
+        token_gradient_(x if x.stride(1) == 1 else x.contiguous(), target, saved, wanted, **self.transform, out=out)
         return {}, {}

@@ -6,6 +6,7 @@ import math
 from collections import namedtuple
 from collections.abc import Callable, Mapping
 from functools import cache
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -17,7 +18,7 @@ from .passes import group_counts
 from .plan import ChunkPlan, Settings, make_plan
 from .problem import Problem, build
 from .select import select
-from .steps import Function, Named, PlainScore, RowLoss, Score, split_metrics
+from .steps import Function, Named, PlainScore, RowLoss, Score, split_metrics, weighted
 from .types import LossOutput, Projections, Tensors
 from .walk import Call, GroupLoss, Unit, make_runner
 
@@ -65,7 +66,10 @@ class FlexChunkLoss(nn.Module):
         max_chunk_bytes: a chunk's budget. Without one: on a GPU as much as the gradients and their float32 sums take,
             between 512 MiB and 1.25 GiB; on a CPU 128 MiB; or one chunk, where that takes no more than several.
         compiled: compile the chunk steps. False gives the same numbers, slower and with more memory.
-        numbers: further attributes, for plain functions.
+        numbers: further attributes, with plain functions.
+
+    A value depends on its own row alone (a group's on its own group), unless ``couples_batch``: which rows share a
+    chunk is the plan's business. Functions leave their outputs as they are (no in-place operations).
     """
 
     segments_per_group: ClassVar[int] = 1
@@ -102,7 +106,12 @@ class FlexChunkLoss(nn.Module):
         self.max_chunk_bytes = max_chunk_bytes
         self.compiled = compiled
         self._functions = {"loss_fn": loss_fn, "score_fn": score_fn}
+        for name, function in self._functions.items():
+            _refuse_learnable_closure(name, function)
+        given = loss_fn is not None or score_fn is not None
         for name, value in numbers.items():
+            if not given or hasattr(self, name):
+                raise TypeError(f"{type(self).__name__} has no option {name!r}, got {name}={value!r}")
             setattr(self, name, value)
         self._settings()
 
@@ -217,7 +226,9 @@ class FlexChunkLoss(nn.Module):
         with torch.autocast(call.problem.device.type, enabled=False):
             loss, metrics = call.group_loss.call(given, groups, call.hp)
             if loss.dim():
-                loss = (loss * call.group_loss.weight).sum()
+                loss = weighted(loss, call.group_loss.weight)
+            elif call.group_loss.weighted:
+                raise ValueError("expected no group_weight: loss_fn returned a scalar, one value for the whole batch")
         return LossOutput(loss.to(call.problem.dtype), {name: v.detach() for name, v in metrics.items()})
 
     # --- preparing a call ---
@@ -241,12 +252,18 @@ class FlexChunkLoss(nn.Module):
         settings = self._settings()
         problem = build(projections, rows, columns, torch.float32 if self.float32_outputs else None)
         grouped = self._function("score_fn") is not None
+        if self.couples_batch and not grouped:
+            raise ValueError(f"expected a score_fn: {type(self).__name__} couples the batch, through its rows' scores")
+        if scores_only and segments is not None and row_weight is not None:
+            raise ValueError("expected segments or a row_weight, got both: a negative segment drops a row")
         if scores_only and not grouped:
             raise ValueError(f"expected a score_fn: {type(self).__name__} is row-wise and has no scores")
         if grouped and not scores_only:
             _refuse(self, row_weight=row_weight)
         if not grouped:
             _refuse(self, groups=groups, segments=segments, group_weight=group_weight)
+        if missing := [name for name in self.index_rows if name not in problem.rows]:
+            raise ValueError(f"expected rows {missing} ({type(self).__name__}.index_rows), got {list(problem.rows)}")
         weight = _row_vector(problem, "row_weight", row_weight)
         if weight is not None:
             weight = weight.to(problem.dtype)
@@ -259,7 +276,7 @@ class FlexChunkLoss(nn.Module):
         ids = _row_vector(problem, "segments", segments, integer=True)
         selection = select(
             problem,
-            index_rows=[name for name in self.index_rows if name in problem.rows],
+            index_rows=self.index_rows,
             row_weight=weight,
             segments=ids,
             n_groups=n_groups,
@@ -310,8 +327,9 @@ class FlexChunkLoss(nn.Module):
         grad = torch.is_grad_enabled()
         call.group_loss = GroupLoss(
             call=checked,
-            groups=groups,
-            weight=torch.full((n,), 1 / n, dtype=problem.dtype, device=problem.device)
+            groups=tuple(groups),
+            weighted=weight is not None,
+            weight=torch.full((n,), 1 / max(n, 1), dtype=problem.dtype, device=problem.device)
             if weight is None
             else weight.detach().to(problem.dtype),
             separate=self.separate_outputs,
@@ -322,6 +340,13 @@ class FlexChunkLoss(nn.Module):
         """How the outputs of these projections are scored; a loss with a kernel of its own overrides this."""
         problem = call.problem
         column_fn = None
+        if bool(self.combine) != (self.column_score_fn is not None) or set(self.combine.values()) - {
+            "sum",
+            "logsumexp",
+        }:
+            raise ValueError(
+                f'expected combine to name "sum" or "logsumexp" for each score of column_score_fn, got {self.combine}'
+            )
         if self.column_score_fn is not None:
             if not call.plan.deferred or self.separate_outputs:
                 raise ValueError("expected couples_batch = True and joint outputs with a column_score_fn")
@@ -347,7 +372,8 @@ class FlexChunkLoss(nn.Module):
         given = self._functions.get(name)
         if given is not None:
             return Function(given, (name, given), single, bool(problem.columns))
-        statics = tuple(sorted((k, v) for k, v in self._attributes().items() if not _is_number(v)))
+        static = {k: v for k, v in self._attributes().items() if not _is_number(v)} | {"training": self.training}
+        statics = tuple(sorted(static.items(), key=lambda item: item[0]))
         try:
             hash(statics)
         except TypeError:
@@ -360,7 +386,11 @@ class FlexChunkLoss(nn.Module):
 
     def _attributes(self) -> dict[str, Any]:
         hidden = (*ENGINE_OPTIONS, "training", "call_super_init", "dump_patches")
-        return {k: v for k, v in self.__dict__.items() if not k.startswith("_") and k not in hidden}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if not (name.startswith("_") or name in hidden or isinstance(value, Tensor))
+        }
 
     def _numbers(self, further: Mapping[str, Tensor] | None) -> NamedTuple:
         values: dict[str, Tensor] = {}
@@ -368,13 +398,15 @@ class FlexChunkLoss(nn.Module):
             if _is_number(value):
                 if math.isnan(value):
                     raise ValueError(f"expected {type(self).__name__}.{name} to be a number, got NaN")
-                values[name] = torch.tensor(value, dtype=torch.float64)
+                values[name] = torch.tensor(float(value), dtype=torch.float64, device="cpu")
         for name, tensor in (further or {}).items():
             if not isinstance(tensor, Tensor) or tensor.dim() or tensor.requires_grad:
                 raise ValueError(
                     f"expected numbers[{name!r}] to be a 0-d tensor without gradient (a learnable scalar goes through "
                     f"a row or column argument, or multiplies the input outside), got {tensor!r}"
                 )
+            if name in values:
+                raise ValueError(f"expected numbers beside the loss's own, got {name!r}: set the attribute instead")
             values[name] = tensor
         return _hp_type(tuple(sorted(values)))(**values)
 
@@ -390,8 +422,19 @@ class FlexChunkLoss(nn.Module):
             raise
 
 
+def _refuse_learnable_closure(name: str, function: Callable | None) -> None:
+    """A tensor that a plain function closes over would get no gradient."""
+    for cell in getattr(function, "__closure__", None) or ():
+        held = cell.cell_contents
+        if isinstance(held, nn.Module) or (isinstance(held, Tensor) and held.requires_grad):
+            raise ValueError(
+                f"expected {name} to take what learns as a row, column or group argument, got a closure over a "
+                f"{type(held).__name__}, which would have no gradient"
+            )
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _hashable(value: object) -> bool:
@@ -455,4 +498,6 @@ def _group_count(problem: Problem, groups: Named, weight: Tensor | None) -> int 
         raise ValueError(f"expected group arguments of one length, got {counts}")
     if weight is not None and (weight.requires_grad or weight.dim() != 1):
         raise ValueError(f"expected group_weight (G,) without gradient, got {tuple(weight.shape)}")
+    if weight is not None and not bool(torch.isfinite(weight).all()):
+        raise ValueError("expected finite group weights, got NaN or infinity")
     return next(iter(counts.values()), None)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .plan import Block, Chunk
 from .select import Selection
-from .steps import ChunkData, Named, grad_or_zero, join
+from .steps import ChunkData, Named, grad_or_zero, join, weighted
 from .walk import Call, Walk, pull_chunks, score_chunks
 
 Result = tuple[Tensor, list[Tensor | None], Tensor | None]  # loss, gradients of the call's tensors, their common scale
@@ -28,7 +28,8 @@ def row_wise(call: Call, tensors: Sequence[Tensor], weight: Tensor, with_grad: b
         weight = weight / scale
     results = [_row_chunk(walk, chunk, weight) for block in call.plan.blocks for chunk in block.chunks]
     metrics = join([named for _, named in results])
-    call.metrics.update({name: in_user_order(call, value) for name, value in metrics.items()})
+    for name, value in metrics.items():
+        call.metrics.setdefault(name, in_user_order(call, value))  # a deferred backward leaves the user's dict alone
     total = _sum([value for value, _ in results])
     return total if scale is None else total * scale, walk.finish(), scale
 
@@ -80,7 +81,7 @@ def _block(walk: Walk, block: Block, groups: Named, weight: Tensor) -> tuple[Ten
     counts = group_counts(call, block)
     with torch.set_grad_enabled(with_grad):
         loss, metrics = group_loss.call(group_loss.arrange(scores, call.units, counts), here, call.hp)
-        value = (loss * weight[block.start : block.stop]).sum()
+        value = weighted(loss.to(call.problem.dtype), weight[block.start : block.stop])
     metrics = {name: v.detach() for name, v in metrics.items()}
     if not with_grad:
         return value, metrics, {}

@@ -13,6 +13,7 @@ from .types import accumulator_dtype
 
 CUDA_CHUNK_BYTES = (1 << 29, 5 << 28)  # least and most; between them, as much as the gradients take anyway
 CPU_CHUNK_BYTES = (1 << 27, 1 << 27)
+LOWEST_RUNG = 256
 SMALL_BYTES = 1 << 26  # gradients up to this are held from forward to backward: one step is faster than two
 KEEP_RATIO = 1.5  # outputs up to this many times the inputs are kept for backward
 NARROW = 4096  # up to this width a reduction over a row does not split, and compiled steps take any number of rows
@@ -157,9 +158,9 @@ def rows_per_chunk(problem: Problem, settings: Settings, per_row: int, rows: int
         return settings.chunk_size, settings.chunk_size
     if per_row == 0:
         return max(rows, 1), max(rows, 1)
-    least, most = CUDA_CHUNK_BYTES if problem.device.type == "cuda" else CPU_CHUNK_BYTES
+    least, largest = CUDA_CHUNK_BYTES if problem.device.type == "cuda" else CPU_CHUNK_BYTES
     several, one = gathered_bytes(problem, n_chunks=2), gathered_bytes(problem, n_chunks=1)
-    budget = settings.max_chunk_bytes or min(max(least, several), most)
+    budget = settings.max_chunk_bytes or min(max(least, several), largest)
     step = (
         256 if budget // per_row >= 256 else 16
     )  # whole tiles of the matrix product, and a ladder that divides evenly
@@ -184,6 +185,8 @@ def pack(selection: Selection, size: int, couples_batch: bool) -> tuple[Block, .
         return (Block(0, groups, split(0, n, size)),)
     if lengths is None:
         return tuple(Block(c.start, c.stop, (c,)) for c in split(0, n, size))
+    if groups == 0:
+        return (Block(0, 0, split(0, 0, size)),)
     ends = torch.cumsum(lengths, 0)
     blocks: list[Block] = []
     group, row = 0, 0
@@ -214,11 +217,14 @@ def ladder(problem: Problem, settings: Settings, step_rows: int) -> tuple[int, .
     """The row counts that compiled steps are specialised to. None: natural ones, uncompiled or with dynamic rows.
 
     With a dynamic row count inductor splits a long reduction and drops its online softmax (measured at a 128k
-    vocabulary: 2.1 against 1.5 ms), so wide outputs get three fixed sizes. Narrow ones do not split.
+    vocabulary: 2.1 against 1.5 ms), so wide outputs get a few fixed sizes. Narrow ones do not split.
     """
     if not settings.compiled or all(p.width <= NARROW for p in problem.projections.values()):
         return None
-    return tuple(sorted({step_rows, -(-step_rows // 4), -(-step_rows // 16)}, reverse=True))
+    rungs = [step_rows, -(-step_rows // 4), -(-step_rows // 16)]
+    while rungs[-1] > LOWEST_RUNG:  # a chunk size far above the batch must not pad it to that size
+        rungs.append(-(-rungs[-1] // 4))
+    return tuple(dict.fromkeys(rungs))
 
 
 def padded_rows(rows: int, rungs: tuple[int, ...] | None) -> int:
@@ -255,12 +261,22 @@ def make_plan(
     output_bytes = selection.n_rows * sum(p.width * p.output_dtype.itemsize for p in products)
     keeps = coupled and len(blocks[0].chunks) == 1 and 0 < output_bytes <= KEEP_RATIO * input_bytes
     two_passes = (deferred and not keeps) or any(len(b.chunks) > 1 for b in blocks)
-    # Outputs that a gradient is taken of are formed again in a second pass.
-    forwards = sum(len(p.terms) * (2 if two_passes and p.wants_grad else 1) for p in products)
+    arguments = bool(problem.wanting(problem.rows) or problem.wanting(problem.columns))
+    forwards = 0
+    for names in units:
+        learns = any(problem.projections[name].wants_grad for name in names)
+        # Formed again: everything that has a gradient in a second pass; what is frozen and not kept, for its arguments.
+        again = (learns or arguments) if two_passes else (grouped and not learns and arguments)
+        forwards += sum(
+            len(problem.projections[n].terms) * (1 + again) for n in names if not problem.projections[n].identity
+        )
     backwards = sum(problem.wants_grad[i] for p in products for term in p.terms for i in term if i is not None)
     # A gradient that is still to be scaled, or is wider than its tensor, is returned as a copy.
     copied = returned if not deferred or gathered > returned else 0
-    peak = max(chunk_bytes + gathered, gathered + copied)
+    cast = sum(
+        problem.tensors[i].numel() * dtype.itemsize for i, dtype in problem.cast.items() if dtype != problem.dtypes[i]
+    )
+    peak = cast + max(chunk_bytes + gathered, gathered + copied)
     return ChunkPlan(
         rows=problem.n_rows,
         used_rows=selection.n_rows,

@@ -100,6 +100,9 @@ def build(
     for name, projection in named.items():
         if not isinstance(projection, Projection):
             raise TypeError(f"expected a Projection for {name!r}, got {type(projection).__name__}")
+    for kind, given in (("rows", rows), ("columns", columns)):
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(f"expected {kind} to be a dict of tensors by name, got {type(given).__name__}")
     first = next(iter(named.values())).input
     _expect_tensor("input", first)
     builder = _Builder(tuple(first.shape[:-1]), first.device)
@@ -142,7 +145,7 @@ class _Builder:
         if key not in self.positions:
             self.positions[key] = len(self.tensors)
             rowlike = role in ("input", "identity", "row")
-            flat = given.reshape(-1, *given.shape[len(self.leading) :]) if rowlike else given
+            flat = given.flatten(0, len(self.leading) - 1) if rowlike else given
             self.tensors.append(flat)
         return self.positions[key]
 
@@ -163,6 +166,8 @@ class _Builder:
         self._rowlike(f"input{label}", projection.input)
         if weight is None:
             return self._identity(name, label, projection)
+        if not all(isinstance(term, tuple) and len(term) == 2 for term in projection.extra):
+            raise TypeError(f"expected extra{label} to be a tuple of (input, weight) pairs")
         pairs = ((projection.input, weight), *projection.extra)
         terms: list[tuple[int, int | None]] = []
         dtypes: dict[str, torch.dtype] = {}

@@ -52,6 +52,12 @@ def select(
     Raises:
         ValueError: an index out of range, a weight that is not finite, segment ids that overrun or skip.
     """
+    for name in index_rows:
+        index = problem.tensors[problem.rows[name]]
+        if index.is_floating_point() or index.dtype == torch.bool or index.dim() != 1:
+            raise TypeError(
+                f"expected rows[{name!r}] to be one integer per row, got {index.dtype} {tuple(index.shape)}"
+            )
     if segments is not None:
         return _by_segment(problem, index_rows, segments, n_groups, segments_per_group)
     if row_weight is not None:
@@ -87,7 +93,7 @@ def _by_segment(
     checks = [overrun, in_order, *(_out_of_range(problem, name, used) for name in index_rows)]
     fetched = _fetch([*checks, counts[:-1]])
     n_over, sorted_already, *bad = fetched[: len(checks)]
-    lengths = torch.tensor(fetched[len(checks) :], dtype=torch.int64)
+    lengths = torch.tensor(fetched[len(checks) :], dtype=torch.int64, device="cpu")
     if n_over:
         raise ValueError(
             f"expected segment ids below {n_segments} ({n_groups} groups of {per_group}), "

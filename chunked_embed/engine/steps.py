@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .compile import compiled_step
 from .plan import tiles
+from .problem import ONLY
 from .types import accumulator_dtype
 
 Named = dict[str, Tensor]
@@ -45,10 +46,13 @@ class ChunkData:
     row_args: Named
     columns: Named
 
-    def tile(self, start: int, stop: int, size: int) -> tuple[Named, dict[str, Tensor | None]]:
-        """Outputs and destinations of a step's rows, padded to ``size``."""
-        outputs = {name: tile_of(o, start, stop, size) for name, o in self.outputs.items()}
-        return outputs, {n: d if d is None else d[start : start + size] for n, d in self.destinations.items()}
+    def tile(self, start: int, stop: int, size: int, single: bool) -> tuple[Named, dict[str, Tensor | None]]:
+        """Outputs and destinations of a step's rows, padded to ``size``. A single output has one name whatever its
+        projection's, so that policy and reference share a compiled step."""
+        names = {name: ONLY if single else name for name in self.outputs}
+        outputs = {names[name]: tile_of(o, start, stop, size) for name, o in self.outputs.items()}
+        places = self.destinations.items()
+        return outputs, {names[name]: d if d is None else d[start : start + size] for name, d in places}
 
 
 def split_metrics(result: Any) -> tuple[Tensor, Named]:
@@ -67,13 +71,16 @@ def _check_per_row(what: str, value: Any, rows: int) -> None:
         raise ValueError(f"expected {what} to return one value per row, ({rows},), got {got}")
 
 
-def _weighted(loss: Tensor, weight: Tensor) -> Tensor:
-    """Padded rows have weight zero and count for nothing, also where the row they repeat is infinite."""
+def weighted(loss: Tensor, weight: Tensor) -> Tensor:
+    """What has weight zero counts for nothing, infinite or not: padded rows, empty groups."""
     return (torch.where(weight != 0, loss, 0.0) * weight).sum()
 
 
-def _own(named: Named) -> Named:
+def _own(named: Mapping[str, Tensor]) -> Named:
     """Copies: a value that is a view of the outputs would change when their gradient takes their place."""
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"expected {name!r} to be a tensor, got {type(value).__name__}")
     return {name: value.detach().clone() for name, value in named.items()}
 
 
@@ -127,10 +134,10 @@ def store_rest(rest: Named, outputs: Named, destinations: dict[str, Tensor | Non
 
 
 def row_values(loss_fn: Function) -> Callable:
-    def step(outputs: Named, rows: Named, columns: Named, weight: Tensor, hp: NamedTuple) -> tuple[Tensor, Named]:
+    def step(outputs, destinations, rows, columns, weight, hp):
         loss, metrics = split_metrics(loss_fn(_wide(outputs), rows, columns, hp))
         _check_per_row("loss_fn", loss, len(weight))
-        return _weighted(loss, weight), _own(metrics)
+        return weighted(loss, weight), _own(metrics)
 
     return step
 
@@ -145,7 +152,7 @@ def row_values_and_gradients(
             result = loss_fn({**wide, **o}, {**rows, **r}, {**columns, **c}, hp)
             loss, metrics = split_metrics(result)
             _check_per_row("loss_fn", loss, len(weight))
-            return _weighted(loss, weight), _own(metrics)
+            return weighted(loss, weight), _own(metrics)
 
         arguments = (
             {name: wide[name] for name in destinations},
@@ -162,9 +169,11 @@ def row_values_and_gradients(
 
 
 def score_values(score_fn: Function, column_fn: Function | None, combine: tuple[tuple[str, str], ...]) -> Callable:
-    def step(outputs, rows, columns, valid, hp):
+    def step(outputs, destinations, rows, columns, valid, hp):
         wide = _wide(outputs)
         scores = score_fn(wide, rows, columns, hp)
+        if not isinstance(scores, Mapping) or not scores:
+            raise ValueError(f"expected score_fn to return a dict of scores by name, got {type(scores).__name__}")
         for name, value in scores.items():
             _check_per_row(f"score {name!r}", value, len(next(iter(wide.values()))))
         parts = {}
@@ -193,7 +202,7 @@ def score_gradients(
         def total(o: Named, r: Named, c: Named) -> tuple[Tensor, Named]:
             arguments = ({**wide, **o}, {**rows, **r}, {**columns, **c}, hp)
             scores = score_fn(*arguments)
-            value = sum((scores[name] * upstream[name]).sum() for name in scores)
+            value: Any = sum((scores[name] * upstream[name]).sum() for name in scores)
             if column_fn is not None:
                 elements = column_fn(*arguments)
                 for name, how in combine:
@@ -244,6 +253,15 @@ class Runner:
         size = "narrow" if self.rungs is None else rows
         shapes = tuple((o.dtype, o.shape[1] if self.static_widths else None) for o in data.outputs.values())
         return compiled_step(factory, bound, (key, size, shapes, tuple(data.destinations)), self.device)
+
+    def run(self, step: Callable, outputs: Named, destinations: dict[str, Tensor | None], *arguments: Any) -> Any:
+        """Run a step, and see that the user's function left its outputs alone, where no gradient takes their place."""
+        watched = [] if None in destinations.values() else [o for o in outputs.values() if not o.is_inference()]
+        versions = [o._version for o in watched]
+        result = step(outputs, destinations, *arguments)
+        if [o._version for o in watched] != versions:
+            raise ValueError("expected loss_fn and score_fn to leave their outputs alone, got one changed in place")
+        return result
 
     def valid(self, rows: int, size: int) -> Tensor:
         """(size,) True on rows, False on the padding behind them."""
@@ -319,8 +337,11 @@ class PlainScore:
         parts: Named = {}
         for start, stop, size in self.runner.tiles(data.rows):
             step = self.runner.step(score_values, self.forward, self.key, data, size)
-            values, columns = step(
-                data.tile(start, stop, size)[0],
+            outputs, _ = data.tile(start, stop, size, self.forward[0].single)
+            values, columns = self.runner.run(
+                step,
+                outputs,
+                {},
                 {name: pad(r, start, stop, size) for name, r in data.row_args.items()},
                 data.columns,
                 self.runner.valid(stop - start, size) if self.combine else None,
@@ -339,8 +360,9 @@ class PlainScore:
         column_grads: Named = {}
         for start, stop, size in self.runner.tiles(data.rows):
             step = self.runner.step(score_gradients, self.backward, self.backward_key, data, size)
-            outputs, destinations = data.tile(start, stop, size)
-            rows, columns, rest = step(
+            outputs, destinations = data.tile(start, stop, size, self.forward[0].single)
+            rows, columns, rest = self.runner.run(
+                step,
                 outputs,
                 destinations,
                 {name: pad(r, start, stop, size) for name, r in data.row_args.items()},
@@ -351,7 +373,8 @@ class PlainScore:
                 hp,
             )
             store_rest(rest, outputs, destinations)
-            collect(row_grads, column_grads, rows, columns, stop - start)
+            collect_rows(row_grads, rows, stop - start, size)
+            add_columns(column_grads, columns)
         return {name: cat(pieces) for name, pieces in row_grads.items()}, column_grads
 
 
@@ -372,15 +395,18 @@ class RowLoss:
         metrics: dict[str, list[Tensor]] = {}
         for start, stop, size in self.runner.tiles(data.rows):
             step = self.runner.step(row_values, (self.loss_fn,), self.key, data, size)
-            value, named = step(
-                data.tile(start, stop, size)[0],
+            outputs, _ = data.tile(start, stop, size, self.loss_fn.single)
+            value, named = self.runner.run(
+                step,
+                outputs,
+                {},
                 {name: pad(r, start, stop, size) for name, r in data.row_args.items()},
                 data.columns,
                 pad_zero(weight, start, stop, size),
                 hp,
             )
             total += value
-            collect(metrics, {}, named, {}, stop - start)
+            collect_rows(metrics, named, stop - start, size)
         return total, {name: cat(pieces) for name, pieces in metrics.items()}
 
     def gradients(self, data: ChunkData, weight: Tensor, hp: NamedTuple) -> tuple[Tensor, Named, Named, Named]:
@@ -392,8 +418,9 @@ class RowLoss:
         for start, stop, size in self.runner.tiles(data.rows):
             key = (self.key, *self.wanted)
             step = self.runner.step(row_values_and_gradients, (self.loss_fn, *self.wanted), key, data, size)
-            outputs, destinations = data.tile(start, stop, size)
-            value, named, rows, columns, rest = step(
+            outputs, destinations = data.tile(start, stop, size, self.loss_fn.single)
+            value, named, rows, columns, rest = self.runner.run(
+                step,
                 outputs,
                 destinations,
                 {name: pad(r, start, stop, size) for name, r in data.row_args.items()},
@@ -403,25 +430,28 @@ class RowLoss:
             )
             store_rest(rest, outputs, destinations)
             total += value
-            collect(metrics, {}, named, {}, stop - start)
-            collect(row_grads, column_grads, rows, columns, stop - start)
+            collect_rows(metrics, named, stop - start, size)
+            collect_rows(row_grads, rows, stop - start, size)
+            add_columns(column_grads, columns)
         joined = ({name: cat(pieces) for name, pieces in group.items()} for group in (metrics, row_grads))
         return total, *joined, column_grads  # type: ignore[return-value]
 
 
-def collect(rows: dict[str, list[Tensor]], columns: Named, new_rows: Named, new_columns: Named, n: int) -> None:
-    """Keep a tile's real rows; add its columns up in float32."""
-    for name, value in new_rows.items():
-        _check_metric(name, value)
+def collect_rows(rows: dict[str, list[Tensor]], new: Named, n: int, size: int) -> None:
+    """Keep the real rows of a tile: the first ``n`` of ``size``."""
+    for name, value in new.items():
+        if value.dim() == 0 or len(value) != size:
+            got = "a scalar" if value.dim() == 0 else tuple(value.shape)
+            raise ValueError(
+                f"expected metric {name!r} of a row-wise loss to have one entry per row, ({size},), got {got}"
+            )
         rows.setdefault(name, []).append(value[:n])
-    for name, value in new_columns.items():
+
+
+def add_columns(columns: Named, new: Named) -> None:
+    for name, value in new.items():
         wide = value.to(accumulator_dtype(value.dtype))
         columns[name] = columns[name] + wide if name in columns else wide
-
-
-def _check_metric(name: str, value: Tensor) -> None:
-    if value.dim() == 0:
-        raise ValueError(f"expected metric {name!r} of a row-wise loss to have one entry per row, got a scalar")
 
 
 def combine_parts(how: str, total: Tensor | None, part: Tensor) -> Tensor:

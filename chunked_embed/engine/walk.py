@@ -36,13 +36,17 @@ class GroupLoss:
     """A grouped loss over the scores of some groups, differentiated by ordinary autograd: its tensors are small."""
 
     call: Callable[[dict[str, Any], Named, NamedTuple], tuple[Tensor, Named]]
-    groups: Named  # (G, ...)
+    groups: tuple[str, ...]  # names of the group arguments
     weight: Tensor  # (G,)
+    weighted: bool  # by the user
     separate: bool
     wanted: tuple[str, ...]  # group arguments that want a gradient
 
     def arrange(self, scores: dict[str, Named], units: Sequence[Unit], counts: Tensor) -> dict[str, Any]:
         """Scores as the loss sees them: by projection where those are scored apart."""
+        taken = [unit.names[0] for unit in units] if self.separate else list(scores[units[0].key])
+        if "count" in taken:
+            raise ValueError('expected no score or projection called "count": the engine adds the rows of each segment')
         if self.separate:
             return {unit.names[0]: scores[unit.key] for unit in units} | {"count": counts}
         return scores[units[0].key] | {"count": counts}

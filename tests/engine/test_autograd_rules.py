@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from engine_zoo import CASES, CrossEntropy, make
 
-from chunked_embed import FlexChunkLoss, Projection, linear_logps
+from chunked_embed import FlexChunkLoss, Projection, TokenStatistics, linear_logps
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -183,10 +183,10 @@ def test_inputs_changed_before_a_recomputing_backward_are_noticed():
 def test_double_backward_is_refused():
     hidden, weight, target = problem()
     loss = CrossEntropy(compiled=False)(Projection(hidden, weight), {"target": target}).loss
-    factor = torch.ones((), requires_grad=True)
-    (gradient,) = torch.autograd.grad(loss * factor, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    scores = linear_logps(hidden, weight, target, compiled=False).logps.sum()
+    for value in (loss, scores):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(value, hidden, create_graph=True)
 
 
 def test_works_under_saved_tensor_hooks():
@@ -227,3 +227,77 @@ def test_evaluation_forms_each_product_once(monkeypatch):
     with torch.no_grad():
         CASES["preference"].call(CASES["preference"].loss(compiled=False), x)
     assert len(products) == 2
+
+
+@pytest.mark.parametrize("factor", [1 / 3, 1 / 6])
+def test_an_upstream_factor_is_not_rounded_to_half_precision(factor):
+    """As gradient accumulation divides the loss: a rounded factor would scale every gradient by 0.2%."""
+    hidden, weight, target = problem(dtype=torch.bfloat16)
+    loss = CrossEntropy(1.0, compiled=False)(Projection(hidden, weight), {"target": target}).loss
+    for mine, exact in zip(
+        torch.autograd.grad(loss * factor, (hidden, weight)), exact_gradients(hidden, weight, target)
+    ):
+        gain = (mine.double() * exact).sum() / (factor * exact * exact).sum()
+        assert abs(gain.item() - 1) < 5e-4
+
+
+def test_float16_without_any_row_has_zero_gradients_under_a_large_scale():
+    hidden, weight, target = problem(dtype=torch.float16)
+    loss = CASES["length_normalised"].loss(compiled=False)
+    ignored = torch.full((40,), -1)
+    output = loss(Projection(hidden, weight), {"target": target}, segments=ignored, group_weight=torch.ones(2))
+    gradients = torch.autograd.grad(output.loss * 65536.0, (hidden, weight))
+    assert not any(g.any() for g in gradients)
+    empty = loss(Projection(hidden, weight), {"target": target}, segments=ignored)  # no group at all
+    assert empty.loss.item() == 0
+
+
+def test_metrics_stay_the_users_after_a_deferred_backward(monkeypatch):
+    monkeypatch.setattr("chunked_embed.engine.plan.SMALL_BYTES", 0)
+    x = torch.randn(5, 3, requires_grad=True)
+    output = FlexChunkLoss(lambda o, rows, hp: (o.sum(1), {"m": o[:, 0]}), compiled=False)(Projection(x))
+    output.metrics["m"] = output.metrics["m"].mean().item()
+    output.loss.backward()
+    assert isinstance(output.metrics["m"], float)
+
+
+def test_evaluation_mode_is_seen_inside_a_step():
+    class Mode(FlexChunkLoss):
+        def loss_fn(self, outputs, rows, hp):
+            return outputs.sum(1) if self.training else outputs.sum(1) * 0
+
+    loss, x = Mode(compiled=False), Projection(torch.ones(2, 3))
+    assert loss(x).loss.item() == 3
+    assert loss.eval()(x).loss.item() == 0
+
+
+def test_the_kernel_is_used_for_the_engines_own_score_only(monkeypatch):
+    """A subclass that scores in its own way must not be answered by the kernel."""
+
+    class Weighted(TokenStatistics):
+        def score_fn(self, outputs, rows, hp):
+            return {"logps": 3 * super().score_fn(outputs, rows, hp)["logps"]}
+
+        def loss_fn(self, scores, groups, hp):
+            return -scores["logps"][:, 0]
+
+    hidden, weight, target = problem()
+    expected = 3 * F.cross_entropy(hidden @ weight.T, target)
+    monkeypatch.setattr("chunked_embed.engine.logps.available", lambda device: True)
+    monkeypatch.setattr("chunked_embed.engine.compile.BACKEND", "eager")
+    torch.testing.assert_close(Weighted()(Projection(hidden, weight), {"target": target}).loss, expected)
+
+
+def test_the_kernel_path_on_its_plain_twins(monkeypatch):
+    """KernelScore with the twins in place of Triton: what is saved and reused, in place, in one chunk and several."""
+    monkeypatch.setattr("chunked_embed.engine.logps.available", lambda device: True)
+    for chunk_size in (None, 16):
+        hidden, weight, target = problem()
+        found = linear_logps(hidden, weight, target, outputs=("logps", "entropy"), chunk_size=chunk_size)
+        z = (hidden @ weight.T).log_softmax(-1)
+        entropy = -(z.exp() * z).sum(-1)
+        mine, theirs = found.logps.sum() + found.entropy.sum(), z.gather(1, target[:, None]).sum() + entropy.sum()
+        torch.testing.assert_close(mine, theirs)
+        pairs = zip(*(torch.autograd.grad(value, (hidden, weight)) for value in (mine, theirs)), strict=True)
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -39,6 +39,10 @@ def raising(message):
     return function
 
 
+def closing_over(tensor):
+    return lambda outputs, rows, hp: (outputs * tensor).sum(1)
+
+
 ids = torch.tensor([0, 0, 1, 2, 3, 3])
 CASES = {
     "not a projection": (lambda: CrossEntropy()(torch.randn(M, H)), TypeError, "Projection"),
@@ -88,12 +92,36 @@ CASES = {
     "loss is a matrix": (plain(lambda o, r, hp: o), ValueError, r"\(6,\), got \(6, 9\)"),
     "loss is a float": (plain(lambda o, r, hp: 1.0), ValueError, r"\(6,\), got float"),
     "metric is a scalar": (plain(lambda o, r, hp: (o.sum(1), {"m": o.sum()})), ValueError, "one entry per row"),
+    "metric of another length": (
+        plain(lambda o, r, hp: (o.sum(1), {"m": o.mean(0)})),
+        ValueError,
+        r"one entry per row, \(6,\), got \(9,\)",
+    ),
+    "metric is a float": (plain(lambda o, r, hp: (o.sum(1), {"m": 1.0})), TypeError, "'m' to be a tensor, got float"),
+    "outputs changed": (plain(lambda o, r, hp: o.mul_(2).sum(1), Projection(torch.ones(M, H))), ValueError, "in place"),
+    "rows not a dict": (plain(raising("ran"), rows=torch.ones(M)), TypeError, "rows to be a dict"),
+    "index rows missing": (lambda: CrossEntropy()(projection()), ValueError, r"\['target'\].*index_rows"),
+    "index rows float": (cross_entropy(target=torch.zeros(M)), TypeError, "one integer per row"),
+    "extra not nested": (cross_entropy(projection(extra=(torch.ones(M, 2), torch.ones(V, 2)))), TypeError, "pairs"),
+    "unknown option": (lambda: CrossEntropy(chunk_sise=2), TypeError, "no option 'chunk_sise'"),
+    "option that is a method": (lambda: FlexChunkLoss(raising("ran"), forward=3.0), TypeError, "no option 'forward'"),
+    "learnable closure": (
+        lambda: FlexChunkLoss(closing_over(torch.ones(3, requires_grad=True))),
+        ValueError,
+        "closure",
+    ),
+    "number of one's own": (cross_entropy(numbers={"scale": torch.ones(())}), ValueError, "set the attribute"),
+    "group weight NaN": (preference(ids, group_weight=torch.full((2,), nan)), ValueError, "finite group weights"),
     "no loss_fn": (lambda: FlexChunkLoss(compiled=False)(projection()), NotImplementedError, "no loss_fn"),
     "chunk_size": (lambda: CrossEntropy(chunk_size=0), ValueError, "chunk_size to be a positive integer"),
     "chunk_size float": (lambda: CrossEntropy(chunk_size=1.5), ValueError, r"or None, got 1\.5"),
     "max_chunk_bytes": (lambda: CrossEntropy(max_chunk_bytes=-1), ValueError, "max_chunk_bytes"),
     "compiled": (lambda: CrossEntropy(compiled="yes"), TypeError, "True or False"),
-    "scores of a row-wise loss": (lambda: CrossEntropy().scores(projection()), ValueError, "row-wise"),
+    "scores of a row-wise loss": (
+        lambda: CrossEntropy().scores(projection(), {"target": ids}),
+        ValueError,
+        "row-wise",
+    ),
     "plan arguments": (lambda: CrossEntropy().plan(projection(), wieght=1), TypeError, "wieght"),
     "cosent labels": (lambda: CF.cosent(*torch.randn(2, M, H), torch.rand(M + 1)), ValueError, "one label per row"),
     "cosent NaN": (lambda: CF.cosent(*torch.randn(2, M, H), torch.full((M,), nan)), ValueError, "without NaN"),
@@ -125,6 +153,41 @@ def test_column_scores_need_a_coupled_loss():
 
     with pytest.raises(ValueError, match="couples_batch = True"):
         Uncoupled(compiled=False)(projection(), {"index": torch.arange(M)})
+
+
+class Uncombined(TwoSided):
+    combine = {"column": "mean", "mass": "sum"}
+
+
+class Counting(Ranked):
+    def score_fn(self, outputs, rows, hp):
+        return {"count": outputs["a"].sum(1)}
+
+
+class CoupledRows(FlexChunkLoss):
+    couples_batch = True
+
+    def loss_fn(self, outputs, rows, hp):
+        return outputs.sum(1)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: Uncombined(compiled=False)(projection(), {"index": torch.arange(M)}), "logsumexp"),
+        (lambda: Counting(compiled=False)({"a": projection()}, groups={"label": torch.ones(M)}), '"count"'),
+        (lambda: CoupledRows(compiled=False)(projection()), "expected a score_fn"),
+        (
+            lambda: Ranked(compiled=False)(
+                {"a": projection(), "b": projection()}, groups={"label": torch.ones(M)}, group_weight=torch.ones(M)
+            ),
+            "expected no group_weight",
+        ),
+    ],
+)
+def test_classes_that_contradict_themselves(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
 
 
 def test_a_coupled_loss_may_not_return_a_matrix():

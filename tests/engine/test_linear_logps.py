@@ -135,9 +135,9 @@ def test_kernels_on_a_gpu(dtype, transform):
     [
         ({"outputs": ("logps", "perplexity")}, ValueError, "perplexity"),
         ({"outputs": ()}, ValueError, "expected outputs among"),
-        ({"temperature": 0.0}, ValueError, "temperature to be positive"),
-        ({"temperature": float("nan")}, ValueError, "temperature to be positive"),
-        ({"logit_softcap": -1.0}, ValueError, "softcap to be positive"),
+        ({"temperature": 0.0}, ValueError, "temperature to be a positive"),
+        ({"temperature": float("nan")}, ValueError, "temperature to be a positive"),
+        ({"logit_softcap": -1.0}, ValueError, "softcap to be a positive"),
         ({"target": torch.full((3, 7), 13)}, ValueError, r"\[0, 13\)"),
         ({"target": torch.full((3, 7), -1)}, ValueError, r"\[0, 13\)"),
         ({"target": torch.zeros(3, 6, dtype=torch.long)}, ValueError, r"shape \(3, 7"),

@@ -1,0 +1,39 @@
+"""Slow tests are sampled, GPU tests skipped without a GPU. Both are decided here, once."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a download
+
+import pytest
+import torch
+
+SAMPLE = 3
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--slow",
+        choices=("sample", "all", "none"),
+        default="sample",
+        help=f"which slow tests to run; sample: of each slow test, every {SAMPLE}rd case, the first included",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    which = config.getoption("--slow")
+    seen: Counter[str] = Counter()
+    kept, left_out = [], []
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        run = True
+        if item.get_closest_marker("slow") and which != "all":
+            function = item.nodeid.split("[")[0]
+            run = which == "sample" and seen[function] % SAMPLE == 0
+            seen[function] += 1
+        (kept if run else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
