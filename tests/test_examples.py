@@ -45,7 +45,7 @@ def test_custom_loss():
 def test_training(tmp_path, loss):
     result = train(tmp_path, "--quick", "--loss", loss)
     assert result.returncode == 0, result.stdout + result.stderr
-    for heading in ("Evaluation", "Peak memory", "The loss alone"):
+    for heading in ("Evaluation", "Peak memory of a step", "alone, forward + backward"):
         assert heading in result.stdout
     assert (tmp_path / "loss.png").stat().st_size > 10_000
     assert (tmp_path / "model" / "model.safetensors").exists()
