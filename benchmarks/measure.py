@@ -349,6 +349,7 @@ def plot(path: Path, lines: Sequence[Line]) -> None:
         axis.set_xlabel(unit)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(position, labels, fontsize=7)
+    axes[0].margins(y=0.01)
     axes[0].invert_yaxis()
     where = lines[-1]
     figure.suptitle(

@@ -49,9 +49,9 @@ class Options:
         for name in ("mini_batch_size", "mini_batch_num_tokens", "chunk_size", "max_chunk_bytes"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+                raise ValueError(f"expected {name} to be a positive integer or None, got {value!r}")
         if self.fuse_projection not in (True, False, "auto"):
-            raise ValueError(f'fuse_projection must be True, False or "auto", got {self.fuse_projection!r}')
+            raise ValueError(f'expected fuse_projection to be True, False or "auto", got {self.fuse_projection!r}')
 
 
 class ChunkedLoss(CachedLossMixin):
