@@ -17,9 +17,7 @@ LOWEST_RUNG = 256
 SMALL_BYTES = 1 << 26  # gradients up to this are held from forward to backward: one step is faster than two
 KEEP_RATIO = 1.5  # outputs up to this many times the inputs are kept for backward
 NARROW = 4096  # up to this width a reduction over a row does not split, and compiled steps take any number of rows
-EAGER_BYTES = (
-    24  # an uncompiled step's float32 temporaries for each output: the copy read, about four more, the gradient
-)
+EAGER_BYTES = 24  # float32 temporaries of an uncompiled step, per output: the copy read, about four more, a gradient
 
 
 @dataclass(frozen=True)
@@ -161,10 +159,10 @@ def rows_per_chunk(problem: Problem, settings: Settings, per_row: int, rows: int
     least, largest = CUDA_CHUNK_BYTES if problem.device.type == "cuda" else CPU_CHUNK_BYTES
     several, one = gathered_bytes(problem, n_chunks=2), gathered_bytes(problem, n_chunks=1)
     budget = settings.max_chunk_bytes or min(max(least, several), largest)
-    step = (
-        256 if budget // per_row >= 256 else 16
-    )  # whole tiles of the matrix product, and a ladder that divides evenly
-    fitting = max(budget // per_row // step * step, 1)
+    most = max(budget // per_row, 1)
+    # Whole tiles of the matrix product, and a ladder that divides evenly; but no cliff from 15 rows to one.
+    step = next(n for n in (256, 16, 1) if most >= n)
+    fitting = most // step * step
     if settings.max_chunk_bytes is None and rows * per_row + one <= budget + several:
         return max(rows, 1), fitting
     return fitting, fitting

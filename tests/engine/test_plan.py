@@ -143,6 +143,8 @@ def test_chunk_rows_follow_the_budget():
     loss = FlexChunkLoss(lambda o, r, hp: o.sum(1), max_chunk_bytes=8192 * 4 * 1024)
     assert loss.plan(x).chunk_rows == 1024
     assert loss.plan(x).chunk_bytes <= loss.max_chunk_bytes
+    loss.max_chunk_bytes = 8192 * 4 * 2 * 15
+    assert 2 <= loss.plan(x).chunk_rows <= 30  # fewer than sixteen rows fit: as many as fit, not one
     loss.chunk_size = 300
     assert loss.plan(x).chunk_rows == 300
 
