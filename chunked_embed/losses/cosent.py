@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from chunked_embed import functional as CF
+from chunked_embed.gather import gather_rows
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, callable_name, library, util
-from chunked_embed.losses._gather import gather_rows
 
 _FUSED = (
     (util.pairwise_cos_sim, "cosine"),

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chunked_embed import functional as CF
+from chunked_embed.gather import global_mean
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, TripletDistanceMetric, library
-from chunked_embed.losses._gather import global_mean
 
 _FUSED = (
     (TripletDistanceMetric.EUCLIDEAN, "euclidean"),

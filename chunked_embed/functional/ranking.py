@@ -1,0 +1,98 @@
+"""CoSENT and AnglE: order pairs by their labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..engine.compile import outside_compile
+from .arguments import check_labels, finite
+from .pairwise import pairwise_scores
+
+
+@outside_compile
+def cosent(a: Tensor, b: Tensor, labels: Tensor, *, scale: float = 20.0, **options: Any) -> Tensor:
+    """CoSENT: ``log(1 + sum over pairs with y_i < y_j of exp(s_i - s_j))`` with ``s = scale * cos(a, b)``.
+
+    Exact in O(N log N) time and O(N) memory, ties and huge scores included. Source: J. Su, "CoSENT" (2022), as in
+    ``sentence_transformers.losses.CoSENTLoss``.
+
+    Args:
+        a, b: ``(N, H)``, floating point.
+        labels: ``(N,)``, real or integer; only their order counts.
+        scale: the inverse temperature.
+        options: ``weight``, ``bias``, ``activation``, ``normalize``, ``chunk_size``, ``max_chunk_bytes``, ``compiled``,
+            as for :func:`pairwise_scores`.
+
+    Returns:
+        A scalar, float32 (float64 for float64 inputs).
+    """
+    return _ranked(a, b, labels, scale, "cosine", options)
+
+
+@outside_compile
+def angle(a: Tensor, b: Tensor, labels: Tensor, *, scale: float = 20.0, **options: Any) -> Tensor:
+    """AnglE: CoSENT over the angle similarity. Source: Li and Li, "AnglE-optimized Text Embeddings", arXiv 2309.12871.
+
+    Arguments as for :func:`cosent`.
+    """
+    return _ranked(a, b, labels, scale, "angle", options)
+
+
+def _ranked(a: Tensor, b: Tensor, labels: Tensor, scale: float, similarity: str, options: dict[str, Any]) -> Tensor:
+    scores = pairwise_scores(a, b, similarity=similarity, **options)
+    return cosent_from_scores(scores, labels, scale=scale)
+
+
+@outside_compile
+def cosent_from_scores(scores: Tensor, labels: Tensor, *, scale: float = 1.0) -> Tensor:
+    """CoSENT of given scores: ``log(1 + sum over pairs with y_i < y_j of exp(s_i - s_j))`` with ``s = scale * scores``.
+
+    Sorted by label, the double sum is one running logsumexp over the scores of strictly higher labels and one logsumexp
+    over all; its gradient is analytic, so nothing is kept but itself. Sums run in float64.
+
+    Args:
+        scores: ``(N,)`` floating point.
+        labels: ``(N,)``.
+    """
+    if scores.dim() != 1 or not scores.is_floating_point():
+        raise ValueError(f"expected scores (N,) in floating point, got {tuple(scores.shape)} {scores.dtype}")
+    check_labels(labels, scores)
+    if finite("scale", scale) < 0:
+        raise ValueError(f"expected scale to be at least 0, got {scale}: a negative one ranks the labels backwards")
+    return _CoSENT.apply(scores, labels, float(scale))
+
+
+class _CoSENT(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, labels: Tensor, scale: float) -> Tensor:
+        n = len(scores)
+        labels, order = (labels.byte() if labels.dtype == torch.bool else labels).sort()
+        s = scores.detach().index_select(0, order).double() * scale
+        # Ties count on neither side: from the first strictly higher label on, up to the last strictly lower one.
+        higher = torch.searchsorted(labels, labels, right=True)
+        above = _running_logsumexp(-s.flip(0)).index_select(0, n - higher)  # log sum exp(-s_j), y_j > y_i
+        exponents = s + above
+        loss = torch.logaddexp(exponents.logsumexp(0), s.new_zeros(()))
+        if ctx.needs_input_grad[0]:
+            lower = torch.searchsorted(labels, labels)
+            below = _running_logsumexp(s).index_select(0, lower)  # log sum exp(s_j), y_j < y_i
+            grad = (torch.exp(exponents - loss) - torch.exp(below - s - loss)) * scale
+            ctx.save_for_backward(torch.empty_like(scores).index_copy_(0, order, grad.to(scores.dtype)))
+        return loss if scores.dtype == torch.float64 else loss.float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_loss.to(grad.dtype), None, None
+
+
+def _running_logsumexp(x: Tensor) -> Tensor:
+    """(N + 1,): entry k is the logsumexp of the first k, -inf for none."""
+    running = x.new_full((len(x) + 1,), -torch.inf)
+    torch.logcumsumexp(x, 0, out=running[1:])
+    return running
