@@ -18,7 +18,7 @@ from .passes import group_counts
 from .plan import ChunkPlan, Settings, make_plan
 from .problem import Problem, build
 from .select import select
-from .steps import Function, Named, PlainScore, RowLoss, Score, split_metrics, weighted
+from .steps import Elements, Function, Named, PlainScore, RowLoss, Score, split_metrics, weighted
 from .types import LossOutput, Projections, Tensors
 from .walk import Call, GroupLoss, Unit, make_runner
 
@@ -83,8 +83,11 @@ class FlexChunkLoss(nn.Module):
     """Half-precision products write float32 outputs: for divergences between close distributions."""
     index_rows: ClassVar[tuple[str, ...]] = ()
     """Row arguments that index the columns: checked to lie in [0, V) on used rows."""
-    combine: ClassVar[Mapping[str, str]] = {}
-    """Column scores: name -> "logsumexp" or "sum" over rows, of the ``(R, V)`` elements of ``column_score_fn``."""
+    row_totals: ClassVar[Mapping[str, str]] = {}
+    """Further scores: name -> "logsumexp" or "sum" over the columns of ``element_fn``'s elements. Their gradient takes
+    no second reduction, so that it is one elementwise pass."""
+    column_totals: ClassVar[Mapping[str, str]] = {}
+    """Column scores ``(V,)``: name -> "logsumexp" or "sum" over all rows. Needs ``couples_batch``."""
     static_widths: bool = False
     """Compile anew for each width of narrow outputs: for formulas that cut a row at a fraction of its width, which do
     not fuse when the width is dynamic."""
@@ -123,7 +126,8 @@ class FlexChunkLoss(nn.Module):
         )
 
     score_fn: Callable | None = None
-    column_score_fn: Callable | None = None
+    element_fn: Callable | None = None
+    """``element_fn(self, outputs, rows, hp) -> {name: (R, V)}``, for the names of ``row_totals`` and ``column_totals``."""
 
     # --- running it ---
 
@@ -339,26 +343,27 @@ class FlexChunkLoss(nn.Module):
     def _score(self, call: Call, names: tuple[str, ...]) -> Score:
         """How the outputs of these projections are scored; a loss with a kernel of its own overrides this."""
         problem = call.problem
-        column_fn = None
-        if bool(self.combine) != (self.column_score_fn is not None) or set(self.combine.values()) - {
-            "sum",
-            "logsumexp",
-        }:
-            raise ValueError(
-                f'expected combine to name "sum" or "logsumexp" for each score of column_score_fn, got {self.combine}'
-            )
-        if self.column_score_fn is not None:
-            if not call.plan.deferred or self.separate_outputs:
-                raise ValueError("expected couples_batch = True and joint outputs with a column_score_fn")
-            column_fn = self._bind("column_score_fn", problem)
         return PlainScore(
             call.runner,
             self._bind("score_fn", problem, single=problem.single or self.separate_outputs),
-            column_fn,
-            self.combine,
+            self._elements(call),
             problem.wanting(problem.rows),
             problem.wanting(problem.columns),
         )
+
+    def _elements(self, call: Call) -> Elements | None:
+        totals = {**self.row_totals, **self.column_totals}
+        if bool(totals) != (self.element_fn is not None) or set(totals.values()) - {"sum", "logsumexp"}:
+            raise ValueError(
+                'expected row_totals and column_totals to name "sum" or "logsumexp" for each element of element_fn, '
+                f"got {dict(self.row_totals)} and {dict(self.column_totals)}"
+            )
+        if self.element_fn is None:
+            return None
+        if self.separate_outputs or (self.column_totals and not call.plan.deferred):
+            raise ValueError("expected joint outputs with an element_fn, and couples_batch = True with column_totals")
+        function = self._bind("element_fn", call.problem)
+        return Elements(function, tuple(self.row_totals.items()), tuple(self.column_totals.items()))
 
     # --- functions, static options and numbers ---
 

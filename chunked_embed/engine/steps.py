@@ -168,7 +168,30 @@ def row_values_and_gradients(
 # --- scores: values first, the product of their Jacobian with an upstream later --------------------------------------
 
 
-def score_values(score_fn: Function, column_fn: Function | None, combine: tuple[tuple[str, str], ...]) -> Callable:
+@dataclass(frozen=True)
+class Elements:
+    """A function of outputs to elements ``(R, V)`` by name, and how each is reduced: over columns to one value a row,
+    or over rows (of all chunks) to one value a column."""
+
+    function: Function
+    rows: tuple[tuple[str, str], ...]  # name, "logsumexp" or "sum"
+    columns: tuple[tuple[str, str], ...]
+
+    @property
+    def key(self) -> Hashable:
+        return (self.function.key, self.rows, self.columns)
+
+
+def _reduce(how: str, elements: Tensor, dim: int) -> Tensor:
+    return elements.sum(dim) if how == "sum" else elements.logsumexp(dim)
+
+
+def _share(how: str, x: Tensor, total: Tensor) -> Tensor | float:
+    """d total / d x: from the total alone, so that no reduction is formed again."""
+    return torch.where(total > -torch.inf, torch.exp(x.detach() - total), 0.0) if how == "logsumexp" else 1.0
+
+
+def score_values(score_fn: Function, elements: Elements | None) -> Callable:
     def step(outputs, destinations, rows, columns, valid, hp):
         wide = _wide(outputs)
         scores = score_fn(wide, rows, columns, hp)
@@ -176,23 +199,21 @@ def score_values(score_fn: Function, column_fn: Function | None, combine: tuple[
             raise ValueError(f"expected score_fn to return a dict of scores by name, got {type(scores).__name__}")
         for name, value in scores.items():
             _check_per_row(f"score {name!r}", value, len(next(iter(wide.values()))))
-        parts = {}
-        if column_fn is not None:
-            elements = column_fn(wide, rows, columns, hp)
-            for name, how in combine:
-                if how == "sum":
-                    parts[name] = torch.where(valid[:, None], elements[name], 0.0).sum(0)
-                else:
-                    parts[name] = torch.where(valid[:, None], elements[name], -torch.inf).logsumexp(0)
-        return _own(scores), parts
+        totals, parts = {}, {}
+        if elements is not None:
+            found = elements.function(wide, rows, columns, hp)
+            totals = {name: _reduce(how, found[name], 1) for name, how in elements.rows}
+            for name, how in elements.columns:
+                nothing = 0.0 if how == "sum" else -torch.inf
+                parts[name] = _reduce(how, torch.where(valid[:, None], found[name], nothing), 0)
+        return _own(scores), totals, parts
 
     return step
 
 
 def score_gradients(
     score_fn: Function,
-    column_fn: Function | None,
-    combine: tuple[tuple[str, str], ...],
+    elements: Elements | None,
     wanted_rows: tuple[str, ...],
     wanted_columns: tuple[str, ...],
 ) -> Callable:
@@ -203,13 +224,14 @@ def score_gradients(
             arguments = ({**wide, **o}, {**rows, **r}, {**columns, **c}, hp)
             scores = score_fn(*arguments)
             value: Any = sum((scores[name] * upstream[name]).sum() for name in scores)
-            if column_fn is not None:
-                elements = column_fn(*arguments)
-                for name, how in combine:
-                    x, g = elements[name], upstream[name] * valid[:, None]
-                    if how == "logsumexp":  # d total / d x = exp(x - total): no part needs to be formed again
-                        g = g * torch.where(totals[name] > -torch.inf, torch.exp(x.detach() - totals[name]), 0.0)
-                    value = value + torch.where(g == 0, 0.0, x * g).sum()
+            if elements is not None:
+                found = elements.function(*arguments)
+                for name, how in elements.rows:
+                    g = upstream[name][:, None] * _share(how, found[name], totals[name][:, None])
+                    value = value + torch.where(g == 0, 0.0, found[name] * g).sum()
+                for name, how in elements.columns:
+                    g = upstream[name] * valid[:, None] * _share(how, found[name], totals[name])
+                    value = value + torch.where(g == 0, 0.0, found[name] * g).sum()
             return value, {}
 
         arguments = (
@@ -319,39 +341,44 @@ class PlainScore:
         self,
         runner: Runner,
         score_fn: Function,
-        column_fn: Function | None = None,
-        combine: Mapping[str, str] | None = None,
+        elements: Elements | None = None,
         wanted_rows: tuple[str, ...] = (),
         wanted_columns: tuple[str, ...] = (),
     ) -> None:
         self.runner = runner
-        self.combine: Mapping[str, str] = dict(combine or {})
-        how = tuple(self.combine.items())
-        self.forward = (score_fn, column_fn, how)
+        self.combine: Mapping[str, str] = dict(elements.columns if elements else ())
+        self.single = score_fn.single
+        self.forward = (score_fn, elements)
         self.backward = (*self.forward, wanted_rows, wanted_columns)
-        self.key = (score_fn.key, score_fn.single, score_fn.has_columns, column_fn and column_fn.key, how)
+        self.key = (score_fn.key, score_fn.single, score_fn.has_columns, elements and elements.key)
         self.backward_key = (self.key, wanted_rows, wanted_columns)
+
+    def _valid(self, start: int, stop: int, size: int) -> Tensor | None:
+        return self.runner.valid(stop - start, size) if self.combine else None
 
     def values(self, data: ChunkData, hp: NamedTuple) -> tuple[Named, Named, Named]:
         scores: dict[str, list[Tensor]] = {}
+        reused: dict[str, list[Tensor]] = {}
         parts: Named = {}
         for start, stop, size in self.runner.tiles(data.rows):
             step = self.runner.step(score_values, self.forward, self.key, data, size)
-            outputs, _ = data.tile(start, stop, size, self.forward[0].single)
-            values, columns = self.runner.run(
+            outputs, _ = data.tile(start, stop, size, self.single)
+            values, totals, columns = self.runner.run(
                 step,
                 outputs,
                 {},
                 {name: pad(r, start, stop, size) for name, r in data.row_args.items()},
                 data.columns,
-                self.runner.valid(stop - start, size) if self.combine else None,
+                self._valid(start, stop, size),
                 hp,
             )
-            for name, value in values.items():
+            for name, value in (values | totals).items():
                 scores.setdefault(name, []).append(value[: stop - start])
+            for name in totals:
+                reused[name] = scores[name]
             for name, how in self.combine.items():
                 parts[name] = combine_parts(how, parts.get(name), columns[name])
-        return {name: cat(pieces) for name, pieces in scores.items()}, parts, {}
+        return _joined(scores), parts, _joined(reused)
 
     def gradients(
         self, data: ChunkData, hp: NamedTuple, saved: Named, upstream: Named, totals: Named
@@ -360,22 +387,22 @@ class PlainScore:
         column_grads: Named = {}
         for start, stop, size in self.runner.tiles(data.rows):
             step = self.runner.step(score_gradients, self.backward, self.backward_key, data, size)
-            outputs, destinations = data.tile(start, stop, size, self.forward[0].single)
+            outputs, destinations = data.tile(start, stop, size, self.single)
             rows, columns, rest = self.runner.run(
                 step,
                 outputs,
                 destinations,
                 {name: pad(r, start, stop, size) for name, r in data.row_args.items()},
                 data.columns,
-                self.runner.valid(stop - start, size) if self.combine else None,
+                self._valid(start, stop, size),
                 {n: u if n in totals else pad_zero(u, start, stop, size) for n, u in upstream.items()},
-                totals,
+                totals | {name: pad(value, start, stop, size) for name, value in saved.items()},
                 hp,
             )
             store_rest(rest, outputs, destinations)
             collect_rows(row_grads, rows, stop - start, size)
             add_columns(column_grads, columns)
-        return {name: cat(pieces) for name, pieces in row_grads.items()}, column_grads
+        return _joined(row_grads), column_grads
 
 
 class RowLoss:
@@ -407,7 +434,7 @@ class RowLoss:
             )
             total += value
             collect_rows(metrics, named, stop - start, size)
-        return total, {name: cat(pieces) for name, pieces in metrics.items()}
+        return total, _joined(metrics)
 
     def gradients(self, data: ChunkData, weight: Tensor, hp: NamedTuple) -> tuple[Tensor, Named, Named, Named]:
         """The same, and gradients of row arguments and columns; the outputs' go to their destinations."""
@@ -433,8 +460,7 @@ class RowLoss:
             collect_rows(metrics, named, stop - start, size)
             collect_rows(row_grads, rows, stop - start, size)
             add_columns(column_grads, columns)
-        joined = ({name: cat(pieces) for name, pieces in group.items()} for group in (metrics, row_grads))
-        return total, *joined, column_grads  # type: ignore[return-value]
+        return total, _joined(metrics), _joined(row_grads), column_grads
 
 
 def collect_rows(rows: dict[str, list[Tensor]], new: Named, n: int, size: int) -> None:
@@ -458,6 +484,10 @@ def combine_parts(how: str, total: Tensor | None, part: Tensor) -> Tensor:
     if total is None:
         return part
     return total + part if how == "sum" else torch.logaddexp(total, part)
+
+
+def _joined(pieces: Mapping[str, list[Tensor]]) -> Named:
+    return {name: cat(parts) for name, parts in pieces.items()}
 
 
 def join(named: Sequence[Named]) -> Named:

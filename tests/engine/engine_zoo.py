@@ -226,15 +226,20 @@ def weighted_reference(x):
 
 
 class LengthNormalised(FlexChunkLoss):
-    """A mean over each segment, from its sum and its count; empty segments are zero."""
+    """A mean over each segment, from its sum and its count; empty segments are zero. The normaliser is a row total."""
 
     segments_per_group = 2
+    row_totals = {"lse": "logsumexp"}
 
     def score_fn(self, outputs, rows, hp):
-        return {"logps": token_logps(outputs, rows["target"])}
+        own = torch.arange(outputs.shape[1], device=outputs.device) == rows["target"][:, None]
+        return {"own": torch.where(own, outputs, 0).sum(1)}
+
+    def element_fn(self, outputs, rows, hp):
+        return {"lse": outputs}
 
     def loss_fn(self, scores, groups, hp):
-        mean = scores["logps"] / scores["count"].clamp_min(1)
+        mean = (scores["own"] - scores["lse"]) / scores["count"].clamp_min(1)
         return F.softplus(mean[:, 1] - mean[:, 0])
 
 
@@ -310,14 +315,15 @@ class TwoSided(FlexChunkLoss):
     """Symmetric InfoNCE: row and column normalisers of one similarity matrix."""
 
     couples_batch = True
-    combine = {"column": "logsumexp", "mass": "sum"}
+    row_totals = {"row": "logsumexp"}
+    column_totals = {"column": "logsumexp", "mass": "sum"}
 
     def score_fn(self, outputs, rows, hp):
         own = torch.arange(outputs.shape[1], device=outputs.device) == rows["index"][:, None]
-        return {"own": torch.where(own, outputs, 0).sum(1), "row": outputs.logsumexp(1)}
+        return {"own": torch.where(own, outputs, 0).sum(1)}
 
-    def column_score_fn(self, outputs, rows, hp):
-        return {"column": outputs, "mass": outputs.square()}
+    def element_fn(self, outputs, rows, hp):
+        return {"row": outputs, "column": outputs, "mass": outputs.square()}
 
     def loss_fn(self, scores, groups, hp):
         two_sided = scores["row"][:, 0] + scores["column"] - 2 * scores["own"][:, 0]

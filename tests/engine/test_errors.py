@@ -156,7 +156,7 @@ def test_column_scores_need_a_coupled_loss():
 
 
 class Uncombined(TwoSided):
-    combine = {"column": "mean", "mass": "sum"}
+    column_totals = {"column": "mean", "mass": "sum"}
 
 
 class Counting(Ranked):
