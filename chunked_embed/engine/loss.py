@@ -127,7 +127,7 @@ class FlexChunkLoss(nn.Module):
 
     score_fn: Callable | None = None
     element_fn: Callable | None = None
-    """``element_fn(self, outputs, rows, hp) -> {name: (R, V)}``, for the names of ``row_totals`` and ``column_totals``."""
+    """``element_fn(self, outputs, rows, hp) -> {name: (R, V)}``, a name for each of the totals."""
 
     # --- running it ---
 
