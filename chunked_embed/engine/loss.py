@@ -18,7 +18,7 @@ from .passes import group_counts
 from .plan import ChunkPlan, Settings, make_plan
 from .problem import Problem, build
 from .select import select
-from .steps import Elements, Function, Named, PlainScore, RowLoss, Score, split_metrics, weighted
+from .steps import Elements, Function, Named, PlainScore, RowLoss, RowStep, Score, split_metrics, weighted
 from .types import LossOutput, Projections, Tensors
 from .walk import Call, GroupLoss, Unit, make_runner
 
@@ -304,11 +304,8 @@ class FlexChunkLoss(nn.Module):
         else:
             if weight is None:
                 weight = torch.full((problem.n_rows,), 1 / problem.n_rows, dtype=problem.dtype, device=problem.device)
-            function = self._bind("loss_fn", problem)
             call.row_weight = weight
-            call.row_loss = RowLoss(
-                call.runner, function, problem.wanting(problem.rows), problem.wanting(problem.columns)
-            )
+            call.row_loss = self._row_loss(call)
         return call, group_tensors
 
     def _grouped(self, call: Call, units_of: list[tuple[str, ...]], groups: Named, weight: Tensor | None) -> None:
@@ -339,6 +336,12 @@ class FlexChunkLoss(nn.Module):
             separate=self.separate_outputs,
             wanted=tuple(name for name, t in groups.items() if grad and t.requires_grad),
         )
+
+    def _row_loss(self, call: Call) -> RowStep:
+        """How the outputs become a row-wise loss; a loss with a kernel of its own overrides this."""
+        problem = call.problem
+        function = self._bind("loss_fn", problem)
+        return RowLoss(call.runner, function, problem.wanting(problem.rows), problem.wanting(problem.columns))
 
     def _score(self, call: Call, names: tuple[str, ...]) -> Score:
         """How the outputs of these projections are scored; a loss with a kernel of its own overrides this."""

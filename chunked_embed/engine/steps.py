@@ -405,8 +405,20 @@ class PlainScore:
         return _joined(row_grads), column_grads
 
 
+class RowStep(Protocol):
+    """How a chunk's outputs become a row-wise loss, with its gradient."""
+
+    def values(self, data: ChunkData, weight: Tensor, hp: NamedTuple) -> tuple[Tensor, Named]:
+        """-> sum of weight * loss, metrics {name: (rows,)}"""
+        ...
+
+    def gradients(self, data: ChunkData, weight: Tensor, hp: NamedTuple) -> tuple[Tensor, Named, Named, Named]:
+        """The same, and gradients of row arguments and columns; the outputs' go to their destinations."""
+        ...
+
+
 class RowLoss:
-    """A row-wise loss: value and gradient fused in one step."""
+    """A row-wise loss from a user's function: value and gradient fused in one step."""
 
     def __init__(
         self, runner: Runner, loss_fn: Function, wanted_rows: tuple[str, ...], wanted_columns: tuple[str, ...]
@@ -417,7 +429,6 @@ class RowLoss:
         self.wanted = (wanted_rows, wanted_columns)
 
     def values(self, data: ChunkData, weight: Tensor, hp: NamedTuple) -> tuple[Tensor, Named]:
-        """-> sum of weight * loss, metrics {name: (rows,)}"""
         total = torch.zeros((), dtype=self.runner.dtype, device=self.runner.device)
         metrics: dict[str, list[Tensor]] = {}
         for start, stop, size in self.runner.tiles(data.rows):
@@ -437,7 +448,6 @@ class RowLoss:
         return total, _joined(metrics)
 
     def gradients(self, data: ChunkData, weight: Tensor, hp: NamedTuple) -> tuple[Tensor, Named, Named, Named]:
-        """The same, and gradients of row arguments and columns; the outputs' go to their destinations."""
         total = torch.zeros((), dtype=self.runner.dtype, device=self.runner.device)
         metrics: dict[str, list[Tensor]] = {}
         row_grads: dict[str, list[Tensor]] = {}

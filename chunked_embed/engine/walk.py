@@ -15,7 +15,7 @@ from .plan import Chunk, ChunkPlan, gradient_in_place, padded_rows
 from .problem import Problem, ProjectionSpec
 from .products import addmm_, mm
 from .select import Selection
-from .steps import ChunkData, Named, RowLoss, Runner, Score, combine_parts, join
+from .steps import ChunkData, Named, RowStep, Runner, Score, combine_parts, join
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Call:
     runner: Runner
     hp: NamedTuple
     units: list[Unit] = field(default_factory=list)
-    row_loss: RowLoss | None = None
+    row_loss: RowStep | None = None
     row_weight: Tensor | None = None  # (M,), in the loss's dtype
     group_loss: GroupLoss | None = None
     metrics: Named = field(default_factory=dict)

@@ -172,12 +172,13 @@ def test_not_available_on_cpu(monkeypatch):
     assert not available(torch.device("cpu"))
 
 
-def test_triton_in_the_interpreter():
+@pytest.mark.parametrize("file", ["test_triton.py", "test_triton_similarity.py"])
+def test_triton_in_the_interpreter(file):
     """Triton reads TRITON_INTERPRET once, when it is imported: a process of its own leaves the other tests alone."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
-        pytest.skip("test_triton.py runs on the GPU itself")
-    checks = Path(__file__).with_name("test_triton.py")
+        pytest.skip("it runs on the GPU itself")
+    checks = Path(__file__).with_name(file)
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:xdist", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, str(checks)], env=environment, capture_output=True, text=True)
