@@ -17,6 +17,8 @@ from .products import addmm_, mm
 from .select import Selection
 from .steps import ChunkData, Named, RowStep, Runner, Score, combine_parts, join
 
+ALIGNMENT = 256  # bytes, of buffers that share a space: whatever their dtypes, and for the matrix products
+
 
 @dataclass
 class Unit:
@@ -102,7 +104,8 @@ class Walk:
 
         def size(name: str) -> int:
             spec = self.problem.projections[name]
-            return 0 if spec.identity else self.capacity * spec.width * spec.output_dtype.itemsize
+            n_bytes = 0 if spec.identity else self.capacity * spec.width * spec.output_dtype.itemsize
+            return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
         units = [unit.names for unit in self.call.units] or [tuple(self.problem.projections)]
         trains = [self.with_grad and any(self.problem.projections[n].wants_grad for n in names) for names in units]
@@ -122,7 +125,7 @@ class Walk:
                     spec = self.problem.projections[name]
                     if not spec.identity:
                         piece = space[offset : offset + size(name)].view(spec.output_dtype)
-                        buffers[name] = piece.view(self.capacity, spec.width)
+                        buffers[name] = piece[: self.capacity * spec.width].view(self.capacity, spec.width)
                         offset += size(name)
         return buffers
 

@@ -3,16 +3,31 @@ given, is applied to every side, followed by ``activation`` and, with ``normaliz
 Everything is chunked: what is held is the embeddings, their gradients and O(N) scores.
 """
 
+from .batch_triplets import batch_all_triplet, batch_hard_triplet, batch_semi_hard_triplet
+from .contrastive import info_nce
+from .guided import guided_info_nce
+from .mega_batch import mega_batch_margin
 from .pairwise import SIMILARITIES, PairwiseScores, Triplet, pairwise_scores, triplet
 from .ranking import angle, cosent, cosent_from_scores
+from .sigmoid import sigmoid_pairs
+from .spread import OrthogonalTerms, orthogonal_regularization
 
 __all__ = [
     "SIMILARITIES",
+    "OrthogonalTerms",
     "PairwiseScores",
     "Triplet",
     "angle",
+    "batch_all_triplet",
+    "batch_hard_triplet",
+    "batch_semi_hard_triplet",
     "cosent",
     "cosent_from_scores",
+    "guided_info_nce",
+    "info_nce",
+    "mega_batch_margin",
+    "orthogonal_regularization",
     "pairwise_scores",
+    "sigmoid_pairs",
     "triplet",
 ]

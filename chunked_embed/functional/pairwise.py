@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,13 @@ from .arguments import Activation, Embedding, Rows, finite, one_of, project, sha
 # --- pairwise similarities: (R, D), (R, D) -> (R,) -------------------------------------------------------------------
 
 
-def inverse_norm(x: Tensor) -> Tensor:
+def inverse_norm(x: Tensor, floor: float = 1e-12) -> Tensor:
     """(R,), with the floor of ``F.normalize``. It divides sums, not vectors: nothing of size (R, D) is left behind."""
-    return 1 / torch.linalg.vector_norm(x, dim=1).clamp_min(1e-12)
+    return 1 / torch.linalg.vector_norm(x, dim=1).clamp_min(floor)
 
 
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(1) * inverse_norm(a) * inverse_norm(b)
+def cosine(a: Tensor, b: Tensor, eps: float = 1e-12) -> Tensor:
+    return (a * b).sum(1) * inverse_norm(a, eps) * inverse_norm(b, eps)
 
 
 def angle_similarity(a: Tensor, b: Tensor) -> Tensor:
@@ -38,15 +38,19 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1)
 
 
-def negative_euclidean(a: Tensor, b: Tensor) -> Tensor:
-    return -torch.linalg.vector_norm(a - b, dim=1)
+def difference(a: Tensor, b: Tensor, eps: float) -> Tensor:
+    return a - b + eps if eps else a - b
 
 
-def negative_manhattan(a: Tensor, b: Tensor) -> Tensor:
-    return -(a - b).abs().sum(1)
+def negative_euclidean(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
+    return -torch.linalg.vector_norm(difference(a, b, eps), dim=1)
 
 
-SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+def negative_manhattan(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
+    return -difference(a, b, eps).abs().sum(1)
+
+
+SIMILARITIES: dict[str, Callable[..., Tensor]] = {
     "cosine": cosine,
     "angle": angle_similarity,
     "dot": dot,
@@ -54,21 +58,29 @@ SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "manhattan": negative_manhattan,
 }
 DISTANCES = ("euclidean", "cosine", "manhattan")
+WITH_EPS = DISTANCES
 
 
 # --- the losses as the engine sees them ------------------------------------------------------------------------------
 
 
 class PairwiseScores(Embedding):
-    """The similarity of row i of ``a`` and row i of ``b``."""
+    """The similarity of row i of ``a`` and row i of every other side, by the side's name."""
 
-    def __init__(self, similarity: str = "cosine", **options: Any) -> None:
+    def __init__(self, similarity: str = "cosine", eps: float | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.similarity = one_of("similarity", similarity, tuple(SIMILARITIES))
         self.static_widths = similarity == "angle"  # it cuts rows in half
+        if eps is not None and (similarity not in WITH_EPS or finite("eps", eps) < 0):
+            raise ValueError(
+                f"expected eps to be at least 0, and a similarity of {WITH_EPS}, got {eps}, {similarity!r}"
+            )
+        self.eps = () if eps is None else (float(eps),)  # a tuple is static: no number that changes from step to step
 
     def score_fn(self, outputs: Rows, rows: Rows, hp: Any) -> Rows:
-        return {"score": SIMILARITIES[self.similarity](self.embed(outputs["a"]), self.embed(outputs["b"]))}
+        similarity = SIMILARITIES[self.similarity]
+        a = self.embed(outputs["a"])
+        return {name: similarity(a, self.embed(outputs[name]), *self.eps) for name in outputs if name != "a"}
 
 
 class Triplet(Embedding):
@@ -94,9 +106,10 @@ class Triplet(Embedding):
 @outside_compile
 def pairwise_scores(
     a: Tensor,  # (N, H)
-    b: Tensor,  # (N, H)
+    b: Tensor | Sequence[Tensor],  # (N, H), or K of those
     *,
     similarity: str = "cosine",
+    eps: float | None = None,
     weight: Tensor | None = None,  # (D, H)
     bias: Tensor | None = None,  # (D,)
     activation: Activation | None = None,
@@ -104,26 +117,36 @@ def pairwise_scores(
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
     compiled: bool = True,
-) -> Tensor:  # (N,)
+) -> Tensor:  # (N,), or (N, K)
     """Similarity of each pair: "cosine", "angle", "dot", or a negated "euclidean" or "manhattan" distance.
+
+    Given K candidates for every row of ``a``, all of them are scored together: ``a`` is read and projected once.
+    ``eps`` is what torch calls so: the floor of the norms for "cosine" (1e-12 by default), added to every difference
+    for the distances (0).
 
     Differentiable in everything that requires grad; float32 (float64 for float64 inputs). Backward forms the chunks
     again, so that nothing but the scores is kept.
 
     Raises:
-        ValueError: shapes or devices that differ, an unknown similarity.
+        ValueError: shapes or devices that differ, no candidates, an unknown similarity, a bad ``eps``.
         TypeError: mixed dtypes.
     """
+    several = not isinstance(b, Tensor)
+    sides = {f"b{i}": side for i, side in enumerate(b if several else [b])}
+    if not sides:
+        raise ValueError("expected at least one b, got an empty sequence")
     loss = shared(
         PairwiseScores,
         similarity=similarity,
+        eps=eps,
         activation=activation,
         normalize=normalize,
         chunk_size=chunk_size,
         max_chunk_bytes=max_chunk_bytes,
         compiled=compiled,
     )
-    return loss.scores(project({"a": a, "b": b}, weight, bias))["score"]
+    scores = loss.scores(project({"a": a, **sides}, weight, bias))
+    return torch.stack([scores[name] for name in sides], dim=1) if several else scores["b0"]
 
 
 @outside_compile

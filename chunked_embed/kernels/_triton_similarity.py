@@ -73,12 +73,13 @@ def _sigmoid_kernel(
     out_ptr,  # (R, V), may be x
     out_stride,
     target_ptr,  # (R,)
-    bias_ptr,  # (R,)
-    weight_ptr,  # (R,)
-    loss_ptr,  # (R,)
-    g_bias_ptr,  # (R,)
+    scale_ptr,  # (R,), and so are the rest
+    bias_ptr,
+    weight_ptr,
+    loss_ptr,
+    g_scale_ptr,
+    g_bias_ptr,
     V,
-    scale,
     GRADIENT: tl.constexpr,
     GROUPS: tl.constexpr,
     EACH: tl.constexpr,
@@ -87,30 +88,35 @@ def _sigmoid_kernel(
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
     out_ptr += row * out_stride
+    scale = tl.load(scale_ptr + row)
     inner = scale * _LOG2E
     bias = tl.load(bias_ptr + row) * _LOG2E
     weight = tl.load(weight_ptr + row)
     target = tl.load(target_ptr + row).to(tl.int32)
-    own = tl.load(x_ptr + target).to(tl.float32) * inner + bias
+    x_own = tl.load(x_ptr + target).to(tl.float32)
+    own = x_own * inner + bias
     tl.debug_barrier()  # as above
     lanes = tl.arange(0, GROUPS)[:, None] * EACH + tl.arange(0, EACH)[None, :]
     loss = tl.zeros((GROUPS,), tl.float32)
     slope = tl.zeros((GROUPS,), tl.float32)
+    moment = tl.zeros((GROUPS,), tl.float32)
     for start in range(0, V, GROUPS * EACH):
         columns = start + lanes
         inside = columns < V
-        x = tl.load(x_ptr + columns, mask=inside, other=float("-inf"))  # sigmoid and softplus of which are zero
-        z = x.to(tl.float32) * inner + bias
+        x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        z = tl.where(inside, x * inner + bias, float("-inf"))  # sigmoid and softplus of which are zero
         e = tl.exp2(-tl.abs(z))
         loss += tl.sum(tl.maximum(z, 0.0), 1) + tl.log2(tl.reduce(1.0 + e, 1, _times))
         if GRADIENT:
             sigmoid = tl.where(z >= 0, 1.0, e) / (1.0 + e)
             slope += tl.sum(sigmoid, 1)
+            moment += tl.sum(sigmoid * x, 1)
             grad = tl.where(columns == target, sigmoid - 1.0, sigmoid) * (weight * scale)
             tl.store(out_ptr + columns, grad.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(loss_ptr + row, (tl.sum(loss, 0) - own) / _LOG2E)  # softplus(z) - z is softplus(-z)
     if GRADIENT:
         tl.store(g_bias_ptr + row, (tl.sum(slope, 0) - 1.0) * weight)
+        tl.store(g_scale_ptr + row, (tl.sum(moment, 0) - x_own) * weight)
 
 
 @triton.jit
@@ -244,20 +250,19 @@ def cross_entropy_(x: Tensor, target: Tensor, weight: Tensor | None, scale: floa
 
 
 def sigmoid_pairs_(
-    x: Tensor, target: Tensor, bias: Tensor, weight: Tensor | None, scale: float, out: Tensor
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, target: Tensor, scale: Tensor, bias: Tensor, weight: Tensor | None, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = x.shape
-    loss, g_bias = torch.empty(2, rows, device=x.device, dtype=torch.float32)
-    target, bias, weight = target.contiguous(), _vector(bias), None if weight is None else _vector(weight)
+    loss, g_scale, g_bias = torch.empty(3, rows, device=x.device, dtype=torch.float32)
+    vectors = [target.contiguous(), _vector(scale), _vector(bias), loss if weight is None else _vector(weight)]
     if rows:
         with _device(x):
             _sigmoid_kernel[(rows,)](
-                *(x, x.stride(0), out, out.stride(0), target, bias, bias if weight is None else weight, loss, g_bias),
-                *(columns, scale),
+                *(x, x.stride(0), out, out.stride(0), *vectors, loss, g_scale, g_bias, columns),
                 GRADIENT=weight is not None,
                 **_launch(columns, 256, 8),
             )
-    return loss, g_bias
+    return loss, g_scale, g_bias
 
 
 def both_logsumexps(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:

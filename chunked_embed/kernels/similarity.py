@@ -7,6 +7,7 @@ With ``z = scale * x`` of outputs x ``(R, V)`` and the column ``t`` that is a ro
     both_logsumexps    lse over columns (R,) and over rows (V,)             in one pass
     both_gradients_    the gradient of those, and of z_t
 
+The sigmoid pairs have a scale and a bias for every row, so that both may learn.
 All of it in float32. The `..._reference` functions are the same in plain torch: where Triton does not run, and float64.
 """
 
@@ -51,33 +52,34 @@ def cross_entropy_reference(
 def sigmoid_pairs_(
     x: Tensor,  # (R, V), contiguous columns; overwritten by its gradient unless `out` is given
     target: Tensor,  # (R,) int64
+    scale: Tensor,  # (R,)
     bias: Tensor,  # (R,)
     weight: Tensor | None = None,  # (R,): the gradients are those of sum(weight * loss); None: no gradients
     *,
-    scale: float = 1.0,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # loss (R,), gradient of bias (R,)
+) -> tuple[Tensor, Tensor, Tensor]:  # loss, gradient of scale, of bias, each (R,)
     out = x if out is None else out
     if use_triton(x):
         from chunked_embed.kernels import _triton_similarity as kernels
 
-        return kernels.sigmoid_pairs_(x, target, bias, weight, scale, out)
-    loss, gradient, g_bias = sigmoid_pairs_reference(x, target, bias, weight, scale=scale)
+        return kernels.sigmoid_pairs_(x, target, scale, bias, weight, out)
+    loss, gradient, g_scale, g_bias = sigmoid_pairs_reference(x, target, scale, bias, weight)
     if gradient is not None:
         out.copy_(gradient)
-    return loss, g_bias
+    return loss, g_scale, g_bias
 
 
 def sigmoid_pairs_reference(
-    x: Tensor, target: Tensor, bias: Tensor, weight: Tensor | None = None, *, scale: float = 1.0
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    z = _wide(x) * scale + bias[:, None]
+    x: Tensor, target: Tensor, scale: Tensor, bias: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    wide = _wide(x)
+    z = wide * scale[:, None] + bias[:, None]
     own = _own(z, target)
     loss = (F.softplus(z) - own * z).sum(1)
     if weight is None:
-        return loss, None, torch.zeros_like(loss)
+        return loss, None, torch.zeros_like(loss), torch.zeros_like(loss)
     slope = (z.sigmoid() - own) * weight[:, None]
-    return loss, slope * scale, slope.sum(1)
+    return loss, slope * scale[:, None], (slope * wide).sum(1), slope.sum(1)
 
 
 def both_logsumexps(x: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:  # (R,), (V,)

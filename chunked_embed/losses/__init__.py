@@ -12,28 +12,99 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chunked_embed.losses._base import ChunkedLoss, Options
-    from chunked_embed.losses._compat import TripletDistanceMetric
+    from chunked_embed.losses._compat import (
+        AdaptiveLayerLoss,
+        Matryoshka2dLoss,
+        SiameseDistanceMetric,
+        TripletDistanceMetric,
+    )
     from chunked_embed.losses.angle import AnglELoss
+    from chunked_embed.losses.batch_triplet import (
+        BatchAllTripletLoss,
+        BatchHardSoftMarginTripletLoss,
+        BatchHardTripletLoss,
+        BatchHardTripletLossDistanceFunction,
+        BatchSemiHardTripletLoss,
+    )
+    from chunked_embed.losses.contrastive import ContrastiveLoss
     from chunked_embed.losses.cosent import CoSENTLoss
+    from chunked_embed.losses.cosine_similarity import CosineSimilarityLoss
+    from chunked_embed.losses.distill_kl_div import DistillKLDivLoss
+    from chunked_embed.losses.gist import CachedGISTEmbedLoss, GISTEmbedLoss
+    from chunked_embed.losses.global_orthogonal_regularization import GlobalOrthogonalRegularizationLoss
+    from chunked_embed.losses.margin_mse import MarginMSELoss
     from chunked_embed.losses.matryoshka import MatryoshkaLoss
+    from chunked_embed.losses.mega_batch_margin import MegaBatchMarginLoss
+    from chunked_embed.losses.multiple_negatives_ranking import (
+        CachedMultipleNegativesRankingLoss,
+        CachedMultipleNegativesSymmetricRankingLoss,
+        MultipleNegativesRankingLoss,
+        MultipleNegativesSymmetricRankingLoss,
+    )
+    from chunked_embed.losses.online_contrastive import OnlineContrastiveLoss
+    from chunked_embed.losses.sigmoid import SigmoidPairLoss
     from chunked_embed.losses.triplet import TripletLoss
 
 _HOME = {
+    "MultipleNegativesRankingLoss": "multiple_negatives_ranking",
+    "MultipleNegativesSymmetricRankingLoss": "multiple_negatives_ranking",
+    "CachedMultipleNegativesRankingLoss": "multiple_negatives_ranking",
+    "CachedMultipleNegativesSymmetricRankingLoss": "multiple_negatives_ranking",
+    "AdaptiveLayerLoss": "_compat",  # the library's own, which works around ours
     "AnglELoss": "angle",
+    "BatchAllTripletLoss": "batch_triplet",
+    "BatchHardSoftMarginTripletLoss": "batch_triplet",
+    "BatchHardTripletLoss": "batch_triplet",
+    "BatchHardTripletLossDistanceFunction": "batch_triplet",
+    "BatchSemiHardTripletLoss": "batch_triplet",
+    "CachedGISTEmbedLoss": "gist",
     "ChunkedLoss": "_base",
+    "ContrastiveLoss": "contrastive",
     "CoSENTLoss": "cosent",
+    "CosineSimilarityLoss": "cosine_similarity",
+    "DistillKLDivLoss": "distill_kl_div",
+    "GISTEmbedLoss": "gist",
+    "GlobalOrthogonalRegularizationLoss": "global_orthogonal_regularization",
+    "MarginMSELoss": "margin_mse",
+    "Matryoshka2dLoss": "_compat",
     "MatryoshkaLoss": "matryoshka",
+    "MegaBatchMarginLoss": "mega_batch_margin",
+    "OnlineContrastiveLoss": "online_contrastive",
     "Options": "_base",
+    "SiameseDistanceMetric": "_compat",
+    "SigmoidPairLoss": "sigmoid",
     "TripletDistanceMetric": "_compat",
     "TripletLoss": "triplet",
 }
 
 __all__ = [
+    "AdaptiveLayerLoss",
     "AnglELoss",
+    "BatchAllTripletLoss",
+    "BatchHardSoftMarginTripletLoss",
+    "BatchHardTripletLoss",
+    "BatchHardTripletLossDistanceFunction",
+    "BatchSemiHardTripletLoss",
+    "CachedGISTEmbedLoss",
+    "CachedMultipleNegativesRankingLoss",
+    "CachedMultipleNegativesSymmetricRankingLoss",
     "ChunkedLoss",
     "CoSENTLoss",
+    "ContrastiveLoss",
+    "CosineSimilarityLoss",
+    "DistillKLDivLoss",
+    "GISTEmbedLoss",
+    "GlobalOrthogonalRegularizationLoss",
+    "MarginMSELoss",
+    "Matryoshka2dLoss",
     "MatryoshkaLoss",
+    "MegaBatchMarginLoss",
+    "MultipleNegativesRankingLoss",
+    "MultipleNegativesSymmetricRankingLoss",
+    "OnlineContrastiveLoss",
     "Options",
+    "SiameseDistanceMetric",
+    "SigmoidPairLoss",
     "TripletDistanceMetric",
     "TripletLoss",
 ]

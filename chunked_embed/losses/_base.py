@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from chunked_embed.losses._attach import attach
 from chunked_embed.losses._bags import bag_slice, is_bag, with_row_ends
 from chunked_embed.losses._compat import CachedLossMixin, RandContext, embed_columns
 from chunked_embed.losses._tail import NO_TAIL, Tail, find_tail
@@ -91,8 +92,13 @@ class ChunkedLoss(CachedLossMixin):
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         features = list(sentence_features)
+        labels = self._targets(features, labels)
         if self.uses_gradient_cache:
-            return self.forward_cached([with_row_ends(column) for column in features], labels)
+            self._own_grads: list[tuple[nn.Parameter, Tensor]] = []
+            loss = self.forward_cached([with_row_ends(column) for column in features], labels)
+            # These were taken along with the embeddings': backward scales both by what comes from above.
+            own, self._own_grads = self._own_grads, []
+            return attach(loss, *zip(*own)) if own else loss
         tail = self._tail()
         with tail.skipped():
             embeddings = embed_columns(self.model, features)
@@ -107,9 +113,20 @@ class ChunkedLoss(CachedLossMixin):
     ) -> Tensor:
         """The loss of mini-batches of embeddings, as :class:`CachedLossMixin` asks for it."""
         loss = self._loss([torch.cat(column) for column in reps], labels)
-        if with_backward:
-            loss.backward()
-        return loss.detach() if with_backward else loss
+        if not with_backward:
+            return loss
+        leaves, own = [leaf for column in reps for leaf in column], self._own_parameters()
+        grads = torch.autograd.grad(loss, [*leaves, *own], allow_unused=True)
+        for leaf, grad in zip(leaves, grads):
+            leaf.grad = grad
+        found = [(parameter, grad) for parameter, grad in zip(own, grads[len(leaves) :]) if grad is not None]
+        self._own_grads = [*vars(self).get("_own_grads", ()), *found]
+        return loss.detach()
+
+    def _own_parameters(self) -> list[nn.Parameter]:
+        """What learns in the loss itself: a temperature, a module that the user handed in."""
+        encoder = {id(parameter) for parameter in self.model.parameters()}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in encoder]
 
     def embed_minibatch(
         self,
@@ -129,6 +146,10 @@ class ChunkedLoss(CachedLossMixin):
             state = RandContext(*part.values()) if copy_random_state else None
             return self.model(part)["sentence_embedding"], state
 
+    def _targets(self, features: list[dict[str, Tensor]], labels: Any) -> Any:
+        """What goes to the loss in the place of labels: what it knows from the texts themselves, say."""
+        return labels
+
     def _tail(self) -> Tail:
         if self.fuse_projection is False:
             return NO_TAIL
@@ -138,6 +159,11 @@ class ChunkedLoss(CachedLossMixin):
         if self.fuse_projection is True:
             raise ValueError(f"fuse_projection=True, but the model's last modules can't run in the loss: {found}")
         return NO_TAIL
+
+    @property
+    def _normalizes(self) -> bool:
+        """The length of embeddings is nothing to this loss: it takes unit vectors itself."""
+        return False
 
     @property
     def _fusable(self) -> bool:

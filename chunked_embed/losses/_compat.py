@@ -39,7 +39,11 @@ except ImportError:  # 5.x embeds every column in a forward pass of its own
         return [model(features)["sentence_embedding"] for features in features_list]
 
 
+AdaptiveLayerLoss = library.AdaptiveLayerLoss
+Matryoshka2dLoss = library.Matryoshka2dLoss
 TripletDistanceMetric = library.TripletDistanceMetric
+SiameseDistanceMetric = library.SiameseDistanceMetric
+check_teacher_targets = getattr(util, "check_teacher_targets", None)  # not in 5.x
 
 
 def callable_name(function: object) -> str:

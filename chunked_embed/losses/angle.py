@@ -34,5 +34,5 @@ class AnglELoss(CoSENTLoss, library.AnglELoss):
         anchor, *others = embeddings
         if labels is None:
             labels = torch.ones(len(anchor), device=anchor.device)
-        labels = self._check_labels(labels, len(anchor))
+        labels = self._row_labels(labels, len(anchor))
         return [(anchor, other) for other in others], torch.cat([labels, (1 - labels).repeat(len(others) - 1)])

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from chunked_embed.functional.normalize import unit
+from chunked_embed.losses._attach import attach
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, library, shrink, uses_gradient_cache
 
@@ -79,22 +80,36 @@ class MatryoshkaLoss(ChunkedLoss, library.MatryoshkaLoss):
             return super().forward(features, labels)
         if not uses_gradient_cache(self.loss):
             return library.MatryoshkaLoss.forward(self, features, labels)
-        with _replaced(self.loss, "calculate_loss", partial(self._over_minibatches, self.loss.calculate_loss)):
+        if isinstance(self.loss, ChunkedLoss):
+            replaced = _replaced(self.loss, "_loss", partial(self._over_widths, self.loss._loss))
+        else:
+            of_parts = partial(self._over_minibatches, self.loss.calculate_loss)
+            replaced = _replaced(self.loss, "calculate_loss", of_parts)
+        with replaced:
             return self.loss(features, labels)
+
+    def _targets(self, features: list[dict[str, Tensor]], labels: Any) -> Any:
+        return self.loss._targets(features, labels) if isinstance(self.loss, ChunkedLoss) else labels
 
     @property
     def _fusable(self) -> bool:
         return False  # the widths are cut from the finished embedding
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
+        return self._over_widths(self._inner, embeddings, labels)
+
+    def _over_widths(self, inner: Callable, embeddings: list[Tensor], labels: Any) -> Tensor:
         def at_width(columns: list[Tensor], dim: int) -> Tensor:
-            return self._inner(columns, _cut(labels, embeddings, dim))
+            return inner(columns, _cut(labels, embeddings, dim))
 
         # The widths' gradients are taken one by one, which would miss parameters of the loss itself.
-        inner = self.loss.named_parameters()
-        if any(parameter.requires_grad and name.split(".")[0] != "model" for name, parameter in inner):
-            return self._plain_sum(embeddings, at_width)
-        return self._one_by_one(embeddings, at_width)
+        return self._plain_sum(embeddings, at_width) if self._learns() else self._one_by_one(embeddings, at_width)
+
+    def _learns(self) -> bool:
+        if isinstance(self.loss, ChunkedLoss):
+            return bool(self.loss._own_parameters())
+        named = self.loss.named_parameters()
+        return any(parameter.requires_grad and name.split(".")[0] != "model" for name, parameter in named)
 
     def _inner(self, columns: list[Tensor], labels: Tensor | None) -> Tensor:
         if hasattr(self.loss, "compute_loss_from_embeddings"):
@@ -106,7 +121,7 @@ class MatryoshkaLoss(ChunkedLoss, library.MatryoshkaLoss):
     def _over_minibatches(
         self, calculate_loss: Callable, reps: list[list[Tensor]], *args: Any, with_backward: bool = False, **kwargs: Any
     ) -> Tensor:
-        """``calculate_loss`` of a gradient-caching loss, at every width."""
+        """``calculate_loss`` of a gradient-caching loss of the library, at every width."""
         columns = [torch.cat(column) for column in reps]
         sizes = [[len(part) for part in column] for column in reps]
 
@@ -117,12 +132,22 @@ class MatryoshkaLoss(ChunkedLoss, library.MatryoshkaLoss):
                 return calculate_loss(parts, *cut, **kwargs)
             leaves = [[part.detach().requires_grad_() for part in column] for column in parts]
             value = calculate_loss(leaves, *cut, with_backward=True, **kwargs)
-            return _attach(value, shrunk, [torch.cat([_grad(leaf) for leaf in column]) for column in leaves])
+            return attach(value.detach(), shrunk, [torch.cat([_grad(leaf) for leaf in column]) for column in leaves])
 
         loss = self._one_by_one(columns, at_width)
         if with_backward:
             loss.backward()
         return loss.detach() if with_backward else loss
+
+    def _narrow(self, column: Tensor, dim: int) -> Tensor:
+        """The first ``dim`` dimensions, as unit vectors."""
+        if not isinstance(self.loss, ChunkedLoss):
+            return shrink(column, dim)
+        if dim > column.shape[1]:
+            raise ValueError(
+                f"matryoshka_dims cannot be greater than the embeddings' width, {column.shape[1]}: got {dim}"
+            )
+        return column[:, :dim] if self.loss._normalizes else unit(column[:, :dim], compiled=self.loss.compiled)
 
     def _widths(self) -> list[tuple[int, float]]:
         indices: Sequence[int] = range(len(self.matryoshka_dims))
@@ -131,7 +156,7 @@ class MatryoshkaLoss(ChunkedLoss, library.MatryoshkaLoss):
         return [(self.matryoshka_dims[i], self.matryoshka_weights[i]) for i in indices]
 
     def _plain_sum(self, columns: list[Tensor], at_width: Callable[[list[Tensor], int], Tensor]) -> Tensor:
-        terms = [w * at_width([shrink(column, dim) for column in columns], dim) for dim, w in self._widths()]
+        terms = [w * at_width([self._narrow(column, dim) for column in columns], dim) for dim, w in self._widths()]
         return torch.stack(terms).sum()
 
     def _one_by_one(self, columns: list[Tensor], at_width: Callable[[list[Tensor], int], Tensor]) -> Tensor:
@@ -144,12 +169,12 @@ class MatryoshkaLoss(ChunkedLoss, library.MatryoshkaLoss):
             narrow = [column.detach()[:, :dim] for column in columns]
             # Float16 gradients would underflow: what a GradScaler scales comes in only at backward.
             narrow = [(x.float() if x.dtype == torch.float16 else x).requires_grad_() for x in narrow]
-            loss = weight * at_width([shrink(x, dim) for x in narrow], dim)
+            loss = weight * at_width([self._narrow(x, dim) for x in narrow], dim)
             for grad, part in zip(grads, torch.autograd.grad(loss, narrow, allow_unused=True)):
                 if part is not None:
                     grad[:, :dim] += part
             terms.append(loss.detach())
-        return _attach(torch.stack(terms).sum(), columns, grads)
+        return attach(torch.stack(terms).sum(), columns, grads)
 
 
 def _grad(leaf: Tensor) -> Tensor:
@@ -158,8 +183,8 @@ def _grad(leaf: Tensor) -> Tensor:
 
 def _cut(labels: Any, columns: list[Tensor], dim: int) -> Any:
     """Labels that are embeddings (a teacher's) are cut to the width; any others stay."""
-    is_embedding = isinstance(labels, Tensor) and labels.ndim in (2, 3) and labels.shape[-1] == columns[0].shape[-1]
-    return labels[..., :dim] if is_embedding else labels
+    is_embedding = isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim in (2, 3)
+    return labels[..., :dim] if is_embedding and labels.shape[-1] == columns[0].shape[-1] else labels
 
 
 @contextmanager
@@ -172,23 +197,3 @@ def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
         vars(module).pop(name)
         if before is not None:
             setattr(module, name, before)
-
-
-class _Attach(torch.autograd.Function):
-    """A loss whose gradients are known already."""
-
-    @staticmethod
-    def forward(ctx, loss: Tensor, columns: int, *tensors: Tensor) -> Tensor:
-        ctx.dtypes = [tensor.dtype for tensor in tensors[:columns]]
-        ctx.save_for_backward(*tensors[columns:])
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [(grad * upstream).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
-        return (None, None, *scaled, *[None] * len(scaled))
-
-
-def _attach(loss: Tensor, columns: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    return _Attach.apply(loss.detach(), len(columns), *columns, *grads)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,12 +12,7 @@ from chunked_embed import functional as CF
 from chunked_embed.gather import global_mean
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, TripletDistanceMetric, library
-
-_FUSED = (
-    (TripletDistanceMetric.EUCLIDEAN, "euclidean"),
-    (TripletDistanceMetric.COSINE, "cosine"),
-    (TripletDistanceMetric.MANHATTAN, "manhattan"),
-)
+from chunked_embed.losses._pairwise import known_triplet_distance, widened
 
 
 class TripletLoss(ChunkedLoss, library.TripletLoss):
@@ -48,7 +42,7 @@ class TripletLoss(ChunkedLoss, library.TripletLoss):
 
     @property
     def _distance(self) -> str | None:
-        return next((name for function, name in _FUSED if function is self.distance_metric), None)
+        return known_triplet_distance(self.distance_metric)
 
     @property
     def _fusable(self) -> bool:
@@ -68,6 +62,4 @@ class TripletLoss(ChunkedLoss, library.TripletLoss):
 
     def _plain(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         difference = self.distance_metric(anchor, positive) - self.distance_metric(anchor, negative)
-        if difference.dtype in (torch.float16, torch.bfloat16):
-            difference = difference.float()
-        return F.relu(difference + self.triplet_margin).mean()
+        return F.relu(widened(difference) + self.triplet_margin).mean()

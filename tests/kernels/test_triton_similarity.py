@@ -70,23 +70,24 @@ def check_cross_entropy(case):
 
 
 def check_sigmoid(case):
+    rows = len(case.x)
+    scale = torch.full((rows,), case.scale, dtype=torch.float64, device=DEVICE, requires_grad=True)
     bias = case.bias.double().requires_grad_()
-    z = case.z + bias[:, None]
+    z = case.leaf * scale[:, None] + bias[:, None]
     sign = -torch.ones_like(z)
-    sign[torch.arange(len(z)), case.target] = 1
+    sign[torch.arange(rows), case.target] = 1
     truth = -F.logsigmoid(sign * z).sum(1)
-    loss, _ = sigmoid_pairs_(case.x, case.target, case.bias, scale=case.scale)
+    numbers = (scale.detach().float(), case.bias)
+    loss, _, _ = sigmoid_pairs_(case.x, case.target, *numbers)
     close(loss / case.x.shape[1], truth / case.x.shape[1], case)
     total = (truth * case.weight.double()).sum()
-    (g_bias,) = torch.autograd.grad(total, bias, retain_graph=True)
+    grads = torch.autograd.grad(total, (scale, bias), retain_graph=True)
     got = []
     case.check_gradient(
-        total,
-        lambda out: got.append(
-            sigmoid_pairs_(case.x, case.target, case.bias, case.weight, scale=case.scale, out=out)[1]
-        ),
+        total, lambda out: got.append(sigmoid_pairs_(case.x, case.target, *numbers, case.weight, out=out)[1:])
     )
-    torch.testing.assert_close(got[0].double(), g_bias, rtol=1e-4, atol=1e-4)
+    size = 1 + case.x.abs().max().item()
+    torch.testing.assert_close([g.double() for g in got[0]], list(grads), rtol=1e-4 * size, atol=1e-4 * size)
 
 
 def check_both(case):
@@ -136,7 +137,7 @@ def test_nan_is_not_hidden():
     case = Case(3, 100)
     case.x[1, 50] = torch.nan
     assert cross_entropy_(case.x, case.target).isnan().tolist() == [False, True, False]
-    assert sigmoid_pairs_(case.x, case.target, case.bias)[0].isnan().tolist() == [False, True, False]
+    assert sigmoid_pairs_(case.x, case.target, case.bias, case.bias)[0].isnan().tolist() == [False, True, False]
     rows, columns = both_logsumexps(case.x)
     assert rows[1].isnan() and columns[50].isnan()
 
@@ -145,7 +146,7 @@ def test_no_rows():
     case = Case(1, 50)
     nothing = case.x[:0], case.target[:0]
     assert cross_entropy_(*nothing, case.weight[:0]).shape == (0,)
-    assert sigmoid_pairs_(*nothing, case.bias[:0], case.weight[:0])[0].shape == (0,)
+    assert sigmoid_pairs_(*nothing, case.bias[:0], case.bias[:0], case.weight[:0])[0].shape == (0,)
 
 
 def test_float64_takes_the_plain_twin():
@@ -161,16 +162,16 @@ def test_twins_agree(rows):
     case = Case(rows, 70)
     weight = torch.stack([case.weight, case.weight * torch.nan], 1)[:, 0]
     loss, gradient = cross_entropy_reference(case.x, case.target, weight, scale=2.0)
-    sigmoid = sigmoid_pairs_reference(case.x, case.target, case.bias, weight, scale=2.0)
+    sigmoid = sigmoid_pairs_reference(case.x, case.target, case.g_row, case.bias, weight)
     lses = both_logsumexps_reference(case.x, scale=2.0)
     upstream = (weight, case.g_column, case.g_own)
     both = both_gradients_reference(case.x, case.target, lses, upstream, scale=2.0)
     out = [torch.empty_like(case.x) for _ in range(3)]
     got = cross_entropy_(case.x, case.target, weight, scale=2.0, out=out[0])
-    got_sigmoid = sigmoid_pairs_(case.x, case.target, case.bias, weight, scale=2.0, out=out[1])
+    got_sigmoid = sigmoid_pairs_(case.x, case.target, case.g_row, case.bias, weight, out=out[1])
     both_gradients_(case.x, case.target, lses, upstream, scale=2.0, out=out[2])
     torch.testing.assert_close(got, loss)
-    torch.testing.assert_close(got_sigmoid, (sigmoid[0], sigmoid[2]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got_sigmoid, (sigmoid[0], *sigmoid[2:]), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(out, [gradient, sigmoid[1], both], rtol=1e-4, atol=1e-5)
 
 

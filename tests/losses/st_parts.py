@@ -85,6 +85,10 @@ def labels_for(kind: str, rows: int) -> Tensor:
         "equal": torch.ones(rows, dtype=torch.float64),
         "bool": torch.rand(rows, generator=generator) > 0.5,
         "column": torch.rand(rows, 1, generator=generator, dtype=torch.float64),
+        "binary": torch.arange(rows) % 3 % 2,
+        "zero": torch.zeros(rows, dtype=torch.long),
+        "two": torch.rand(rows, 2, generator=generator, dtype=torch.float64) * 9,
+        "three": torch.rand(rows, 3, generator=generator, dtype=torch.float64) * 9,
     }[kind]
 
 

@@ -20,14 +20,20 @@ ROWS, WORLD = 8, 2
 SHARDS = [slice(0, 5), slice(5, 8)]  # an uneven last batch
 GLOBAL = {"gather_across_devices": True, "compiled": False}
 
-# name: (columns, has labels, ours, the library's)
-CASES: dict[str, tuple[int, bool, Callable, Callable]] = {
-    "cosent": (2, True, losses.CoSENTLoss, library.CoSENTLoss),
-    "angle": (3, False, losses.AnglELoss, library.AnglELoss),
-    "triplet": (3, False, losses.TripletLoss, library.TripletLoss),
+# name: (columns, kind of labels, ours, the library's)
+CASES: dict[str, tuple[int, str | None, Callable, Callable]] = {
+    "cosent": (2, "tied", losses.CoSENTLoss, library.CoSENTLoss),
+    "angle": (3, None, losses.AnglELoss, library.AnglELoss),
+    "triplet": (3, None, losses.TripletLoss, library.TripletLoss),
+    "cosine": (2, "random", losses.CosineSimilarityLoss, library.CosineSimilarityLoss),
+    "contrastive": (2, "binary", losses.ContrastiveLoss, library.ContrastiveLoss),
+    "online": (2, "binary", losses.OnlineContrastiveLoss, library.OnlineContrastiveLoss),
+    "positives": (2, "equal", losses.OnlineContrastiveLoss, library.OnlineContrastiveLoss),
+    "margin": (4, "three", losses.MarginMSELoss, library.MarginMSELoss),
+    "distill": (3, "two", losses.DistillKLDivLoss, library.DistillKLDivLoss),
     "custom": (
         2,
-        True,
+        "tied",
         lambda model, **options: losses.CoSENTLoss(model, 20.0, negative_l3, **options),
         lambda model: library.CoSENTLoss(model, 20.0, negative_l3),
     ),
@@ -45,7 +51,8 @@ def names() -> list[str]:
     gathered = [f"{case}-{mode}-{unused}" for case, mode, unused in product(CASES, MODES, ("unused", "used"))]
     local = [f"local-{case}-{unused}" for case, unused in product(("cosent", "triplet"), ("unused", "used"))]
     cached = ["matryoshka-cached-unused"] if "cached" in MODES else []
-    return [*gathered, *local, "matryoshka-used", *cached, "frozen-dense"]
+    learns = [f"learns-{mode}" for mode in MODES]
+    return [*gathered, *local, *learns, "matryoshka-used", *cached, "frozen-dense"]
 
 
 def run(rank: int, folder: str, scratch: str) -> None:
@@ -68,6 +75,8 @@ def check(name: str, rank: int, folder: str) -> None:
     kind, *rest = name.split("-")
     if kind == "local":
         return check_local(rest[0], rest[1] == "unused", rank, folder)
+    if kind == "learns":
+        return check_learns(MODES[rest[0]], rank, folder)
     if kind == "frozen":
         return check_gathered("cosent", MODES["fused"], True, rank, folder, freeze="weight")
     if kind == "matryoshka":
@@ -95,13 +104,13 @@ def wrapped(model: nn.Module, loss: nn.Module, unused: bool) -> nn.Module:
 
 
 def check_gathered(case: str, options: dict, unused: bool, rank: int, folder: str, freeze: str = "") -> None:
-    columns, labelled, ours, theirs = CASES[case]
+    columns, kind, ours, theirs = CASES[case]
     model = a_model(folder, freeze)
     whole, part = features(model, ROWS, columns), features(model, ROWS, columns, rows=SHARDS[rank])
-    labels = labels_for("tied", ROWS) if labelled else None
+    labels = labels_for(kind, ROWS) if kind else None
     expected = value_and_grads(theirs(model), model, whole, labels, upstream=2.0)
     loss = wrapped(model, ours(model, **GLOBAL, **options), unused)
-    own = labels[SHARDS[rank]] if labelled else None
+    own = labels[SHARDS[rank]] if kind else None
     assert_same(value_and_grads(loss, model, part, own, upstream=2.0), expected)
     with torch.no_grad():
         torch.testing.assert_close(loss([dict(column) for column in part], own), expected[0])
@@ -109,18 +118,39 @@ def check_gathered(case: str, options: dict, unused: bool, rank: int, folder: st
 
 def check_local(case: str, unused: bool, rank: int, folder: str) -> None:
     """No gathering, the tail fused: DDP's mean of the ranks' own gradients."""
-    columns, labelled, ours, theirs = CASES[case]
+    columns, kind, ours, theirs = CASES[case]
     model = a_model(folder)
-    labels = labels_for("tied", ROWS) if labelled else None
+    labels = labels_for(kind, ROWS) if kind else None
     each = []
     for shard in SHARDS:
         part = features(model, ROWS, columns, rows=shard)
-        each.append(value_and_grads(theirs(model), model, part, labels[shard] if labelled else None))
+        each.append(value_and_grads(theirs(model), model, part, labels[shard] if kind else None))
     mean = {name: (each[0][1][name] + each[1][1][name]) / 2 for name in each[0][1]}
     loss = wrapped(model, ours(model, compiled=False, fuse_projection=True), unused)
     part = features(model, ROWS, columns, rows=SHARDS[rank])
-    got = value_and_grads(loss, model, part, labels[SHARDS[rank]] if labelled else None)
+    got = value_and_grads(loss, model, part, labels[SHARDS[rank]] if kind else None)
     assert_same(got, (each[rank][0], mean))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, scores: torch.Tensor) -> torch.Tensor:
+        return self.scale * scores
+
+
+def check_learns(options: dict, rank: int, folder: str) -> None:
+    """A parameter of the loss itself, which DDP knows nothing of: every process has the whole batch's gradient."""
+    model, labels = a_model(folder), labels_for("random", ROWS)
+    whole, part = features(model, ROWS, 2), features(model, ROWS, 2, rows=SHARDS[rank])
+    theirs = library.CosineSimilarityLoss(model, cos_score_transformation=Scaled())
+    expected = value_and_grads(theirs, model, whole, labels, upstream=2.0)
+    ours = losses.CosineSimilarityLoss(model, cos_score_transformation=Scaled(), **GLOBAL, **options)
+    assert_same(value_and_grads(wrapped(model, ours, False), model, part, labels[SHARDS[rank]], upstream=2.0), expected)
+    grads = [loss.cos_score_transformation.scale.grad for loss in (ours, theirs)]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
 
 
 def check_matryoshka(options: dict, unused: bool, rank: int, folder: str) -> None:

@@ -1,0 +1,169 @@
+"""Guided contrastive learning: a frozen guide says which negatives are none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine import FlexChunkLoss, Projection
+from ..engine.compile import outside_compile
+from ..engine.types import accumulator_dtype
+from ..gather import counts, gather_rows, rank, share
+from .arguments import Rows, finite, one_of, project, shared
+from .normalize import unit
+
+MARGIN_STRATEGIES = ("absolute", "relative")
+DROPPED = -1e30  # far below any score; -inf would make the gradient of a block that is dropped whole NaN
+TIE = 16  # units in the last place that the guide's similarities of equal texts may lie apart
+
+
+class GuidedInfoNCE(FlexChunkLoss):
+    """Row i holds what query i and its document are compared with, in up to three blocks, each once for the model and
+    once for the guide. The guide's blocks are plain products: its inverse norms come as row and column arguments.
+    """
+
+    float32_outputs = True  # whether one similarity exceeds another is not to depend on half precision
+
+    def __init__(
+        self, temperature: float = 0.01, margin_strategy: str = "absolute", margin: float = 0.0, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        if finite("temperature", temperature) <= 0:
+            raise ValueError(f"expected temperature to be above 0, got {temperature}")
+        self.temperature = float(temperature)
+        self.margin_strategy = one_of("margin_strategy", margin_strategy, MARGIN_STRATEGIES)
+        self.margin = finite("margin", margin)
+
+    def loss_fn(self, outputs: Rows, rows: Rows, hp: Any, columns: Any = None) -> Tensor:
+        def guided(block: str) -> Tensor:
+            norms = rows["document_norm" if block == "documents" else "query_norm"]
+            return outputs[f"guide {block}"] * norms[:, None] * columns[block]
+
+        candidates = guided("candidates")
+        own = torch.arange(candidates.shape[1], device=candidates.device) == rows["target"][:, None]
+        # From the product and not from the pair itself: a copy of the document ties with it, however products round.
+        limit = torch.where(own, candidates, 0.0).sum(1, keepdim=True)
+        limit = limit - hp.margin * (limit.abs() if self.margin_strategy == "relative" else 1.0)
+        limit = limit + TIE * torch.finfo(limit.dtype).eps
+        dropped = {"candidates": (candidates > limit) & ~own}
+        dropped |= {block: guided(block) > limit for block in ("queries", "documents") if block in outputs}
+        terms = [
+            torch.where(drop, DROPPED, outputs[block] / hp.temperature).logsumexp(1) for block, drop in dropped.items()
+        ]
+        positive = torch.where(own, outputs["candidates"], 0.0).sum(1) / hp.temperature
+        return torch.stack(terms).logsumexp(0) - positive
+
+
+@outside_compile
+def guided_info_nce(
+    queries: Tensor,  # (N, D)
+    documents: Tensor,  # (N, D), row i belongs to query i
+    guide_queries: Tensor,  # (N, E)
+    guide_documents: Tensor,  # (N, E)
+    *,
+    hard_negatives: Sequence[Tensor] = (),  # each (N, D)
+    guide_hard_negatives: Sequence[Tensor] = (),  # each (N, E)
+    temperature: float = 0.01,
+    margin_strategy: str = "absolute",
+    margin: float = 0.0,
+    contrast_anchors: bool = True,
+    contrast_positives: bool = True,
+    gather_across_devices: bool = False,
+    chunk_size: int | None = None,
+    max_chunk_bytes: int | None = None,
+    compiled: bool = True,
+) -> Tensor:
+    """InfoNCE without the negatives that a guide finds nearer than the positive (GISTEmbed).
+
+    The mean over i of ``-log(exp(s_ii) / sum of exp(s))`` with ``s = cos / temperature``, where the sum runs over query
+    i with every document and hard negative, with every query (``contrast_anchors``), and over document i with every
+    document (``contrast_positives``). Of these, pairs whose similarity under the guide is above
+    ``g_i - margin`` ("absolute") or ``g_i - |g_i| * margin`` ("relative") are left out, ``g_i`` being the guide's
+    similarity of query i and its document; that pair itself stays. At a margin of 0 ties stay, too: a copy of the
+    document is a negative.
+
+    No gradient goes to the guide, whose width and dtype are its own. Its similarities are compared in float32, from
+    unrounded norms.
+
+    Args:
+        hard_negatives, guide_hard_negatives: further candidates, of every query.
+        gather_across_devices: compare with the queries and documents of all processes; the results of all processes
+            average to the loss of the whole batch, and so do their gradients.
+
+    Returns:
+        A scalar, float32 (float64 for float64 embeddings).
+
+    Raises:
+        ValueError: shapes or devices that differ, numbers that are not finite, a temperature that is not above 0.
+        TypeError: mixed dtypes.
+
+    Source: Solatorio, "GISTEmbed", arXiv 2402.16829, as in ``sentence_transformers.losses.GISTEmbedLoss``.
+    """
+    loss = shared(
+        GuidedInfoNCE,
+        temperature=temperature,
+        margin_strategy=margin_strategy,
+        margin=margin,
+        chunk_size=chunk_size,
+        max_chunk_bytes=max_chunk_bytes,
+        compiled=compiled,
+    )
+    own = [queries, documents, *hard_negatives]
+    guide = [guide_queries, guide_documents, *guide_hard_negatives]
+    _check(own, guide)
+    own = [unit(x, compiled=compiled) for x in own]
+    guide = [_frozen(x, queries) for x in guide]
+    everyone, everyones = own, guide
+    sizes = [len(queries)]
+    if gather_across_devices:
+        sizes = counts(queries)
+        everyone, everyones = gather_rows(*own), gather_rows(*guide)
+    blocks = {"candidates": (0, slice(1, None))}  # the side whose rows are compared, the columns they are compared with
+    blocks |= {"queries": (0, slice(0, 1))} if contrast_anchors else {}
+    blocks |= {"documents": (1, slice(1, 2))} if contrast_positives else {}
+    projections, columns = {}, {}
+    for name, (side, part) in blocks.items():
+        bank = _joined(everyones[part])
+        projections[name] = Projection(own[side], _joined(everyone[part]))
+        projections[f"guide {name}"] = Projection(guide[side], bank)
+        columns[name] = _inverse_norms(bank)
+    rows = {
+        "target": torch.arange(len(queries), device=queries.device) + (sum(sizes[: rank()]) if len(sizes) > 1 else 0),
+        "query_norm": _inverse_norms(guide[0]),
+        "document_norm": _inverse_norms(guide[1]),
+    }
+    value = loss(projections, rows, columns=columns).loss
+    return share(value, sizes) if len(sizes) > 1 else value
+
+
+def _check(own: list[Tensor], guide: list[Tensor]) -> None:
+    if len(own) != len(guide):
+        raise ValueError(f"expected the guide's embeddings of {len(own) - 2} hard negatives, got {len(guide) - 2}")
+    names = ["queries", "documents", *(f"hard_negatives[{i}]" for i in range(len(own) - 2))]
+    project(dict(zip(names, own)), None, None)
+    project({f"guide_{name}": x for name, x in zip(names, guide)}, None, None)
+    if len(own[0]) != len(guide[0]) or own[0].device != guide[0].device:
+        raise ValueError(
+            f"expected {len(own[0])} rows from the guide on {own[0].device}, got {len(guide[0])} on {guide[0].device}"
+        )
+
+
+def _frozen(x: Tensor, own: Tensor) -> Tensor:
+    """The guide's embeddings as the products will read them: what is compared and its norm must be the same numbers."""
+    x = x.detach()
+    if (x.dtype == torch.float64) != (own.dtype == torch.float64):
+        x = x.to(own.dtype if own.dtype == torch.float64 else torch.float32)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def _inverse_norms(x: Tensor) -> Tensor:  # (N, E) -> (N,)
+    return 1 / torch.linalg.vector_norm(x, dim=1, dtype=accumulator_dtype(x.dtype)).clamp_min(1e-12)
+
+
+def _joined(banks: Sequence[Tensor]) -> Tensor:
+    return banks[0] if len(banks) == 1 else torch.cat(list(banks))

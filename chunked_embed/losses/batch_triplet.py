@@ -1,0 +1,213 @@
+"""Batch triplets: positives and negatives of every row are the batch's other rows, told apart by labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunked_embed.functional.arguments import check_labels, finite
+from chunked_embed.functional.batch_triplets import Labelled, check_matrix, mean_over_triplets, precise
+from chunked_embed.gather import counts, gather_rows, rank, share
+from chunked_embed.losses._base import ChunkedLoss
+from chunked_embed.losses._compat import SentenceTransformer, library
+
+BatchHardTripletLossDistanceFunction = library.BatchHardTripletLossDistanceFunction
+EUCLIDEAN = BatchHardTripletLossDistanceFunction.euclidean_distance
+COSINE = BatchHardTripletLossDistanceFunction.cosine_distance
+
+
+def known_distance(function: Any) -> str | None:
+    """The name of a distance matrix of the library's; None for any other callable."""
+    if isinstance(function, partial) and function.func is EUCLIDEAN and not function.args:
+        squared = function.keywords.get("squared", False)
+        return ("squared_euclidean" if squared else "euclidean") if function.keywords.keys() <= {"squared"} else None
+    return "euclidean" if function is EUCLIDEAN else "cosine" if function is COSINE else None
+
+
+class BatchTripletLoss(ChunkedLoss):
+    """What these losses share: one column, a label for each row, a distance matrix or its name."""
+
+    distance_metric: Callable[[Tensor], Tensor]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The trainer puts its wrapped model where the loss has a "model"; these losses of the library have none.
+        super().__setattr__("model" if name == "sentence_embedder" else name, value)
+
+    @property
+    def sentence_embedder(self) -> nn.Module:
+        return self.model
+
+    @property
+    def _fusable(self) -> bool:
+        return False  # distances need all rows embedded
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        return super().forward(list(sentence_features)[:1], labels)  # like the library, the first column alone
+
+    def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
+        embedding, labels = self._checked(embeddings, labels)
+        sizes, candidates, candidate_labels = [len(embedding)], embedding, labels
+        if self.gather_across_devices:
+            sizes = counts(embedding)
+            candidates, candidate_labels = gather_rows(embedding, labels)
+        distance = known_distance(self.distance_metric)
+        if distance is None:
+            return self._plain(candidates, candidate_labels)
+        offset = sum(sizes[: rank()]) if len(sizes) > 1 else 0
+        batch = Labelled(embedding, labels, candidates, candidate_labels, offset, distance, self._chunking)
+        with precise(embedding):
+            return self._mined(batch, sizes)
+
+    def _checked(self, embeddings: list[Tensor], labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        name = type(self).__name__
+        if not embeddings:
+            raise ValueError(f"{name} expects a column of embeddings, got none")
+        embedding = embeddings[0]
+        check_matrix("embeddings", embedding)
+        if labels is None:
+            raise ValueError(f"{name} requires labels, one per example, got None")
+        if labels.numel() != len(embedding):
+            raise ValueError(
+                f"{name} expects {len(embedding)} labels (one per example), got {labels.numel()} in a tensor of shape "
+                f"{tuple(labels.shape)}"
+            )
+        labels = labels.detach().reshape(-1)
+        check_labels(labels, embedding)
+        return embedding, labels
+
+    def _plain(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The library's own computation, for a distance that we do not know."""
+        wide = embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
+        return super(ChunkedLoss, self).compute_loss_from_embeddings([wide], labels)
+
+    def _mined(self, batch: Labelled, sizes: list[int]) -> Tensor:
+        """The loss; or, of several processes with ``sizes`` rows, what averages over them to the loss."""
+        raise NotImplementedError
+
+
+class BatchHardTripletLoss(BatchTripletLoss, library.BatchHardTripletLoss):
+    """``mean(relu(max_p d(a, p) - min_n d(a, n) + margin))``: the farthest positive and the nearest negative of a row.
+
+    One product finds them, a chunk of rows at a time; nothing N x N is held.
+
+    Args:
+        model: The SentenceTransformer to train.
+        distance_metric: From embeddings (N, D) to all their distances (N, N). Those of
+            ``BatchHardTripletLossDistanceFunction`` run chunked, any other callable as in the library.
+        margin: By how much the negative must be further away than the positive.
+        options: See :class:`~chunked_embed.losses.Options`. With ``gather_across_devices`` the embeddings are gathered,
+            and the positives and negatives of a row are those of all processes.
+
+    Inputs: one column and a class per row, (N,).
+
+    Reference: https://arxiv.org/abs/1703.07737
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        distance_metric: Callable[[Tensor], Tensor] = EUCLIDEAN,
+        margin: float = 5,
+        **options: Any,
+    ) -> None:
+        library.BatchHardTripletLoss.__init__(self, model, distance_metric, margin)
+        finite("margin", margin)
+        self._set_options(**options)
+
+    def _mined(self, batch: Labelled, sizes: list[int]) -> Tensor:
+        return share(batch.hard(self.triplet_margin, soft=False), sizes)
+
+
+class BatchHardSoftMarginTripletLoss(BatchTripletLoss, library.BatchHardSoftMarginTripletLoss):
+    """``mean(softplus(max_p d(a, p) - min_n d(a, n)))``: :class:`BatchHardTripletLoss` without a margin to choose.
+
+    Args:
+        model: The SentenceTransformer to train.
+        distance_metric: As for :class:`BatchHardTripletLoss`.
+        options: See :class:`~chunked_embed.losses.Options`, and :class:`BatchHardTripletLoss`.
+
+    Inputs: one column and a class per row, (N,).
+
+    Reference: https://arxiv.org/abs/1703.07737
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        distance_metric: Callable[[Tensor], Tensor] = EUCLIDEAN,
+        **options: Any,
+    ) -> None:
+        library.BatchHardSoftMarginTripletLoss.__init__(self, model, distance_metric)
+        self._set_options(**options)
+
+    def _mined(self, batch: Labelled, sizes: list[int]) -> Tensor:
+        return share(batch.hard(0.0, soft=True), sizes)
+
+
+class BatchSemiHardTripletLoss(BatchTripletLoss, library.BatchSemiHardTripletLoss):
+    """``mean relu(d(a, p) - d(a, n) + margin)`` over all pairs of one label, n the nearest negative beyond p, or the
+    farthest where none is beyond.
+
+    Args:
+        model: The SentenceTransformer to train.
+        distance_metric: As for :class:`BatchHardTripletLoss`.
+        margin: By how much the negative must be further away than the positive.
+        options: See :class:`~chunked_embed.losses.Options`, and :class:`BatchHardTripletLoss`.
+
+    Inputs: one column and a class per row, (N,).
+
+    Reference: https://arxiv.org/abs/1503.03832
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        distance_metric: Callable[[Tensor], Tensor] = EUCLIDEAN,
+        margin: float = 5,
+        **options: Any,
+    ) -> None:
+        library.BatchSemiHardTripletLoss.__init__(self, model, distance_metric, margin)
+        finite("margin", margin)
+        self._set_options(**options)
+
+    def _mined(self, batch: Labelled, sizes: list[int]) -> Tensor:
+        return batch.semi_hard(self.margin) * len(sizes)  # divided by the pairs of all processes already
+
+
+class BatchAllTripletLoss(BatchTripletLoss, library.BatchAllTripletLoss):
+    """The mean of ``d(a, p) - d(a, n) + margin`` over all triplets in which it is positive; zero where it is in none.
+
+    A row's N^2 triplets take O(N log N).
+
+    Args:
+        model: The SentenceTransformer to train.
+        distance_metric: As for :class:`BatchHardTripletLoss`.
+        margin: By how much the negative must be further away than the positive.
+        options: See :class:`~chunked_embed.losses.Options`, and :class:`BatchHardTripletLoss`.
+
+    Inputs: one column and a class per row, (N,).
+
+    Reference: https://arxiv.org/abs/1703.07737
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        distance_metric: Callable[[Tensor], Tensor] = EUCLIDEAN,
+        margin: float = 5,
+        **options: Any,
+    ) -> None:
+        library.BatchAllTripletLoss.__init__(self, model, distance_metric, margin)
+        finite("margin", margin)
+        self._set_options(**options)
+
+    def _mined(self, batch: Labelled, sizes: list[int]) -> Tensor:
+        total, count = batch.all(self.triplet_margin)
+        if len(sizes) > 1:
+            (found,) = gather_rows(count.reshape(1))
+            count = found.sum()
+        return mean_over_triplets(total * len(sizes), count)

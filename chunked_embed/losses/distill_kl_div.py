@@ -1,0 +1,87 @@
+"""DistillKLDiv: the teacher's distribution over each query's candidates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chunked_embed.gather import gather_rows
+from chunked_embed.losses._compat import SentenceTransformer, callable_name, check_teacher_targets, library, util
+from chunked_embed.losses._pairwise import SimilarityLoss, widened
+
+
+class DistillKLDivLoss(SimilarityLoss, library.DistillKLDivLoss):
+    """``T_s^2 * mean over queries of KL(softmax(teacher / T_t) || softmax(s(query, candidates) / T_s))``.
+
+    Args:
+        model: The SentenceTransformer to train.
+        similarity_fct: Similarity of two aligned batches, (N, D), (N, D) -> (N,). The ``pairwise_*`` functions of
+            ``sentence_transformers.util`` run fused and chunked, any other callable through ordinary autograd.
+        temperature: What both sides' scores are divided by.
+        student_temperature: Instead of ``temperature`` for the student, ``T_s``.
+        teacher_temperature: Instead of ``temperature`` for the teacher, ``T_t``.
+        options: See :class:`~chunked_embed.losses.Options`.
+
+    Inputs: a query and K >= 2 candidates; labels are the teacher's scores, (N, K), -inf for one that is out.
+
+    Reference: https://huggingface.co/papers/2010.11386
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = util.pairwise_dot_score,
+        temperature: float = 1.0,
+        student_temperature: float | None = None,
+        teacher_temperature: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, similarity_fct, temperature)
+        # Set here, because the library has the two overrides only since 6.x.
+        self.student_temperature = temperature if student_temperature is None else student_temperature
+        self.teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+        for name in ("temperature", "student_temperature", "teacher_temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"expected {name} to be positive and finite, got {getattr(self, name)}")
+        self._set_options(**options)
+
+    def _teacher(self, labels: Tensor | None, rows: int, candidates: int) -> Tensor:  # (N, K)
+        labels = self._labels(labels)
+        if labels.shape != (rows, candidates):
+            raise ValueError(
+                f"{type(self).__name__} expects the teacher's scores of {candidates} candidates, "
+                f"{(rows, candidates)}, got {tuple(labels.shape)}"
+            )
+        probabilities = torch.softmax(widened(labels) / self.teacher_temperature, dim=1)
+        if check_teacher_targets and not vars(self).get("_checked_teacher_scale"):
+            self._checked_teacher_scale = True  # once, since it waits for the device
+            check_teacher_targets(probabilities, labels, self.teacher_temperature, type(self).__name__)
+        return probabilities
+
+    def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
+        if len(embeddings) < 3:
+            raise ValueError(
+                f"{type(self).__name__} expects a query and at least two candidates (the distribution over one is "
+                f"constant), got {len(embeddings)} columns"
+            )
+        query, *candidates = embeddings
+        teacher = self._teacher(labels, len(query), len(candidates))
+        scores = self._candidate_scores(query, candidates, projection)
+        teacher = teacher.to(scores.dtype)
+        if self.gather_across_devices:
+            scores, teacher = gather_rows(scores, teacher)
+        student = torch.log_softmax(scores / self.student_temperature, dim=1)
+        return self.loss_fct(student, teacher) * self.student_temperature**2
+
+    def get_config_dict(self) -> dict[str, Any]:
+        temperatures = {name: getattr(self, name) for name in ("student_temperature", "teacher_temperature")}
+        return {
+            "similarity_fct": callable_name(self.similarity_fct),
+            "temperature": self.temperature,
+            **{name: value for name, value in temperatures.items() if value != self.temperature},
+            **self._changed_options(),
+        }

@@ -1,0 +1,198 @@
+"""GISTEmbed: in-batch negatives, less those that a guide model finds nearer than the positive."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from chunked_embed import functional as CF
+from chunked_embed.losses._bags import with_row_ends
+from chunked_embed.losses._base import ChunkedLoss
+from chunked_embed.losses._compat import SentenceTransformer, embed_columns, library, util
+
+Guide = Sequence[Tensor | Sequence[Tensor]]  # for each column its embeddings, whole or in mini-batches
+
+
+class _Guided(ChunkedLoss):
+    """The guide's embeddings go where other losses have their labels, so that every path hands them on."""
+
+    model: Any
+    guide: Any
+    must_retokenize: bool
+    temperature: float
+    margin_strategy: str
+    margin: float
+    contrast_anchors: bool
+    contrast_positives: bool
+
+    def compute_loss_from_embeddings(self, embeddings: Iterable[Tensor], guide_embeddings: Any = None) -> Tensor:
+        """The loss of embeddings and the guide's embeddings, one tensor (N, D) a column each."""
+        return self._loss(list(embeddings), guide_embeddings)
+
+    @property
+    def _fusable(self) -> bool:
+        return False
+
+    def _own_parameters(self) -> list[nn.Parameter]:
+        return []  # the guide learns nothing
+
+    @torch.no_grad()
+    def _targets(self, features: list[dict[str, Tensor]], labels: Any) -> Any:
+        """The guide's embeddings of all columns; in mini-batches where the model's are."""
+        columns = [self._for_guide(column) for column in features]
+        if not self.uses_gradient_cache:
+            return embed_columns(self.guide, columns)
+        return [_MiniBatches(self.guide, self).embed(column) for column in columns]
+
+    def _for_guide(self, column: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.must_retokenize:
+            return dict(column)  # a copy: models write their results into what they are given
+        rows: Any = column["input_ids"]
+        if "cu_seq_lens_q" in column:  # one sequence, which holds all rows
+            bounds = column["cu_seq_lens_q"].tolist()
+            tokens = rows[0].tolist()
+            rows = [tokens[begin:end] for begin, end in itertools.pairwise(bounds)]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return util.batch_to_device(self.guide.preprocess(texts), self.guide.device)
+
+    def _loss(self, embeddings: list[Tensor], labels: Any, **projection: Any) -> Tensor:
+        name = type(self).__name__
+        if len(embeddings) < 2:
+            raise ValueError(f"{name} expects an anchor, a positive and any negatives, got {len(embeddings)} columns")
+        if labels is None or isinstance(labels, Tensor) or len(labels) != len(embeddings):
+            got = type(labels).__name__ if labels is None or isinstance(labels, Tensor) else f"{len(labels)} of them"
+            raise ValueError(
+                f"{name} needs the guide's embeddings beside the model's, one tensor for each of the "
+                f"{len(embeddings)} columns: compute_loss_from_embeddings(embeddings, guide_embeddings); got {got}"
+            )
+        guide = [column if isinstance(column, Tensor) else torch.cat(list(column)) for column in labels]
+        return CF.guided_info_nce(
+            *embeddings[:2],
+            *guide[:2],
+            hard_negatives=embeddings[2:],
+            guide_hard_negatives=guide[2:],
+            temperature=self.temperature,
+            margin_strategy=self.margin_strategy,
+            margin=self.margin,
+            contrast_anchors=self.contrast_anchors,
+            contrast_positives=self.contrast_positives,
+            gather_across_devices=self.gather_across_devices,
+            **self._chunking,
+        )
+
+
+class _MiniBatches(ChunkedLoss):
+    """Embeds with another model in the mini-batches of a loss."""
+
+    def __init__(self, model: Any, loss: ChunkedLoss) -> None:
+        self.model = model
+        self.mini_batch_size = loss.mini_batch_size
+        self.mini_batch_num_tokens = loss.mini_batch_num_tokens
+        self.show_progress_bar = loss.show_progress_bar
+
+    def embed(self, column: dict[str, Tensor]) -> Tensor:
+        parts = self.embed_minibatch_iter(with_row_ends(column), with_grad=False, copy_random_state=False)
+        return torch.cat([embeddings for embeddings, *_ in parts])
+
+
+class GISTEmbedLoss(_Guided, library.GISTEmbedLoss):
+    """``-log(exp(s_ii) / sum of exp(s))`` with ``s = cos / temperature`` over the positive and those in-batch
+    negatives that the guide does not find nearer than the positive.
+
+    In memory of a chunk of rows, where the library's class holds N x N x D. Takes any number of negatives.
+
+    Args:
+        model: The SentenceTransformer to train.
+        guide: A SentenceTransformer that stays as it is. Where it reads other tokens, the texts are decoded for it.
+        temperature: Divides the cosine similarities.
+        margin_strategy: Negatives are left out whose similarity to the anchor under the guide is above that of the
+            positive less ``margin`` ("absolute"), or less ``margin`` times its size ("relative").
+        margin: See there.
+        contrast_anchors: Compare anchors with anchors, too.
+        contrast_positives: Compare positives with positives, too.
+        gather_across_devices: Compare with the rows of all processes: the loss of the global batch. Anchors are
+            gathered as well, which the library's class leaves out.
+        options: See :class:`~chunked_embed.losses.Options`.
+
+    Inputs: an anchor, a positive and any number of negatives; labels are ignored. ``compute_loss_from_embeddings``
+    takes the guide's embeddings where other losses take labels.
+
+    Reference: https://huggingface.co/papers/2402.16829
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        guide: SentenceTransformer,
+        temperature: float = 0.01,
+        margin_strategy: Literal["absolute", "relative"] = "absolute",
+        margin: float = 0.0,
+        contrast_anchors: bool = True,
+        contrast_positives: bool = True,
+        gather_across_devices: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            guide,
+            temperature,
+            margin_strategy=margin_strategy,
+            margin=margin,
+            contrast_anchors=contrast_anchors,
+            contrast_positives=contrast_positives,
+            gather_across_devices=gather_across_devices,
+        )
+        self._set_options(gather_across_devices=gather_across_devices, **options)
+
+
+class CachedGISTEmbedLoss(_Guided, library.CachedGISTEmbedLoss):
+    """:class:`GISTEmbedLoss`, embedded in mini-batches, by the guide as well.
+
+    ``mini_batch_size`` bounds the models' memory and nothing else: the loss goes by ``chunk_size`` and
+    ``max_chunk_bytes``.
+
+    Args:
+        mini_batch_size, mini_batch_num_tokens, show_progress_bar: See :class:`~chunked_embed.losses.Options`.
+        model, guide, temperature, margin_strategy, margin, contrast_anchors, contrast_positives, options: As there.
+
+    References: https://huggingface.co/papers/2402.16829, https://huggingface.co/papers/2101.06983
+    """
+
+    citation = library.GISTEmbedLoss.citation
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        guide: SentenceTransformer,
+        temperature: float = 0.01,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        show_progress_bar: bool = False,
+        margin_strategy: Literal["absolute", "relative"] = "absolute",
+        margin: float = 0.0,
+        contrast_anchors: bool = True,
+        contrast_positives: bool = True,
+        gather_across_devices: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            guide,
+            temperature,
+            margin_strategy=margin_strategy,
+            margin=margin,
+            contrast_anchors=contrast_anchors,
+            contrast_positives=contrast_positives,
+            gather_across_devices=gather_across_devices,
+        )
+        self._set_options(
+            mini_batch_size=mini_batch_size,
+            mini_batch_num_tokens=mini_batch_num_tokens,
+            show_progress_bar=show_progress_bar,
+            gather_across_devices=gather_across_devices,
+            **options,
+        )

@@ -1,0 +1,123 @@
+"""Global orthogonal regularisation: embeddings of different rows like random directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from chunked_embed.functional.batch_triplets import check_matrix
+from chunked_embed.functional.spread import Moments, moments, terms, terms_of_matrix
+from chunked_embed.gather import counts, gather_rows
+from chunked_embed.losses._base import ChunkedLoss
+from chunked_embed.losses._compat import SentenceTransformer, callable_name, library, util
+
+_KNOWN = ((util.cos_sim, "cosine"), (util.pytorch_cos_sim, "cosine"), (util.dot_score, "dot"))
+
+
+class _Parts(torch.autograd.Function):
+    """What a total is the sum of, where a gradient is known for the total alone."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.clone() for part in parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if not all(torch.allclose(grad, grads[0], rtol=0, atol=0, equal_nan=True) for grad in grads):
+            raise RuntimeError(
+                "expected the terms of a loss with gradient caching to be added up as they are, got gradients "
+                f"{[grad.item() for grad in grads]}: weigh them with mean_weight and second_moment_weight"
+            )
+        return (grads[0], *[None] * len(grads))
+
+
+class GlobalOrthogonalRegularizationLoss(ChunkedLoss, library.GlobalOrthogonalRegularizationLoss):
+    """``gor_mean``: the squared mean of all similarities of different rows. ``gor_second_moment``: how far the mean of
+    their squares is above ``1 / D``. Of each column apart, then the columns' mean or sum.
+
+    Both follow from sums over rows, a vector and a D x D matrix: no similarity is formed.
+
+    Args:
+        model: The SentenceTransformer to train.
+        similarity_fct: From two batches (N, D) to all their similarities (N, N). ``cos_sim`` and ``dot_score`` of
+            ``sentence_transformers.util`` take O(N D^2) time and O(D^2) memory, any other callable is run on
+            the whole batch.
+        mean_weight: Factor of the first term; None or 0 leaves it out.
+        second_moment_weight: Factor of the second one, likewise.
+        aggregation: "mean" or "sum", over columns.
+        options: See :class:`~chunked_embed.losses.Options`. With ``gather_across_devices`` the sums of all processes
+            are gathered, no embeddings.
+
+    Inputs: any columns; labels are ignored. Returns a dict of terms, which the trainer adds up. With gradient caching
+    they must be added up as they are: their gradients are taken together.
+
+    Reference: https://arxiv.org/abs/1708.06320
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = util.cos_sim,
+        mean_weight: float | None = 1.0,
+        second_moment_weight: float | None = 1.0,
+        aggregation: Literal["mean", "sum"] = "mean",
+        **options: Any,
+    ) -> None:
+        super().__init__(model, similarity_fct, mean_weight, second_moment_weight, aggregation)
+        self._set_options(**options)
+
+    @property
+    def _fusable(self) -> bool:
+        return False  # a tail applies to all rows before they are summed
+
+    def forward(  # type: ignore[override]
+        self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        total = super().forward(sentence_features, labels)
+        parts: dict[str, Tensor] = self.__dict__.pop("_parts")
+        if not (self.uses_gradient_cache and total.requires_grad):
+            return parts
+        return dict(zip(parts, _Parts.apply(total, *(part.detach() for part in parts.values()))))
+
+    def compute_loss_from_embeddings(  # type: ignore[override]
+        self, embeddings: Sequence[Tensor], labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The terms of embeddings, one tensor (N, D) a column: a dict of scalars, differentiable once."""
+        embeddings = list(embeddings)
+        if not embeddings:
+            raise ValueError("GlobalOrthogonalRegularizationLoss expects a column of embeddings at least, got none")
+        for embedding in embeddings:
+            check_matrix("embeddings", embedding)
+        return super(ChunkedLoss, self).compute_loss_from_embeddings(embeddings, labels)
+
+    def compute_gor(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """The two terms of one column, (N, D), without their weights."""
+        dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+        similarity = next((name for function, name in _KNOWN if function is self.similarity_fct), None)
+        if similarity is None:
+            (candidates,) = gather_rows(embeddings) if self.gather_across_devices else (embeddings,)
+            wide = candidates.to(dtype)
+            return terms_of_matrix(self.similarity_fct(wide, wide), wide.shape[1], dtype)
+        found, rows = moments(embeddings, similarity), len(embeddings)
+        if self.gather_across_devices:
+            rows = sum(counts(embeddings))
+            found = Moments(*(part.sum(0) for part in gather_rows(*(part[None] for part in found))))
+        return terms(found, rows, dtype)
+
+    def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
+        self._parts = self.compute_loss_from_embeddings(embeddings, labels)  # for forward, which takes it away
+        return torch.stack(list(self._parts.values())).sum()
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return {
+            "similarity_fct": callable_name(self.similarity_fct),
+            "mean_weight": self.mean_weight,
+            "second_moment_weight": self.second_moment_weight,
+            "aggregation": self.aggregation,
+            **self._changed_options(),
+        }

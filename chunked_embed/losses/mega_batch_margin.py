@@ -1,0 +1,88 @@
+"""MegaBatchMargin: the nearest other positive of a large batch as each anchor's negative."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from chunked_embed.functional.arguments import finite
+from chunked_embed.functional.batch_triplets import precise
+from chunked_embed.functional.mega_batch import check_pairs, margin_against
+from chunked_embed.gather import counts, gather_rows, rank, share
+from chunked_embed.losses._base import ChunkedLoss
+from chunked_embed.losses._compat import SentenceTransformer, library
+
+
+class MegaBatchMarginLoss(ChunkedLoss, library.MegaBatchMarginLoss):
+    """``mean(relu(positive_margin - cos(a_i, p_i)) + relu(max_{j != i} cos(a_i, p_j) - negative_margin))``.
+
+    One product finds the negatives, a chunk of anchors at a time, whatever the encoder's mini-batch is.
+
+    Args:
+        model: The SentenceTransformer to train.
+        positive_margin: Positives are pushed to at least this similarity.
+        negative_margin: The nearest negative is pushed to at most this one.
+        use_mini_batched_version: Embed the batch in mini-batches (gradient caching). False embeds it at once.
+        mini_batch_size: Rows of a mini-batch.
+        mini_batch_num_tokens: Instead of ``mini_batch_size``, the most tokens of one.
+        show_progress_bar: Show one while mini-batches are embedded.
+        options: See :class:`~chunked_embed.losses.Options`. With ``gather_across_devices`` the positives of all
+            processes are candidates.
+
+    Inputs: two columns (anchor, positive); labels are ignored.
+
+    Reference: https://aclanthology.org/P18-1042
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        positive_margin: float = 0.8,
+        negative_margin: float = 0.3,
+        use_mini_batched_version: bool = True,
+        mini_batch_size: int | None = 50,
+        mini_batch_num_tokens: int | None = None,
+        show_progress_bar: bool = False,
+        **options: Any,
+    ) -> None:
+        # The library's mini-batches refuse a StaticEmbedding, ours do not; and it would set a forward of its own.
+        library.MegaBatchMarginLoss.__init__(self, model, positive_margin, negative_margin, False)
+        self.__dict__.pop("forward", None)
+        finite("positive_margin", positive_margin)
+        finite("negative_margin", negative_margin)
+        self._set_options(
+            mini_batch_size=mini_batch_size,
+            mini_batch_num_tokens=mini_batch_num_tokens,
+            show_progress_bar=show_progress_bar,
+            **options,
+        )
+        self.uses_gradient_cache = bool(use_mini_batched_version) and self.uses_gradient_cache
+
+    @property
+    def _fusable(self) -> bool:
+        return False  # candidates are needed whole
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        features = list(sentence_features)
+        self._validate_input(features)  # before they are embedded
+        return super().forward(features, labels)
+
+    def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
+        if len(embeddings) != 2:
+            raise ValueError(
+                f"MegaBatchMarginLoss expects two columns, anchors and positives, got {len(embeddings)}: it finds the "
+                "negatives among the other positives"
+            )
+        anchors, positives = embeddings
+        check_pairs(anchors, positives)
+        sizes, candidates = [len(anchors)], positives
+        if self.gather_across_devices:
+            sizes = counts(anchors)
+            (candidates,) = gather_rows(positives)
+        offset = sum(sizes[: rank()]) if len(sizes) > 1 else 0
+        with precise(anchors):
+            margins = (self.positive_margin, self.negative_margin)
+            mean = margin_against(anchors, positives, candidates, offset, *margins, self._chunking)
+        return share(mean, sizes)

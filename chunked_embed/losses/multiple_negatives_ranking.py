@@ -1,0 +1,253 @@
+"""InfoNCE over the batch: every other text's document is a negative."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from chunked_embed import functional as CF
+from chunked_embed.functional.contrastive import HARDNESS_MODES, check_directions
+from chunked_embed.losses._base import ChunkedLoss
+from chunked_embed.losses._compat import SentenceTransformer, callable_name, library, util
+from chunked_embed.losses._learnable import averaged
+from chunked_embed.losses._texts import text_ids
+
+Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
+HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
+
+logger = logging.getLogger(__name__)
+
+_FUSED = ((util.cos_sim, "cosine"), (util.dot_score, "dot"))
+
+
+class MultipleNegativesRankingLoss(ChunkedLoss, library.MultipleNegativesRankingLoss):
+    """``mean over i of  log Z_i - s(q_i, d_i)`` with ``s = scale * similarity``, and Z the sum of exp(s) over the
+    candidates in the batch. See :func:`chunked_embed.functional.info_nce`.
+
+    Args:
+        model: The SentenceTransformer to train.
+        scale: Factor on the similarity, an inverse temperature.
+        similarity_fct: Similarity of every row of one batch with every row of another, (N, D), (M, D) -> (N, M).
+            ``util.cos_sim`` and ``util.dot_score`` run fused and chunked, any other callable chunked, through ordinary
+            autograd.
+        gather_across_devices: Compare with the rows of all processes, in both ways: the loss of the global batch.
+        directions: Which similarities Z sums over; "query_to_doc" is one of them.
+        partition_mode: "joint", one Z, or "per_direction", one for each of "query_to_doc" and "doc_to_query".
+        hardness_mode: Which documents' logits are raised by ``hardness_strength * similarity``, detached.
+        hardness_strength: See there.
+        learnable_scale: Train the scale: ``log_scale`` is a parameter of the loss, which the trainer finds and which is
+            averaged over processes. A checkpoint of the model does not hold it.
+        false_negatives: What is known to be no negative: "text" leaves out candidates whose text (its tokens) is that
+            of the row's own query or document, "labels" those of rows with the row's label (integers).
+        options: See :class:`~chunked_embed.losses.Options`.
+
+    Inputs: an anchor, a positive and any number of hard negatives. Labels are ignored, but for ``false_negatives``.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = util.cos_sim,
+        gather_across_devices: bool = False,
+        directions: tuple[Direction, ...] = ("query_to_doc",),
+        partition_mode: Literal["joint", "per_direction"] = "joint",
+        hardness_mode: HardnessMode | None = None,
+        hardness_strength: float = 0.0,
+        *,
+        learnable_scale: bool = False,
+        false_negatives: Literal["text", "labels"] | None = None,
+        **options: Any,
+    ) -> None:
+        nn.Module.__init__(self)  # not the library's constructor, whose arguments grew from version to version
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"expected scale to be finite and above 0, got {scale}")
+        if not callable(similarity_fct):
+            raise TypeError(f"expected similarity_fct to be callable, got {similarity_fct!r}")
+        if hardness_mode not in (None, *HARDNESS_MODES):
+            raise ValueError(f"expected hardness_mode to be None or one of {HARDNESS_MODES}, got {hardness_mode!r}")
+        if not (math.isfinite(hardness_strength) and hardness_strength >= 0):
+            raise ValueError(f"expected hardness_strength to be finite and at least 0, got {hardness_strength}")
+        if false_negatives not in (None, "text", "labels"):
+            raise ValueError(f'expected false_negatives to be None, "text" or "labels", got {false_negatives!r}')
+        check_directions(directions, partition_mode)
+        if hardness_mode is not None and hardness_strength == 0:
+            logger.warning("hardness_mode=%r has no effect without a hardness_strength above 0", hardness_mode)
+        self.model = model
+        self.similarity_fct = similarity_fct
+        self.directions = (directions,) if isinstance(directions, str) else tuple(directions)
+        self.partition_mode = partition_mode
+        self.hardness_mode = hardness_mode
+        self.hardness_strength = hardness_strength
+        self.false_negatives = false_negatives
+        self.learnable_scale = bool(learnable_scale)
+        if learnable_scale:
+            self.log_scale = nn.Parameter(torch.tensor(math.log(scale), dtype=torch.float32))
+        else:
+            self.scale = scale
+        self._set_options(gather_across_devices=gather_across_devices, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "scale":  # as it is now, where it learns
+            return float(self.log_scale.detach().exp())
+        return super().__getattr__(name)
+
+    @property
+    def _similarity(self) -> str | None:
+        return next((name for function, name in _FUSED if function is self.similarity_fct), None)
+
+    @property
+    def _fusable(self) -> bool:
+        return self._similarity is not None
+
+    @property
+    def _normalizes(self) -> bool:
+        return self._similarity == "cosine"
+
+    def _targets(self, features: list[dict[str, Tensor]], labels: Tensor | None) -> Tensor | None:
+        return text_ids(features) if self.false_negatives == "text" else labels
+
+    def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
+        if len(embeddings) < 2:
+            raise ValueError(f"{type(self).__name__} expects at least 2 columns of embeddings, got {len(embeddings)}")
+        queries, documents, *negatives = embeddings
+        return CF.info_nce(
+            queries,
+            documents,
+            hard_negatives=negatives,
+            scale=averaged(self.log_scale).exp() if self.learnable_scale else self.scale,
+            similarity=self._similarity or self.similarity_fct,
+            directions=self.directions,
+            partition_mode=self.partition_mode,
+            hardness_mode=self.hardness_mode,
+            hardness_strength=self.hardness_strength,
+            gather_across_devices=self.gather_across_devices,
+            **self._ids(labels, len(embeddings), len(queries)),
+            **projection,
+            **self._chunking,
+        )
+
+    def _ids(self, labels: Tensor | None, columns: int, rows: int) -> dict[str, Any]:
+        """What ``_targets`` or the labels say about the texts: which are the same."""
+        if self.false_negatives is None:
+            return {}
+        shape = (rows, columns) if self.false_negatives == "text" else (rows,)
+        if labels is None or labels.is_floating_point() or tuple(labels.shape) not in {shape, (*shape, 1)}:
+            got = "None" if labels is None else f"{tuple(labels.shape)}, {labels.dtype}"
+            what = "an id for each text" if self.false_negatives == "text" else "a label for each row"
+            raise ValueError(f"false_negatives={self.false_negatives!r} needs {what}, integers {shape}, got {got}")
+        if self.false_negatives == "labels":
+            return {"query_ids": labels.view(rows).long()}
+        ids = labels.view(shape)
+        return {"query_ids": ids[:, 0], "document_ids": ids[:, 1:]}
+
+    def get_config_dict(self) -> dict[str, Any]:
+        config = {
+            "scale": self.scale,
+            "similarity_fct": callable_name(self.similarity_fct),
+            "gather_across_devices": self.gather_across_devices,
+            "directions": self.directions,
+            "partition_mode": self.partition_mode,
+            "hardness_mode": self.hardness_mode,
+            "hardness_strength": self.hardness_strength,
+        }
+        ours = {"learnable_scale": self.learnable_scale, "false_negatives": self.false_negatives}
+        return config | {name: value for name, value in ours.items() if value} | self._changed_options()
+
+
+class MultipleNegativesSymmetricRankingLoss(MultipleNegativesRankingLoss):
+    """MultipleNegativesRankingLoss in both directions, each with a softmax of its own (CLIP's loss): row and column
+    sums of one similarity matrix."""
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = util.cos_sim,
+        gather_across_devices: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            scale,
+            similarity_fct,
+            gather_across_devices,
+            directions=("query_to_doc", "doc_to_query"),
+            partition_mode="per_direction",
+            **options,
+        )
+
+
+class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
+    """MultipleNegativesRankingLoss with gradient caching by default. The mini-batches are the encoder's alone: the loss
+    takes as large a chunk as memory allows."""
+
+    # Not a subclass of the library's class, whose hyperparameters are read-only properties of a loss that it wraps.
+    citation = library.CachedMultipleNegativesRankingLoss.citation
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = util.cos_sim,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        gather_across_devices: bool = False,
+        directions: tuple[Direction, ...] = ("query_to_doc",),
+        partition_mode: Literal["joint", "per_direction"] = "joint",
+        show_progress_bar: bool = False,
+        hardness_mode: HardnessMode | None = None,
+        hardness_strength: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            scale,
+            similarity_fct,
+            gather_across_devices,
+            directions,
+            partition_mode,
+            hardness_mode,
+            hardness_strength,
+            mini_batch_size=mini_batch_size,
+            mini_batch_num_tokens=mini_batch_num_tokens,
+            show_progress_bar=show_progress_bar,
+            **options,
+        )
+
+    def get_config_dict(self) -> dict[str, Any]:
+        cached = {"mini_batch_size": self.mini_batch_size, "mini_batch_num_tokens": self.mini_batch_num_tokens}
+        return super().get_config_dict() | cached
+
+
+class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRankingLoss):
+    """MultipleNegativesSymmetricRankingLoss with gradient caching by default."""
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = util.cos_sim,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        gather_across_devices: bool = False,
+        show_progress_bar: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            scale,
+            similarity_fct,
+            mini_batch_size,
+            mini_batch_num_tokens,
+            gather_across_devices,
+            directions=("query_to_doc", "doc_to_query"),
+            partition_mode="per_direction",
+            show_progress_bar=show_progress_bar,
+            **options,
+        )

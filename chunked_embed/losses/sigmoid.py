@@ -1,0 +1,134 @@
+"""The sigmoid pair loss: does this text belong to that one? A binary question for every pair of the batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chunked_embed import functional as CF
+from chunked_embed.gather import counts, gather_rows, rank, share
+from chunked_embed.losses._base import ChunkedLoss
+from chunked_embed.losses._compat import SentenceTransformer, callable_name, util
+from chunked_embed.losses._learnable import averaged
+
+_FUSED = ((util.cos_sim, "cosine"), (util.dot_score, "dot"))
+
+
+class SigmoidPairLoss(ChunkedLoss, nn.Module):
+    """``mean over i of sum over j of -log sigmoid(y_ij * (scale * similarity(a_i, b_j) + bias))``, where y is 1 for
+    i = j and -1 for every other pair of the batch.
+
+    Args:
+        model: The SentenceTransformer to train.
+        scale: Factor on the similarity, above 0.
+        bias: Added to it. Negative: most pairs do not belong together.
+        learnable: Train both, as the paper does: ``log_scale`` and ``bias`` are parameters of the loss, which the
+            trainer finds and which are averaged over processes. A checkpoint of the model does not hold them.
+        similarity_fct: Similarity of every row of one batch with every row of another, (N, D), (M, D) -> (N, M).
+            ``util.cos_sim`` and ``util.dot_score`` run chunked, any other callable through ordinary autograd.
+        options: See :class:`~chunked_embed.losses.Options`.
+
+    Inputs: two columns, whose rows belong together; labels are ignored.
+
+    Reference: https://huggingface.co/papers/2303.15343
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float = 10.0,
+        bias: float = -10.0,
+        learnable: bool = True,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = util.cos_sim,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"expected scale to be finite and above 0, got {scale}")
+        if not math.isfinite(bias):
+            raise ValueError(f"expected bias to be finite, got {bias}")
+        if not callable(similarity_fct):
+            raise TypeError(f"expected similarity_fct to be callable, got {similarity_fct!r}")
+        self.model = model
+        self.similarity_fct = similarity_fct
+        self.learnable = bool(learnable)
+        self.gather_across_devices: bool
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale), dtype=torch.float32), requires_grad=self.learnable)
+        self.bias = nn.Parameter(torch.tensor(float(bias), dtype=torch.float32), requires_grad=self.learnable)
+        self._initial = {"scale": float(scale), "bias": float(bias)}
+        self._set_options(**options)
+
+    @property
+    def scale(self) -> float:
+        """As it is now: ``exp(log_scale)``."""
+        return float(self.log_scale.detach().exp())
+
+    @property
+    def _similarity(self) -> str | None:
+        return next((name for function, name in _FUSED if function is self.similarity_fct), None)
+
+    @property
+    def _fusable(self) -> bool:
+        return False
+
+    @property
+    def _normalizes(self) -> bool:
+        return self._similarity == "cosine"
+
+    def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
+        if len(embeddings) != 2:
+            raise ValueError(f"{type(self).__name__} expects two columns of embeddings, got {len(embeddings)}")
+        a, b = embeddings
+        scale, bias = averaged(self.log_scale).exp(), averaged(self.bias)
+        if self._similarity is None:
+            return self._plain(a, b, scale, bias)
+        return CF.sigmoid_pairs(
+            a,
+            b,
+            scale=scale,
+            bias=bias,
+            similarity=self._similarity,
+            gather_across_devices=self.gather_across_devices,
+            **self._chunking,
+        )
+
+    def _plain(self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        sizes = counts(a) if self.gather_across_devices else [len(a)]
+        if len(sizes) > 1:
+            (b,) = gather_rows(b)
+        scores = self.similarity_fct(a, b)
+        if scores.shape != (len(a), len(b)):
+            raise ValueError(
+                f"similarity_fct must return a score for every pair: expected shape {(len(a), len(b))}, "
+                f"got {tuple(scores.shape)}"
+            )
+        z = scale * (scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores) + bias
+        own = torch.arange(len(a), device=z.device) + sum(sizes[: rank()] if len(sizes) > 1 else [])
+        own = torch.arange(len(b), device=z.device) == own[:, None]
+        loss = -F.logsigmoid(torch.where(own, z, -z)).sum(1).mean()
+        return share(loss, sizes) if len(sizes) > 1 else loss
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return {
+            **self._initial,
+            "learnable": self.learnable,
+            "similarity_fct": callable_name(self.similarity_fct),
+            **self._changed_options(),
+        }
+
+    @property
+    def citation(self) -> str:
+        return """
+@inproceedings{zhai2023sigmoid,
+    title={Sigmoid Loss for Language Image Pre-Training},
+    author={Zhai, Xiaohua and Mustafa, Basil and Kolesnikov, Alexander and Beyer, Lucas},
+    booktitle={Proceedings of the IEEE/CVF International Conference on Computer Vision},
+    pages={11975--11986},
+    year={2023}
+}
+"""
