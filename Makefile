@@ -41,6 +41,7 @@ docs: $(VENV)/docs.installed
 
 bench: $(VENV)/bench.installed
 	$(BIN)/python benchmarks/embedding.py
+	$(BIN)/python benchmarks/contrastive.py
 	$(BIN)/python benchmarks/token_losses.py
 
 clean:

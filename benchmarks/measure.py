@@ -84,6 +84,18 @@ def measure(run: Callable[[], object], device: torch.device, warmups: int = 2, r
     return Timing(statistics.median(times), min(times), peak / GIB, first)
 
 
+def once(run: Callable[[], T], device: torch.device) -> tuple[T, Timing]:
+    """The result of a long call, and the time and the peak of a second one."""
+    first, result = _seconds(run, device)
+    _collect(device)
+    if device.type == "cpu":
+        return result, Timing(1e3 * _seconds(run, device)[0], first_s=first)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    ms = _time_ms(run, device)
+    return result, Timing(ms, ms, (torch.cuda.max_memory_allocated(device) - before) / GIB, first)
+
+
 def failure(error: Exception) -> str:
     """What went wrong, short: running out of memory is a result like another."""
     text = str(error)

@@ -31,8 +31,7 @@ from chunked_embed.kernels.token_scores import (
     token_statistics_reference,
 )
 
-CASES = ("linear-logps", "cross-entropy", "grouped", "infonce", "weight-error", "kernel")
-SCALE = 20.0
+CASES = ("linear-logps", "cross-entropy", "grouped", "weight-error", "kernel")
 BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
@@ -61,20 +60,11 @@ class TokenLoss(TokenStatistics):
         return -scores["logps"].squeeze(1)
 
 
-class InfoNCE(FlexChunkLoss):
-    def __init__(self, scale: float = SCALE, **options):
-        super().__init__(**options)
-        self.scale = scale
-
-    def loss_fn(self, outputs, rows, hp):
-        return F.cross_entropy(hp.scale * outputs, rows["target"], reduction="none")
-
-
 # --- truth and floors ---
 
 
-def true_step(hidden: Tensor, weight: Tensor, target: Tensor, scale: float, dtype: torch.dtype, rows: int = 1024):
-    """Mean cross-entropy of scale * hidden @ weight.T with both gradients, in `dtype`, some rows at a time."""
+def true_step(hidden: Tensor, weight: Tensor, target: Tensor, dtype: torch.dtype, rows: int = 1024):
+    """Mean cross-entropy of hidden @ weight.T with both gradients, in `dtype`, some rows at a time."""
     wide = weight.detach().to(dtype)
     loss = torch.zeros((), dtype=dtype, device=hidden.device)
     grad_hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
@@ -82,11 +72,11 @@ def true_step(hidden: Tensor, weight: Tensor, target: Tensor, scale: float, dtyp
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
         chunk, index = hidden.detach()[part].to(dtype), target[part, None]
-        log_p = torch.log_softmax(scale * chunk @ wide.T, -1)
+        log_p = torch.log_softmax(chunk @ wide.T, -1)
         loss -= log_p.gather(1, index).sum() / len(hidden)
         grad = log_p.exp_()
         grad.scatter_add_(1, index, grad.new_full(index.shape, -1))
-        grad *= scale / len(hidden)
+        grad /= len(hidden)
         grad_hidden[part] = grad @ wide
         grad_weight.addmm_(grad.T, chunk)
     return [loss, grad_hidden, grad_weight]
@@ -108,26 +98,26 @@ def product_floor(hidden: Tensor, weight: Tensor, rows: int, forwards: int) -> C
     return run
 
 
-def peers(hidden: Tensor, weight: Tensor, target: Tensor, scale: float, bound: float) -> list[Candidate]:
+def peers(hidden: Tensor, weight: Tensor, target: Tensor, bound: float) -> list[Candidate]:
     """Other ways to the same loss and gradients: whole logits, and what is installed here of the fused kernels."""
 
     def whole() -> Tensor:
-        return F.cross_entropy(scale * (hidden @ weight.T).float(), target)
+        return F.cross_entropy((hidden @ weight.T).float(), target)
 
     losses = {"torch, whole logits": whole}
     if hasattr(F, "linear_cross_entropy"):
-        losses["F.linear_cross_entropy"] = lambda: F.linear_cross_entropy(hidden * scale, weight, target)
+        losses["F.linear_cross_entropy"] = lambda: F.linear_cross_entropy(hidden, weight, target)
     if hidden.is_cuda:
         try:
             from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
 
-            losses["Liger fused linear CE"] = lambda: Liger.apply(hidden * scale, weight, target)[0]
+            losses["Liger fused linear CE"] = lambda: Liger.apply(hidden, weight, target)[0]
         except ImportError:
             pass
         try:
             from cut_cross_entropy import linear_cross_entropy
 
-            losses["cut-cross-entropy"] = lambda: linear_cross_entropy(hidden * scale, weight, target)
+            losses["cut-cross-entropy"] = lambda: linear_cross_entropy(hidden, weight, target)
         except ImportError:
             pass
     steps = {name: value_and_gradients(loss, [hidden, weight]) for name, loss in losses.items()}
@@ -155,7 +145,7 @@ def run_head(
     expected: list[Tensor] = []
 
     def truth() -> list[Tensor]:
-        expected[:] = expected or true_step(hidden, weight, target, 1.0, torch.float32)
+        expected[:] = expected or true_step(hidden, weight, target, torch.float32)
         return expected
 
     if "linear-logps" in chosen:
@@ -182,50 +172,14 @@ def run_head(
         candidates.append(Candidate("TokenStatistics, grouped", OURS, ours, bound))
     if candidates:
         candidates.append(Candidate("floor: 3 products", FLOOR, product_floor(hidden, weight, rows, 1)))
-        bench.case(f"cross-entropy, {size}", candidates + peers(hidden, weight, target, 1.0, bound), truth)
-
-
-def run_infonce(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, options: dict) -> None:
-    """Query to document only: row i's document is column i, the bank of documents is the weight."""
-    torch.manual_seed(0)
-    sides = [F.normalize(torch.randn(rows, width, device=bench.device), dim=-1) for _ in range(2)]
-    queries, documents = (side.to(dtype).requires_grad_() for side in sides)
-    target = torch.arange(rows, device=bench.device)
-    loss, bound = InfoNCE(**options), BOUNDS[dtype]
-    token_loss = TokenLoss(logit_scale=SCALE, **options)
-    chunk_rows = loss.plan(Projection(queries, documents), {"target": target}).chunk_rows
-    on_tokens = value_and_gradients(
-        lambda: token_loss(Projection(queries, documents), {"target": target}).loss, [queries, documents]
-    )
-    ours = value_and_gradients(
-        lambda: loss(Projection(queries, documents), {"target": target}).loss, [queries, documents]
-    )
-    candidates = [
-        Candidate("floor: 3 products", FLOOR, product_floor(queries, documents, chunk_rows, 1)),
-        Candidate("loss_fn, row-wise", OURS, ours, bound),
-        Candidate("TokenStatistics, grouped", OURS, on_tokens, bound),
-        *peers(queries, documents, target, SCALE, bound),
-    ]
-    try:
-        from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-        from sentence_transformers.util import dot_score
-    except ImportError:
-        pass
-    else:
-        library = MultipleNegativesRankingLoss(torch.nn.Identity(), scale=SCALE, similarity_fct=dot_score)
-        theirs = value_and_gradients(
-            lambda: library.compute_loss_from_embeddings([queries, documents], None), [queries, documents]
-        )
-        candidates.append(Candidate("sentence-transformers", PEER, theirs, bound))
-    name = f"InfoNCE {rows}x{width}, {str(dtype).removeprefix('torch.')}, chunks of {chunk_rows}"
-    bench.case(name, candidates, lambda: true_step(queries, documents, target, SCALE, torch.float32))
+        bench.case(f"cross-entropy, {size}", candidates + peers(hidden, weight, target, bound), truth)
 
 
 def run_weight_error(bench: Benchmark, shape: tuple[int, int, int], dtype: torch.dtype, compiled: bool) -> None:
     """The weight gradient's distance from float64 must not grow with the number of chunks."""
     hidden, weight, target = random_head(bench, *shape, dtype)
     leaves = [hidden, weight]
-    expected = true_step(hidden, weight, target, 1.0, torch.float64)[2:]
+    expected = true_step(hidden, weight, target, torch.float64)[2:]
     case = "weight gradient against float64, {} tokens, V={}, H={}".format(*shape)
 
     def error(loss: Callable[[], Tensor]) -> float:
@@ -320,7 +274,6 @@ def main(
     device: Annotated[str, typer.Option(help="cuda, or cpu for a small run")] = "cuda",
     only: Annotated[str, typer.Option(help="cases, comma-separated")] = ",".join(CASES),
     head: Annotated[str, typer.Option(help="tokens x vocabulary x hidden")] = "",
-    infonce: Annotated[str, typer.Option(help="rows x width")] = "",
     error: Annotated[str, typer.Option(help="tokens x vocabulary x hidden of the weight-gradient error")] = "",
     kernel: Annotated[str, typer.Option(help="rows x columns of the raw kernels")] = "",
     dtype: str = "",
@@ -339,8 +292,6 @@ def main(
     bench = Benchmark("token-losses", torch.device(device), out, repeats=repeats)
     if chosen & {"linear-logps", "cross-entropy", "grouped"}:
         run_head(bench, chosen, _shape(head or ("256x1000x64" if cpu else "8192x151936x4096")), kind, options)
-    if "infonce" in chosen:
-        run_infonce(bench, *_shape(infonce or ("256x32" if cpu else "65536x1024")), kind, options)
     if "weight-error" in chosen:
         shape = _shape(error or ("256x500x32" if cpu else "4096x16384x1024"))
         run_weight_error(bench, shape, kind, compiled)
