@@ -204,7 +204,7 @@ def info_nce(
     Args:
         hard_negatives: tensors like ``documents``, or one tensor (N, K, H) of K of them: row i of each is a negative of
             query i (and of all others).
-        scale: the inverse temperature; a 0-d tensor may require grad.
+        scale: the inverse temperature, above 0; a tensor of one may require grad.
         similarity: "cosine" (normalises, after the projection) or "dot"; or a function of a chunk of rows and all
             candidates, ``(R, D), (V, D) -> (R, V)``, which runs by ordinary autograd, twice for each chunk.
         hardness_mode: "in_batch_negatives" (arXiv 2503.04812, eq. 5), "hard_negatives" (arXiv 2509.20354) or
@@ -212,7 +212,8 @@ def info_nce(
         query_ids, document_ids: integers. Candidates with the same id as the row's own query or document are no
             negatives: they are left out.
         false_negatives: ids of documents that are no negatives of query i either, padded with -1; the pair counts in no
-            direction. Without ``document_ids`` they are positions, ``k * N + j`` for row j of the k-th list.
+            direction. Without ``document_ids`` they are positions in this process's batch, ``k * N + j`` for row j of
+            the k-th list. Every process has the same K.
         gather_across_devices: candidates of all processes. Each returns the loss of its own rows; they average to
             the loss of the whole batch, and so do the gradients. Uneven batches are fine.
         weight, bias, activation, normalize: a projection of all embeddings.
