@@ -20,7 +20,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer import losses as library
 from sentence_transformers.sentence_transformer.modules import Normalize
 from st_guided_parts import embeddings, guide_of, save_guide
-from st_parts import OUT, assert_same, build, dense, features, sentences, static_model, value_and_grads
+from st_parts import EXACT, OUT, assert_same, build, dense, features, sentences, static_model, value_and_grads
 from torch import Tensor, nn
 
 from chunked_embed import losses
@@ -73,6 +73,8 @@ def test_gist_is_the_librarys(model, guide, columns, options) -> None:
 def test_cached_gist_is_the_librarys(model, guide, columns, options) -> None:
     batch = features(model, 9, columns)
     theirs = library.CachedGISTEmbedLoss(model, guide, mini_batch_size=4, **OPTIONS[options])
+    if theirs.must_retokenize and not EXACT:
+        pytest.skip("the library's own fails here before 6.2")
     expected = value_and_grads(theirs, model, batch, None, upstream=0.5)
     for size in (2, 32):
         ours = losses.CachedGISTEmbedLoss(model, guide, mini_batch_size=size, **OPTIONS[options], **EAGER)
