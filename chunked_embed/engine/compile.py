@@ -56,7 +56,9 @@ def outside_compile(function: F) -> F:
     return cast(F, door)
 
 
-def compiled_step(factory: Callable[..., Callable], bound: tuple, key: Hashable, device: torch.device) -> Step:
+def compiled_step(
+    factory: Callable[..., Callable], bound: tuple, key: Hashable, device: torch.device, rows_vary: bool = False
+) -> Step:
     """The step ``factory(*bound)``, compiled once for ``(factory, key)``.
 
     Args:
@@ -64,10 +66,11 @@ def compiled_step(factory: Callable[..., Callable], bound: tuple, key: Hashable,
         bound: what the step closes over.
         key: everything besides tensor contents that the step depends on, ``bound`` included, hashable.
         device: where the step runs.
+        rows_vary: the first dimension of its tensors is dynamic from the start: one graph instead of two.
     """
     entry = (factory, key, device.type)
     if entry not in _STEPS:
-        _STEPS[entry] = Step(factory(*bound), device.type)
+        _STEPS[entry] = Step(factory(*bound), device.type, rows_vary)
     return _STEPS[entry]
 
 
@@ -81,11 +84,12 @@ def clear() -> None:
 class Step:
     """A compiled function that runs eagerly, after one warning, where it cannot be compiled."""
 
-    def __init__(self, function: Callable, device_type: str) -> None:
+    def __init__(self, function: Callable, device_type: str, rows_vary: bool = False) -> None:
         code = function.__code__
         function.__code__ = code.replace(co_name=f"{code.co_name}_{len(_STEPS)}")
         self.eager = function
         self.device_type = device_type
+        self.rows_vary = rows_vary
         self.compiled: Callable | None = None
         self.failed = False
 
@@ -94,6 +98,8 @@ class Step:
             return self.eager(*args)
         if self.compiled is None:
             self.compiled = torch.compile(self.eager, fullgraph=True, backend=BACKEND)
+            if self.rows_vary:
+                _mark_rows(args)
         try:
             return self.compiled(*args)
         except _compile_errors() as error:
@@ -118,6 +124,14 @@ class Step:
             )
         else:
             warn_once(f"a chunk step could not be compiled and runs eagerly, slower ({reason})")
+
+
+def _mark_rows(args: tuple[Any, ...]) -> None:
+    import torch._dynamo as dynamo
+
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and arg.dim() and len(arg) > 1:
+            dynamo.maybe_mark_dynamic(arg, 0)
 
 
 def _compile_errors() -> tuple[type[BaseException], ...]:

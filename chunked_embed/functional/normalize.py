@@ -65,7 +65,7 @@ class _Scaled(torch.autograd.Function):
 
 
 def _step(factory: Callable, x: Tensor, compiled: bool) -> Callable:
-    return compiled_step(factory, (), x.dtype, x.device) if compiled and len(x) else factory()
+    return compiled_step(factory, (), x.dtype, x.device, rows_vary=True) if compiled and len(x) else factory()
 
 
 def _divide() -> Callable:
