@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+
+import pytest
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+@pytest.fixture(scope="session")
+def trl():
+    if importlib.util.find_spec("trl") is None:
+        pytest.skip("needs trl")
+    with warnings.catch_warnings():  # what TRL and its dependencies warn about when they are imported is theirs
+        warnings.simplefilter("ignore")
+        import trl
+        import trl.experimental.cpo
+        import trl.experimental.orpo
+
+        _ = (trl.DPOTrainer, trl.KTOTrainer, trl.experimental.cpo.CPOTrainer, trl.experimental.orpo.ORPOTrainer)
+    return trl
