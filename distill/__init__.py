@@ -1,3 +1,54 @@
-"""Distillation losses on the chunked engine. Empty as yet: they come in a later version."""
+"""Distillation losses on the chunked engine: from a teacher's logits to a student's, without holding either's.
 
-__all__: list[str] = []
+::
+
+    from distill import JSDLoss
+    loss = JSDLoss(beta=0.5, temperature=2.0, weight_hard=0.1)
+    out = loss(student_hidden, student_weight, teacher_hidden, teacher_weight, target=labels)
+    out.loss.backward()
+"""
+
+from __future__ import annotations
+
+from .divergences import DIVERGENCES, Divergence
+from .losses import (
+    AdaptiveKLLoss,
+    AlphaBetaLoss,
+    CosineSimilarityLoss,
+    DistillationLoss,
+    DistillLoss,
+    EarthMoverLoss,
+    JSDLoss,
+    KLDivLoss,
+    KVDLoss,
+    LogitMSELoss,
+    ReverseKLLoss,
+    SkewKLLoss,
+    SkewReverseKLLoss,
+    TAIDLoss,
+    TopKLoss,
+    TVDLoss,
+    ULDLoss,
+)
+
+__all__ = [
+    "DIVERGENCES",
+    "AdaptiveKLLoss",
+    "AlphaBetaLoss",
+    "CosineSimilarityLoss",
+    "DistillLoss",
+    "DistillationLoss",
+    "Divergence",
+    "EarthMoverLoss",
+    "JSDLoss",
+    "KLDivLoss",
+    "KVDLoss",
+    "LogitMSELoss",
+    "ReverseKLLoss",
+    "SkewKLLoss",
+    "SkewReverseKLLoss",
+    "TAIDLoss",
+    "TVDLoss",
+    "TopKLoss",
+    "ULDLoss",
+]
