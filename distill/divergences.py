@@ -132,11 +132,10 @@ def skew_reverse_kl(student: Tensor, teacher: Tensor, *, skew: Number = 0.1, det
 
 
 def alpha_beta(student: Tensor, teacher: Tensor, *, ab_alpha: Number = 0.2, ab_beta: Number = 0.7) -> Tensor:
-    """alpha-beta divergence, with ``a = ab_alpha``, ``b = ab_beta`` and ``s = a + b``::
+    """alpha-beta divergence (arXiv 2505.04560), with ``a = ab_alpha``, ``b = ab_beta`` and ``s = a + b``.
 
-        -1/(a b) sum [p^a q^b - (a/s) p^s - (b/s) q^s]
-        b = 0:  1/a^2 sum [p^a log(p^a/q^a) - p^a + q^a],   a = 1: forward KL
-        a = 0:  1/b^2 sum [q^b log(q^b/p^b) - q^b + p^b],   b = 1: reverse KL
+    ``-1/(a b) sum [p^a q^b - (a/s) p^s - (b/s) q^s]``; for ``b = 0`` its limit ``1/a^2 sum [p^a log(p^a/q^a) - p^a +
+    q^a]``, which at ``a = 1`` is forward KL; for ``a = 0`` the same with p and q exchanged, reverse KL.
     """
     log_q, log_p = _pair(student, teacher)
     a, b = ab_alpha, ab_beta
