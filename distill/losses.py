@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,10 +89,6 @@ class DistillationLoss(FlexChunkLoss):
         chunk_size, max_chunk_bytes, compiled: as for ``FlexChunkLoss``.
     """
 
-    float32_outputs: bool = True  # type: ignore[misc]
-    index_rows: tuple[str, ...] = ()  # type: ignore[misc]  # labels, where the engine can check them
-    workspace_bytes: int = 0  # type: ignore[misc]
-
     def __init__(
         self,
         terms: Sequence[Term],
@@ -144,7 +140,7 @@ class DistillationLoss(FlexChunkLoss):
 
     # --- the call ---
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # the call of this family, in front of the engine's
         self,
         student_hidden: Tensor,  # (..., Hs)
         student_weight: Tensor,  # (Vs, Hs)
@@ -396,7 +392,18 @@ def _single(name: str, **keywords: Any) -> tuple[list[Term], dict[str, float]]:
 # --- one divergence --------------------------------------------------------------------------------------------------
 
 
-class KLDivLoss(DistillationLoss):
+class PlainLoss(DistillationLoss):
+    """A divergence without numbers of its own, by its name."""
+
+    divergence: ClassVar[str]
+
+    def __init__(
+        self, temperature: float = 1.0, weight_hard: float = 0.0, weight_soft: float = 1.0, **options: Any
+    ) -> None:
+        super().__init__(*_single(self.divergence), temperature, weight_hard, weight_soft, **options)
+
+
+class KLDivLoss(PlainLoss):
     """Forward KL, ``sum_v p log(p/q)``: p the teacher, q the student, both softmax(logits / temperature).
 
     Covers the teacher's modes. Metrics: "kl", and "ce" with a hard loss.
@@ -412,22 +419,16 @@ class KLDivLoss(DistillationLoss):
     Reference: Hinton et al., https://arxiv.org/abs/1503.02531
     """
 
-    def __init__(
-        self, temperature: float = 1.0, weight_hard: float = 0.0, weight_soft: float = 1.0, **options: Any
-    ) -> None:
-        super().__init__(*_single("kl"), temperature, weight_hard, weight_soft, **options)
+    divergence = "kl"
 
 
-class ReverseKLLoss(DistillationLoss):
+class ReverseKLLoss(PlainLoss):
     """Reverse KL, ``sum_v q log(q/p)``: seeks a mode of the teacher. Metrics: "reverse_kl".
 
     Reference: MiniLLM, https://arxiv.org/abs/2306.08543
     """
 
-    def __init__(
-        self, temperature: float = 1.0, weight_hard: float = 0.0, weight_soft: float = 1.0, **options: Any
-    ) -> None:
-        super().__init__(*_single("reverse_kl"), temperature, weight_hard, weight_soft, **options)
+    divergence = "reverse_kl"
 
 
 class JSDLoss(DistillationLoss):
@@ -488,16 +489,13 @@ class SkewReverseKLLoss(DistillationLoss):
         super().__init__(*term, temperature, weight_hard, weight_soft, **options)
 
 
-class TVDLoss(DistillationLoss):
+class TVDLoss(PlainLoss):
     """Total variation distance: ``1/2 sum_v |p - q|``, between 0 and 1. Metrics: "tvd".
 
     Reference: f-DISTILL, https://arxiv.org/abs/2307.15190
     """
 
-    def __init__(
-        self, temperature: float = 1.0, weight_hard: float = 0.0, weight_soft: float = 1.0, **options: Any
-    ) -> None:
-        super().__init__(*_single("tvd"), temperature, weight_hard, weight_soft, **options)
+    divergence = "tvd"
 
 
 class AlphaBetaLoss(DistillationLoss):
@@ -569,25 +567,19 @@ class TAIDLoss(DistillationLoss):
         super().__init__(*_single("taid", t=t), temperature, weight_hard, weight_soft, **options)
 
 
-class CosineSimilarityLoss(DistillationLoss):
+class CosineSimilarityLoss(PlainLoss):
     """``1 - cos`` of the student's and the teacher's logits, without temperature. Metrics: "cosine"."""
 
-    def __init__(
-        self, temperature: float = 1.0, weight_hard: float = 0.0, weight_soft: float = 1.0, **options: Any
-    ) -> None:
-        super().__init__(*_single("cosine"), temperature, weight_hard, weight_soft, **options)
+    divergence = "cosine"
 
 
-class LogitMSELoss(DistillationLoss):
+class LogitMSELoss(PlainLoss):
     """Mean squared difference of the logits, ``mean_v (student_v - teacher_v)^2``, without temperature. Metrics: "mse".
 
     Reference: https://arxiv.org/abs/2105.08919
     """
 
-    def __init__(
-        self, temperature: float = 1.0, weight_hard: float = 0.0, weight_soft: float = 1.0, **options: Any
-    ) -> None:
-        super().__init__(*_single("mse"), temperature, weight_hard, weight_soft, **options)
+    divergence = "mse"
 
 
 class EarthMoverLoss(DistillationLoss):
@@ -633,7 +625,7 @@ class KVDLoss(DistillationLoss):
         super().__init__(*_single("kvd", kernel=kernel), temperature, weight_hard, weight_soft, **options)
 
 
-class ULDLoss(DistillationLoss):
+class ULDLoss(PlainLoss):
     """Universal logit distillation, across tokenizers: ``sum_v |sort(q) - sort(p)|``, the shorter vocabulary padded
     with zeros.
 
@@ -643,10 +635,7 @@ class ULDLoss(DistillationLoss):
     Reference: https://arxiv.org/abs/2402.12030
     """
 
-    def __init__(
-        self, temperature: float = 1.0, weight_hard: float = 0.0, weight_soft: float = 1.0, **options: Any
-    ) -> None:
-        super().__init__(*_single("uld"), temperature, weight_hard, weight_soft, **options)
+    divergence = "uld"
 
 
 # --- several, and a teacher that is not there ------------------------------------------------------------------------
@@ -781,7 +770,7 @@ class TopKLoss(DistillationLoss):
         if self.tail == "renorm" and self._needs_support(self.terms[0]):
             raise ValueError(f'expected tail="bucket" for {self.terms[0].label!r}: it is infinite where p is zero')
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # the call of this family, in front of the engine's
         self,
         student_hidden: Tensor,  # (..., H)
         student_weight: Tensor,  # (V, H)

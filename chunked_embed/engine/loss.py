@@ -38,7 +38,8 @@ class FlexChunkLoss(nn.Module):
     ``outputs`` are ``(R, V)`` in float32 (float64 for float64 inputs), or a dict of those where several projections are
     given. ``rows`` holds the chunk's rows of the row arguments. ``hp`` holds the loss's numbers: every float or int
     attribute of the instance, as a 0-d float64 tensor, so that a changing number recompiles nothing; write
-    ``hp.margin``, not ``self.margin``. Strings, booleans, None and tuples are static: read them from ``self``. Where
+    ``hp.margin``, not ``self.margin``. Strings, booleans, None and tuples are static, and so is what ``static_numbers``
+    names: read them from ``self``. Where
     column arguments are given, the functions get them as a keyword: ``loss_fn(self, outputs, rows, hp, columns)``.
 
     Without subclassing, ``FlexChunkLoss(my_loss_fn, margin=0.5)`` takes plain functions (without ``self``); define them
@@ -79,19 +80,21 @@ class FlexChunkLoss(nn.Module):
     again. ``loss_fn`` may then return a scalar."""
     separate_outputs: ClassVar[bool] = False
     """Score each projection on its own (policy, then reference, through one buffer); ``scores[projection][name]``."""
-    float32_outputs: ClassVar[bool] = False
+    float32_outputs: bool = False
     """Half-precision products write float32 outputs: for divergences between close distributions."""
-    index_rows: ClassVar[tuple[str, ...]] = ()
+    index_rows: tuple[str, ...] = ()
     """Row arguments that index the columns: checked to lie in [0, V) on used rows."""
     row_totals: ClassVar[Mapping[str, str]] = {}
     """Further scores: name -> "logsumexp" or "sum" over the columns of ``element_fn``'s elements. Their gradient takes
     no second reduction, so that it is one elementwise pass."""
     column_totals: ClassVar[Mapping[str, str]] = {}
     """Column scores ``(V,)``: name -> "logsumexp" or "sum" over all rows. Needs ``couples_batch``."""
+    static_numbers: ClassVar[tuple[str, ...]] = ()
+    """Numbers that a formula is built on (a count of blocks, say): read from ``self``, and compiled in."""
     static_widths: bool = False
     """Compile anew for each width of narrow outputs: for formulas that cut a row at a fraction of its width, which do
     not fuse when the width is dynamic."""
-    workspace_bytes: ClassVar[int] = 0
+    workspace_bytes: int = 0
     """Bytes per output that a step needs beyond the outputs (a sort index: 8); counts against the chunk budget."""
 
     def __init__(
@@ -380,7 +383,8 @@ class FlexChunkLoss(nn.Module):
         given = self._functions.get(name)
         if given is not None:
             return Function(given, (name, given), single, bool(problem.columns))
-        static = {k: v for k, v in self._attributes().items() if not _is_number(v)} | {"training": self.training}
+        static = {k: v for k, v in self._attributes().items() if not self._changes(k, v)}
+        static["training"] = self.training
         statics = tuple(sorted(static.items(), key=lambda item: item[0]))
         try:
             hash(statics)
@@ -400,12 +404,16 @@ class FlexChunkLoss(nn.Module):
             if not (name.startswith("_") or name in hidden or isinstance(value, Tensor))
         }
 
+    def _changes(self, name: str, value: Any) -> bool:
+        """A number that goes to ``hp`` and recompiles nothing, or a static option."""
+        return _is_number(value) and name not in self.static_numbers
+
     def _numbers(self, further: Mapping[str, Tensor] | None) -> NamedTuple:
         values: dict[str, Tensor] = {}
         for name, value in self._attributes().items():
-            if _is_number(value):
-                if math.isnan(value):
-                    raise ValueError(f"expected {type(self).__name__}.{name} to be a number, got NaN")
+            if _is_number(value) and math.isnan(value):
+                raise ValueError(f"expected {type(self).__name__}.{name} to be a number, got NaN")
+            if self._changes(name, value):
                 values[name] = torch.tensor(float(value), dtype=torch.float64, device="cpu")
         for name, tensor in (further or {}).items():
             if not isinstance(tensor, Tensor) or tensor.dim() or tensor.requires_grad:

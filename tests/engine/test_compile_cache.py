@@ -120,6 +120,29 @@ def test_reading_a_number_from_self_is_refused(compiled):
         Forgetful(compiled=compiled)(Projection(torch.randn(4, 3)))
 
 
+class Powered(FlexChunkLoss):
+    static_numbers = ("power",)
+
+    def __init__(self, power, **options):
+        super().__init__(**options)
+        self.power = power
+
+    def loss_fn(self, outputs, rows, hp):
+        assert not hasattr(hp, "power")
+        for _ in range(self.power):  # a loop that only a Python number can end
+            outputs = outputs * outputs
+        return outputs.sum(1)
+
+
+def test_a_static_number_is_read_from_self(graphs):
+    x = torch.full((3, 2), 2.0)
+    for power, value in ((1, 8.0), (2, 32.0), (1, 8.0)):
+        assert Powered(power)(Projection(x)).loss.item() == value
+    assert graphs() == 2
+    with pytest.raises(ValueError, match="NaN"):
+        Powered(float("nan"))(Projection(x))
+
+
 def test_unhashable_options_are_refused():
     with pytest.raises(TypeError, match="layers"):
         Listed()(Projection(torch.randn(4, 3)))
