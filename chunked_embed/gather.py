@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ class _GatherRows(torch.autograd.Function):
     """(n, ...) per process -> (sum of n, ...); backward sums over processes what each wants from this one's rows.
 
     The mean that DistributedDataParallel takes over processes cancels a loss that all of them return, or one that is
-    ``world_size`` times their share of it: see :func:`share`.
+    ``world_size`` times their share of it: see :meth:`Ranks.share`.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, sizes: tuple[int, ...]) -> Tensor:
         ctx.sizes = sizes
         longest = max(sizes)  # a last batch may be shorter on some process
         padded = rows.contiguous()
@@ -33,38 +34,57 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
-        return grad.split(ctx.sizes)[dist.get_rank()], None
+        return grad.split(list(ctx.sizes))[dist.get_rank()], None
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share a batch: how many rows each has. A single one is this process alone."""
+
+    sizes: tuple[int, ...]
+    index: int = 0  # this process among them
+
+    @property
+    def alone(self) -> bool:
+        return len(self.sizes) == 1
+
+    @property
+    def offset(self) -> int:
+        """Of this process's first row among all rows."""
+        return sum(self.sizes[: self.index])
+
+    def gather(self, *tensors: Tensor) -> list[Tensor]:
+        """Each (n, ...) tensor with the rows of all processes, in rank order, with gradients."""
+        return list(tensors) if self.alone else [_GatherRows.apply(tensor, self.sizes) for tensor in tensors]
+
+    def stack(self, *tensors: Tensor) -> list[Tensor]:
+        """Each tensor, of one shape everywhere, as (processes, ...), with gradients."""
+        each = Ranks((1,) * len(self.sizes), self.index)
+        return each.gather(*(tensor[None] for tensor in tensors))
+
+    def share(self, mean: Tensor) -> Tensor:
+        """From a mean over this process's rows, what averages over processes to the mean over all rows."""
+        own = self.sizes[self.index]
+        return mean if self.alone else mean * (own * len(self.sizes) / sum(self.sizes))
 
 
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def rank() -> int:
-    return dist.get_rank() if is_distributed() else 0
-
-
-def counts(rows: Tensor) -> list[int]:
-    """How many rows each process has, in rank order."""
-    if not is_distributed():
-        return [len(rows)]
+def ranks(rows: Tensor, together: bool = True) -> Ranks:
+    """The processes that share the batch of these rows (n, ...): all of them, or this one alone."""
+    if not (together and is_distributed()):
+        return Ranks((len(rows),))
     own = torch.tensor([len(rows)], device=rows.device)
     sizes = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, own)
-    return torch.cat(sizes).tolist()
+    return Ranks(tuple(torch.cat(sizes).tolist()), dist.get_rank())
 
 
 def gather_rows(*tensors: Tensor) -> list[Tensor]:
     """Each (n, ...) tensor with the rows of all processes, in rank order; unchanged in a single process."""
-    if not is_distributed():
-        return list(tensors)
-    sizes = counts(tensors[0])
-    return [_GatherRows.apply(tensor, sizes) for tensor in tensors]
-
-
-def share(mean: Tensor, sizes: list[int]) -> Tensor:
-    """From a mean over this process's rows, what averages over processes to the mean over all rows."""
-    return mean * (sizes[rank()] * len(sizes) / sum(sizes))
+    return ranks(tensors[0]).gather(*tensors)
 
 
 def global_mean(mean: Tensor, rows: int) -> Tensor:

@@ -179,3 +179,21 @@ def test_compiled():
         leaves = [*inputs(rows), *learnt(10.0, -4.0)]
         a, b, scale, bias = leaves
         assert_same(leaves, CF.sigmoid_pairs(a, b, scale=scale, bias=bias), formula(a, b, scale, bias))
+
+
+def test_a_function_of_ones_own_sees_a_chunk_of_rows():
+    a, b = (torch.randn(7, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    seen = []
+
+    def inner_products(rows, candidates):
+        seen.append((len(rows), len(candidates)))
+        return rows @ candidates.T
+
+    ours = CF.sigmoid_pairs(a, b, scale=scale, bias=-1.0, similarity=inner_products, chunk_size=3)
+    fused = CF.sigmoid_pairs(a, b, scale=scale, bias=-1.0, similarity="dot", compiled=False)
+    torch.testing.assert_close(ours, fused)
+    gradients = (torch.autograd.grad(loss, (a, b, scale)) for loss in (ours, fused))
+    for own, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, other)
+    assert seen == [(3, 7), (3, 7), (1, 7), (1, 7), (3, 7), (3, 7)]  # forward, and once more in backward

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine import FlexChunkLoss, Projection
+from ..engine.types import accumulator_dtype
 
 Activation = Callable[[Tensor], Tensor]
 Rows = dict[str, Tensor]
@@ -63,6 +64,16 @@ def finite(name: str, value: float) -> float:
     if isinstance(value, Tensor) or not math.isfinite(value):
         raise ValueError(f"expected {name} to be finite, got {value}")
     return float(value)
+
+
+def scalar(name: str, value: Tensor, like: Tensor) -> Tensor:  # -> ()
+    """A tensor of one number, where and as wide as sums over ``like`` are."""
+    if value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(
+            f"expected {name} to be a number or a floating-point tensor of one element, "
+            f"got {value.dtype} {tuple(value.shape)}"
+        )
+    return value.reshape(()).to(device=like.device, dtype=accumulator_dtype(like.dtype))
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:

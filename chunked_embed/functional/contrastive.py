@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..engine import FlexChunkLoss, Projection
 from ..engine.compile import outside_compile
-from ..engine.plan import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
 from ..engine.steps import RowStep, Score
-from ..engine.types import accumulator_dtype
 from ..engine.walk import Call
-from ..gather import counts, gather_rows, is_distributed, rank, share
-from .arguments import Activation, Rows, finite, one_of, shared
+from ..gather import Ranks, ranks
+from .arguments import Activation, Rows, finite, one_of, scalar, shared
+from .by_rows import Similarity, mean_by_rows
 from .kernel_steps import CrossEntropyRows, TwoSidedScore, has_kernel
 from .normalize import scaled, unit
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 TWO_SIDED = {"query_to_doc", "doc_to_query"}
 HARDNESS_MODES = ("in_batch_negatives", "hard_negatives", "all_negatives")
-Similarity = Callable[[Tensor, Tensor], Tensor]  # (R, D), (V, D) -> (R, V)
 LOWEST = -1e30  # of a similarity that does not count: finite, so that a row without any has a gradient of zero
 
 
@@ -38,6 +35,8 @@ class _Contrast(FlexChunkLoss):
     end: the positives, then the hard negatives.
     """
 
+    static_numbers = ("documents",)
+
     def __init__(
         self,
         scale: float = 20.0,
@@ -49,7 +48,7 @@ class _Contrast(FlexChunkLoss):
     ) -> None:
         super().__init__(**options)
         self.scale = scale
-        self.documents = str(documents)  # static: a number would be an argument
+        self.documents = documents
         self.masked = masked
         self.hardness_mode = hardness_mode
         self.hardness = hardness
@@ -65,9 +64,7 @@ class _Contrast(FlexChunkLoss):
         """A block's scaled similarities, with what does not count at ``LOWEST``."""
         z = outputs * hp.scale
         column, target = _index(outputs), rows["target"][:, None]
-        own = (
-            column % (outputs.shape[1] // int(self.documents)) == target if block.endswith("doc") else column == target
-        )
+        own = column % (outputs.shape[1] // self.documents) == target if block.endswith("doc") else column == target
         if block == "query_to_doc" and self.hardness_mode:
             harder = hp.hardness * outputs.detach() * hp.unscaled
             z = z + torch.where(self._harder(own, column == target), harder, 0.0)
@@ -146,9 +143,6 @@ class TwoSided(_Contrast):
         if self.masked:
             of_document = torch.where(of_query == LOWEST, LOWEST, of_document)
         return {"over_documents": of_query, "over_queries": of_document}
-
-    def loss_fn(self, scores: Rows, groups: Rows, hp: Any) -> Tensor:
-        raise NotImplementedError("only its scores are used")
 
     def _score(self, call: Call, names: tuple[str, ...]) -> Score:
         if self.plain and has_kernel(self, call):
@@ -249,23 +243,20 @@ def info_nce(
 
     queries, *lists = (embed(x) for x in (queries, documents, *negatives))
     documents, n = lists[0], len(queries)
-    ids = _ids(n, len(lists), queries.device, query_ids, document_ids, false_negatives)
-    sizes, offset = [n], 0
-    all_queries = queries
-    if gather_across_devices and is_distributed():
-        sizes = counts(queries)
-        offset = sum(sizes[: rank()])
-        if len(directions) > 1:
-            (all_queries,) = gather_rows(queries)
-        lists = gather_rows(*lists)
+    processes = ranks(queries, gather_across_devices)
+    ids = _ids(n, len(lists), processes, queries.device, query_ids, document_ids, false_negatives)
+    two_sided = set(directions) == TWO_SIDED and not callable(similarity)
+    # Two directions over one matrix have no block with queries for columns.
+    of_queries = not two_sided and bool(set(directions) & {"query_to_query", "doc_to_query"})
+    lists = processes.gather(*lists)
+    (all_queries,) = processes.gather(queries) if of_queries else (queries,)
     bank = lists[0] if len(lists) == 1 else torch.cat(lists)
-    rows = {"target": torch.arange(offset, offset + n, device=queries.device)}
+    mine = slice(processes.offset, processes.offset + n)
+    rows = {"target": torch.arange(mine.start, mine.stop, device=queries.device)}
     columns: dict[str, Tensor] = {}
     if ids is not None:
         rows |= {"query_id": ids.queries, "document_id": ids.documents[0], "false_negatives": ids.false_negatives}
-        two_sided = set(directions) == TWO_SIDED and not callable(similarity)  # no block has queries for columns
-        of_queries = not two_sided and bool(set(directions) & {"query_to_query", "doc_to_query"})
-        columns = ids.columns(of_queries, gathered=len(sizes) > 1)
+        columns = ids.columns(of_queries, processes)
     # A scale that learns is in the outputs already.
     unscaled = torch.ones((), dtype=torch.float64) if root is None else root.detach().square().reciprocal()
     numbers = {"unscaled": unscaled}
@@ -286,57 +277,29 @@ def info_nce(
         "doc_to_doc": (documents, bank),
     }
     if callable(similarity):
-        kind = InfoNCE(partition_mode, **options)
-        loss = _by_rows(kind, similarity, {name: sides[name] for name in directions}, rows, columns, scale)
-    elif set(directions) == TWO_SIDED:
+        kind, hp = InfoNCE(partition_mode, **options), _Numbers(scale, hardness_strength, 1.0)
+        loss = mean_by_rows(
+            lambda blocks, part: kind.loss_fn(blocks, part, hp, columns),
+            similarity,
+            {name: sides[name] for name in directions},
+            rows,
+            chunk_size=chunk_size,
+            max_chunk_bytes=max_chunk_bytes,
+            swapped=("doc_to_query", "doc_to_doc"),
+        )
+    elif two_sided:
         scores = shared(TwoSided, **options).scores(
             Projection(queries, bank), rows, columns=columns or None, numbers=numbers
         )
-        own = scores["over_queries"][: len(all_queries)]
-        if len(sizes) > 1:
-            own = _over_all_processes(own)
-        own = own[offset : offset + n]
-        both = torch.stack([scores["over_documents"], own])
+        (parts,) = processes.stack(scores["over_queries"])  # log-sum-exps over each process's own queries
+        both = torch.stack([scores["over_documents"], parts[:, mine].logsumexp(0)])
         total = both.logsumexp(0) if partition_mode == "joint" else both.mean(0)
         loss = (total - scores["positive"]).mean()
     else:
         blocks = {name: Projection(*sides[name]) for name in directions}
         row_wise = shared(InfoNCE, partition_mode=partition_mode, **options)
         loss = row_wise(blocks, rows, columns=columns or None, numbers=numbers).loss
-    return share(loss, sizes) if len(sizes) > 1 else loss
-
-
-def _by_rows(
-    kind: InfoNCE,
-    similarity: Similarity,
-    sides: dict[str, tuple[Tensor, Tensor]],
-    rows: Rows,
-    columns: Rows,
-    scale: float | Tensor,
-) -> Tensor:
-    """The same with any function for a similarity: a chunk of rows at a time, formed again in backward."""
-    n, device = len(rows["target"]), rows["target"].device
-    hp = _Numbers(scale, kind.hardness, 1.0)
-
-    def part(start: int, stop: int) -> Tensor:
-        blocks = {}
-        for name, (own, candidates) in sides.items():
-            mine = own[start:stop]
-            z = similarity(mine, candidates) if name.startswith("query") else similarity(candidates, mine).t()
-            if z.shape != (len(mine), len(candidates)):
-                raise ValueError(
-                    f"expected a similarity of shape {(len(mine), len(candidates))} (or its transpose, of candidates "
-                    f"and rows), got {tuple(z.shape)}"
-                )
-            blocks[name] = z.to(accumulator_dtype(z.dtype))
-        return kind.loss_fn(blocks, {name: r[start:stop] for name, r in rows.items()}, hp, columns).sum()
-
-    width = sum(len(candidates) for _, candidates in sides.values())
-    bytes_per_row = 8 * 4 * width  # about eight copies of a block while it is worked on
-    least, _ = CUDA_CHUNK_BYTES if device.type == "cuda" else CPU_CHUNK_BYTES
-    size = kind.chunk_size or max((kind.max_chunk_bytes or least) // bytes_per_row, 1)
-    parts = [checkpoint(part, i, min(i + size, n), use_reentrant=False) for i in range(0, n, size)]
-    return torch.stack(parts).sum() / n
+    return processes.share(loss)
 
 
 class _Numbers(NamedTuple):
@@ -353,11 +316,9 @@ class _Ids(NamedTuple):
     documents: Tensor  # (lists, N)
     false_negatives: Tensor  # (N, K)
 
-    def columns(self, of_queries: bool, gathered: bool) -> dict[str, Tensor]:
+    def columns(self, of_queries: bool, processes: Ranks) -> dict[str, Tensor]:
         """What the columns of blocks of documents know about themselves, and those of blocks of queries."""
-        queries, documents, listed = self.queries, list(self.documents), self.false_negatives
-        if gathered:
-            queries, listed, *documents = gather_rows(queries, listed, *documents)
+        queries, listed, *documents = processes.gather(self.queries, self.false_negatives, *self.documents)
         index = torch.arange(len(queries), device=queries.device)
         columns = {
             "document_id": torch.cat(documents),
@@ -373,6 +334,7 @@ class _Ids(NamedTuple):
 def _ids(
     n: int,
     lists: int,
+    processes: Ranks,
     device: torch.device,
     query_ids: Tensor | None,
     document_ids: Tensor | None,
@@ -381,8 +343,7 @@ def _ids(
     if query_ids is None and document_ids is None and false_negatives is None:
         return None
     positions = torch.arange(lists * n, device=device).view(lists, n)
-    if is_distributed() and (query_ids is None or document_ids is None):
-        positions = positions + (rank() << 40)  # unlike any other process's
+    positions = positions + (processes.index << 40)  # unlike any other process's
     queries = positions[0] if query_ids is None else _integers("query_ids", query_ids, (n,), device)
     if document_ids is None:
         documents = positions
@@ -408,10 +369,6 @@ def _integers(name: str, given: Tensor, shape: tuple[int, ...], device: torch.de
     if tuple(given.shape) != shape or given.device != device:
         raise ValueError(f"expected {name} of shape {shape} on {device}, got {tuple(given.shape)} on {given.device}")
     return given.long()
-
-
-def _over_all_processes(part: Tensor) -> Tensor:  # (V,) log-sum-exps of this process's rows
-    return gather_rows(part[None])[0].logsumexp(0)
 
 
 def _negatives(given: Sequence[Tensor] | Tensor) -> list[Tensor]:
@@ -468,6 +425,4 @@ def _scale(scale: float | Tensor, like: Tensor) -> tuple[Tensor | None, float]:
         if finite("scale", scale) <= 0:
             raise ValueError(f"expected scale to be positive, got {scale}")
         return None, float(scale)
-    if scale.numel() != 1 or not scale.is_floating_point():
-        raise ValueError(f"expected scale to be a number or a tensor of one, got {scale.dtype} {tuple(scale.shape)}")
-    return scale.reshape(()).to(like.device, accumulator_dtype(like.dtype)).sqrt(), 1.0
+    return scalar("scale", scale, like).sqrt(), 1.0

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..engine import FlexChunkLoss, Projection
 from ..engine.compile import outside_compile
 from ..engine.types import accumulator_dtype
-from ..gather import counts, gather_rows, rank, share
+from ..gather import ranks
 from .arguments import Rows, finite, one_of, project, shared
 from .normalize import unit
 
@@ -116,11 +116,8 @@ def guided_info_nce(
     _check(own, guide)
     own = [unit(x, compiled=compiled) for x in own]
     guide = [_frozen(x, queries) for x in guide]
-    everyone, everyones = own, guide
-    sizes = [len(queries)]
-    if gather_across_devices:
-        sizes = counts(queries)
-        everyone, everyones = gather_rows(*own), gather_rows(*guide)
+    processes = ranks(queries, gather_across_devices)
+    everyone, everyones = processes.gather(*own), processes.gather(*guide)
     blocks = {"candidates": (0, slice(1, None))}  # the side whose rows are compared, the columns they are compared with
     blocks |= {"queries": (0, slice(0, 1))} if contrast_anchors else {}
     blocks |= {"documents": (1, slice(1, 2))} if contrast_positives else {}
@@ -131,12 +128,11 @@ def guided_info_nce(
         projections[f"guide {name}"] = Projection(guide[side], bank)
         columns[name] = _inverse_norms(bank)
     rows = {
-        "target": torch.arange(len(queries), device=queries.device) + (sum(sizes[: rank()]) if len(sizes) > 1 else 0),
+        "target": torch.arange(len(queries), device=queries.device) + processes.offset,
         "query_norm": _inverse_norms(guide[0]),
         "document_norm": _inverse_norms(guide[1]),
     }
-    value = loss(projections, rows, columns=columns).loss
-    return share(value, sizes) if len(sizes) > 1 else value
+    return processes.share(loss(projections, rows, columns=columns).loss)
 
 
 def _check(own: list[Tensor], guide: list[Tensor]) -> None:

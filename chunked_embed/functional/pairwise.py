@@ -67,6 +67,8 @@ WITH_EPS = DISTANCES
 class PairwiseScores(Embedding):
     """The similarity of row i of ``a`` and row i of every other side, by the side's name."""
 
+    static_numbers = ("eps",)
+
     def __init__(self, similarity: str = "cosine", eps: float | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.similarity = one_of("similarity", similarity, tuple(SIMILARITIES))
@@ -75,12 +77,12 @@ class PairwiseScores(Embedding):
             raise ValueError(
                 f"expected eps to be at least 0, and a similarity of {WITH_EPS}, got {eps}, {similarity!r}"
             )
-        self.eps = () if eps is None else (float(eps),)  # a tuple is static: no number that changes from step to step
+        self.eps = eps
 
     def score_fn(self, outputs: Rows, rows: Rows, hp: Any) -> Rows:
-        similarity = SIMILARITIES[self.similarity]
+        similarity, eps = SIMILARITIES[self.similarity], () if self.eps is None else (self.eps,)
         a = self.embed(outputs["a"])
-        return {name: similarity(a, self.embed(outputs[name]), *self.eps) for name in outputs if name != "a"}
+        return {name: similarity(a, self.embed(outputs[name]), *eps) for name in outputs if name != "a"}
 
 
 class Triplet(Embedding):

@@ -11,10 +11,10 @@ from torch import Tensor
 from ..engine import FlexChunkLoss, Projection
 from ..engine.compile import outside_compile
 from ..engine.steps import RowStep
-from ..engine.types import accumulator_dtype
 from ..engine.walk import Call
-from ..gather import counts, gather_rows, rank, share
-from .arguments import Rows, finite, one_of, project, shared
+from ..gather import ranks
+from .arguments import Rows, finite, one_of, project, scalar, shared
+from .by_rows import Similarity, mean_by_rows
 from .kernel_steps import SigmoidRows, has_kernel
 from .normalize import unit
 
@@ -40,7 +40,7 @@ def sigmoid_pairs(
     *,
     scale: float | Tensor = 10.0,
     bias: float | Tensor = -10.0,
-    similarity: str = "cosine",
+    similarity: str | Similarity = "cosine",
     gather_across_devices: bool = False,
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
@@ -50,7 +50,8 @@ def sigmoid_pairs(
 
     Args:
         scale, bias: numbers, or tensors of one element, which may require grad. Other values compile nothing anew.
-        similarity: "cosine" or "dot".
+        similarity: "cosine" or "dot"; or a function of a chunk of rows and all candidates, ``(R, D), (V, D) ->
+            (R, V)``, which runs by ordinary autograd, twice for each chunk.
         gather_across_devices: compare with the ``b`` of all processes; the results of all processes average to the loss
             of the whole batch, and so do their gradients.
 
@@ -66,33 +67,31 @@ def sigmoid_pairs(
     project({"a": a, "b": b}, None, None)
     if a.device != b.device:
         raise ValueError(f"expected a and b on one device, got {a.device} and {b.device}")
-    one_of("similarity", similarity, ("cosine", "dot"))
-    wide = accumulator_dtype(a.dtype)
-    scale, bias = (_scalar(name, x, wide, a.device) for name, x in (("scale", scale), ("bias", bias)))
-    left, right = (a, b) if similarity == "dot" else (unit(a, compiled=compiled), unit(b, compiled=compiled))
-    sizes = [len(a)]
-    if gather_across_devices:
-        sizes = counts(a)
-        (right,) = gather_rows(right)
-    offset = sum(sizes[: rank()]) if len(sizes) > 1 else 0
-    n = len(a)
+    if not callable(similarity):
+        one_of("similarity", similarity, ("cosine", "dot"))
+    scale, bias = (
+        scalar(name, x if isinstance(x, Tensor) else torch.tensor(finite(name, x), dtype=torch.float64), a)
+        for name, x in (("scale", scale), ("bias", bias))
+    )
+    left, right = (unit(a, compiled=compiled), unit(b, compiled=compiled)) if similarity == "cosine" else (a, b)
+    processes, n = ranks(a, gather_across_devices), len(a)
+    (right,) = processes.gather(right)
     # One number a row: gradients of a scalar inside a step would reduce the whole chunk again.
     rows = {
-        "target": torch.arange(offset, offset + n, device=a.device),
+        "target": torch.arange(n, device=a.device) + processes.offset,
         "scale": scale.expand(n),
         "bias": bias.expand(n),
     }
     loss = shared(SigmoidPairs, chunk_size=chunk_size, max_chunk_bytes=max_chunk_bytes, compiled=compiled)
-    value = loss(Projection(left, right), rows).loss
-    return share(value, sizes) if len(sizes) > 1 else value
-
-
-def _scalar(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:  # -> ()
-    if not isinstance(value, Tensor):
-        return torch.tensor(finite(name, value), dtype=dtype, device=device)
-    if value.numel() != 1 or not value.is_floating_point():
-        raise ValueError(
-            f"expected {name} to be a number or a floating-point tensor of one element, "
-            f"got {value.dtype} {tuple(value.shape)}"
+    if callable(similarity):
+        mean = mean_by_rows(
+            lambda blocks, part: loss.loss_fn(blocks["pairs"], part, None),
+            similarity,
+            {"pairs": (left, right)},
+            rows,
+            chunk_size=chunk_size,
+            max_chunk_bytes=max_chunk_bytes,
         )
-    return value.reshape(()).to(device=device, dtype=dtype)
+    else:
+        mean = loss(Projection(left, right), rows).loss
+    return processes.share(mean)

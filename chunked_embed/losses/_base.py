@@ -26,9 +26,9 @@ class Options:
             (gradient caching). The loss still sees the whole batch. None embeds it at once.
         mini_batch_num_tokens: The same, in mini-batches of at most this many tokens.
         show_progress_bar: Show one while mini-batches are embedded.
-        gather_across_devices: Compute the loss of the global batch: scores and labels of all processes (N numbers, no
-            embeddings) are gathered. Under DistributedDataParallel the gradient is the one that a single process with
-            the whole batch would have.
+        gather_across_devices: Compute the loss of the global batch. Losses over aligned rows gather scores and labels
+            (N numbers), those that compare all rows with all gather the embeddings. Under DistributedDataParallel the
+            gradient is the one that a single process with the whole batch would have.
         chunk_size: Rows per chunk of the loss; None derives them from ``max_chunk_bytes``.
         max_chunk_bytes: Byte budget of one chunk; None takes the package's default.
         compiled: Compile the step of a chunk. The numbers are the same without.

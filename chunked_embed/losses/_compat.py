@@ -52,3 +52,9 @@ def callable_name(function: object) -> str:
         return util.similarity_fct_name(function)
     function = getattr(function, "func", function)  # 5.x: of a partial, the function alone
     return getattr(function, "__name__", type(function).__name__)
+
+
+def known_matrix(function: object) -> str | None:
+    """The name of a similarity of all rows with all rows that the losses form by products; None for any other."""
+    known = ((util.cos_sim, "cosine"), (util.pytorch_cos_sim, "cosine"), (util.dot_score, "dot"))
+    return next((name for candidate, name in known if candidate is function), None)

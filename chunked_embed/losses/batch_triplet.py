@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from chunked_embed.functional.arguments import check_labels, finite
 from chunked_embed.functional.batch_triplets import Labelled, check_matrix, mean_over_triplets, precise
-from chunked_embed.gather import counts, gather_rows, rank, share
+from chunked_embed.gather import Ranks, ranks
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, library
 
@@ -50,17 +50,14 @@ class BatchTripletLoss(ChunkedLoss):
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
         embedding, labels = self._checked(embeddings, labels)
-        sizes, candidates, candidate_labels = [len(embedding)], embedding, labels
-        if self.gather_across_devices:
-            sizes = counts(embedding)
-            candidates, candidate_labels = gather_rows(embedding, labels)
+        processes = ranks(embedding, self.gather_across_devices)
+        candidates, candidate_labels = processes.gather(embedding, labels)
         distance = known_distance(self.distance_metric)
         if distance is None:
             return self._plain(candidates, candidate_labels)
-        offset = sum(sizes[: rank()]) if len(sizes) > 1 else 0
-        batch = Labelled(embedding, labels, candidates, candidate_labels, offset, distance, self._chunking)
+        batch = Labelled(embedding, labels, candidates, candidate_labels, processes.offset, distance, self._chunking)
         with precise(embedding):
-            return self._mined(batch, sizes)
+            return self._mined(batch, processes)
 
     def _checked(self, embeddings: list[Tensor], labels: Tensor | None) -> tuple[Tensor, Tensor]:
         name = type(self).__name__
@@ -84,8 +81,8 @@ class BatchTripletLoss(ChunkedLoss):
         wide = embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
         return super(ChunkedLoss, self).compute_loss_from_embeddings([wide], labels)
 
-    def _mined(self, batch: Labelled, sizes: list[int]) -> Tensor:
-        """The loss; or, of several processes with ``sizes`` rows, what averages over them to the loss."""
+    def _mined(self, batch: Labelled, processes: Ranks) -> Tensor:
+        """What averages over processes to the loss."""
         raise NotImplementedError
 
 
@@ -118,8 +115,8 @@ class BatchHardTripletLoss(BatchTripletLoss, library.BatchHardTripletLoss):
         finite("margin", margin)
         self._set_options(**options)
 
-    def _mined(self, batch: Labelled, sizes: list[int]) -> Tensor:
-        return share(batch.hard(self.triplet_margin, soft=False), sizes)
+    def _mined(self, batch: Labelled, processes: Ranks) -> Tensor:
+        return processes.share(batch.hard(self.triplet_margin, soft=False))
 
 
 class BatchHardSoftMarginTripletLoss(BatchTripletLoss, library.BatchHardSoftMarginTripletLoss):
@@ -144,8 +141,8 @@ class BatchHardSoftMarginTripletLoss(BatchTripletLoss, library.BatchHardSoftMarg
         library.BatchHardSoftMarginTripletLoss.__init__(self, model, distance_metric)
         self._set_options(**options)
 
-    def _mined(self, batch: Labelled, sizes: list[int]) -> Tensor:
-        return share(batch.hard(0.0, soft=True), sizes)
+    def _mined(self, batch: Labelled, processes: Ranks) -> Tensor:
+        return processes.share(batch.hard(0.0, soft=True))
 
 
 class BatchSemiHardTripletLoss(BatchTripletLoss, library.BatchSemiHardTripletLoss):
@@ -174,8 +171,8 @@ class BatchSemiHardTripletLoss(BatchTripletLoss, library.BatchSemiHardTripletLos
         finite("margin", margin)
         self._set_options(**options)
 
-    def _mined(self, batch: Labelled, sizes: list[int]) -> Tensor:
-        return batch.semi_hard(self.margin) * len(sizes)  # divided by the pairs of all processes already
+    def _mined(self, batch: Labelled, processes: Ranks) -> Tensor:
+        return batch.semi_hard(self.margin) * len(processes.sizes)  # divided by the pairs of all processes already
 
 
 class BatchAllTripletLoss(BatchTripletLoss, library.BatchAllTripletLoss):
@@ -205,9 +202,7 @@ class BatchAllTripletLoss(BatchTripletLoss, library.BatchAllTripletLoss):
         finite("margin", margin)
         self._set_options(**options)
 
-    def _mined(self, batch: Labelled, sizes: list[int]) -> Tensor:
+    def _mined(self, batch: Labelled, processes: Ranks) -> Tensor:
         total, count = batch.all(self.triplet_margin)
-        if len(sizes) > 1:
-            (found,) = gather_rows(count.reshape(1))
-            count = found.sum()
-        return mean_over_triplets(total * len(sizes), count)
+        (counts,) = processes.stack(count)
+        return mean_over_triplets(total * len(processes.sizes), counts.sum())

@@ -11,11 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from chunked_embed.functional.batch_triplets import check_matrix
 from chunked_embed.functional.spread import Moments, moments, terms, terms_of_matrix
-from chunked_embed.gather import counts, gather_rows
+from chunked_embed.gather import ranks
 from chunked_embed.losses._base import ChunkedLoss
-from chunked_embed.losses._compat import SentenceTransformer, callable_name, library, util
-
-_KNOWN = ((util.cos_sim, "cosine"), (util.pytorch_cos_sim, "cosine"), (util.dot_score, "dot"))
+from chunked_embed.losses._compat import SentenceTransformer, callable_name, known_matrix, library, util
 
 
 class _Parts(torch.autograd.Function):
@@ -75,7 +73,7 @@ class GlobalOrthogonalRegularizationLoss(ChunkedLoss, library.GlobalOrthogonalRe
     def _fusable(self) -> bool:
         return False  # a tail applies to all rows before they are summed
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # a dict, as the library's
         self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
     ) -> dict[str, Tensor]:
         total = super().forward(sentence_features, labels)
@@ -84,7 +82,7 @@ class GlobalOrthogonalRegularizationLoss(ChunkedLoss, library.GlobalOrthogonalRe
             return parts
         return dict(zip(parts, _Parts.apply(total, *(part.detach() for part in parts.values()))))
 
-    def compute_loss_from_embeddings(  # type: ignore[override]
+    def compute_loss_from_embeddings(  # type: ignore[override]  # likewise
         self, embeddings: Sequence[Tensor], labels: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The terms of embeddings, one tensor (N, D) a column: a dict of scalars, differentiable once."""
@@ -98,16 +96,14 @@ class GlobalOrthogonalRegularizationLoss(ChunkedLoss, library.GlobalOrthogonalRe
     def compute_gor(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """The two terms of one column, (N, D), without their weights."""
         dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-        similarity = next((name for function, name in _KNOWN if function is self.similarity_fct), None)
+        similarity = known_matrix(self.similarity_fct)
+        processes = ranks(embeddings, self.gather_across_devices)
         if similarity is None:
-            (candidates,) = gather_rows(embeddings) if self.gather_across_devices else (embeddings,)
+            (candidates,) = processes.gather(embeddings)
             wide = candidates.to(dtype)
             return terms_of_matrix(self.similarity_fct(wide, wide), wide.shape[1], dtype)
-        found, rows = moments(embeddings, similarity), len(embeddings)
-        if self.gather_across_devices:
-            rows = sum(counts(embeddings))
-            found = Moments(*(part.sum(0) for part in gather_rows(*(part[None] for part in found))))
-        return terms(found, rows, dtype)
+        found = Moments(*(part.sum(0) for part in processes.stack(*moments(embeddings, similarity))))
+        return terms(found, sum(processes.sizes), dtype)
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
         self._parts = self.compute_loss_from_embeddings(embeddings, labels)  # for forward, which takes it away

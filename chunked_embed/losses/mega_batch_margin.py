@@ -10,7 +10,7 @@ from torch import Tensor
 from chunked_embed.functional.arguments import finite
 from chunked_embed.functional.batch_triplets import precise
 from chunked_embed.functional.mega_batch import check_pairs, margin_against
-from chunked_embed.gather import counts, gather_rows, rank, share
+from chunked_embed.gather import ranks
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, library
 
@@ -77,12 +77,9 @@ class MegaBatchMarginLoss(ChunkedLoss, library.MegaBatchMarginLoss):
             )
         anchors, positives = embeddings
         check_pairs(anchors, positives)
-        sizes, candidates = [len(anchors)], positives
-        if self.gather_across_devices:
-            sizes = counts(anchors)
-            (candidates,) = gather_rows(positives)
-        offset = sum(sizes[: rank()]) if len(sizes) > 1 else 0
+        processes = ranks(anchors, self.gather_across_devices)
+        (candidates,) = processes.gather(positives)
         with precise(anchors):
             margins = (self.positive_margin, self.negative_margin)
-            mean = margin_against(anchors, positives, candidates, offset, *margins, self._chunking)
-        return share(mean, sizes)
+            mean = margin_against(anchors, positives, candidates, processes.offset, *margins, self._chunking)
+        return processes.share(mean)

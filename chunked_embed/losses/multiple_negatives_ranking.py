@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from chunked_embed import functional as CF
 from chunked_embed.functional.contrastive import HARDNESS_MODES, check_directions
 from chunked_embed.losses._base import ChunkedLoss
-from chunked_embed.losses._compat import SentenceTransformer, callable_name, library, util
+from chunked_embed.losses._compat import SentenceTransformer, callable_name, known_matrix, library, util
 from chunked_embed.losses._learnable import averaged
 from chunked_embed.losses._texts import text_ids
 
@@ -21,8 +21,6 @@ Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_do
 HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 
 logger = logging.getLogger(__name__)
-
-_FUSED = ((util.cos_sim, "cosine"), (util.dot_score, "dot"))
 
 
 class MultipleNegativesRankingLoss(ChunkedLoss, library.MultipleNegativesRankingLoss):
@@ -99,7 +97,7 @@ class MultipleNegativesRankingLoss(ChunkedLoss, library.MultipleNegativesRanking
 
     @property
     def _similarity(self) -> str | None:
-        return next((name for function, name in _FUSED if function is self.similarity_fct), None)
+        return known_matrix(self.similarity_fct)
 
     @property
     def _fusable(self) -> bool:

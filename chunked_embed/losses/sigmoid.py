@@ -7,16 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chunked_embed import functional as CF
-from chunked_embed.gather import counts, gather_rows, rank, share
 from chunked_embed.losses._base import ChunkedLoss
-from chunked_embed.losses._compat import SentenceTransformer, callable_name, util
+from chunked_embed.losses._compat import SentenceTransformer, callable_name, known_matrix, util
 from chunked_embed.losses._learnable import averaged
-
-_FUSED = ((util.cos_sim, "cosine"), (util.dot_score, "dot"))
 
 
 class SigmoidPairLoss(ChunkedLoss, nn.Module):
@@ -30,7 +26,8 @@ class SigmoidPairLoss(ChunkedLoss, nn.Module):
         learnable: Train both, as the paper does: ``log_scale`` and ``bias`` are parameters of the loss, which the
             trainer finds and which are averaged over processes. A checkpoint of the model does not hold them.
         similarity_fct: Similarity of every row of one batch with every row of another, (N, D), (M, D) -> (N, M).
-            ``util.cos_sim`` and ``util.dot_score`` run chunked, any other callable through ordinary autograd.
+            ``util.cos_sim`` and ``util.dot_score`` run fused and chunked, any other callable chunked, through ordinary
+            autograd.
         options: See :class:`~chunked_embed.losses.Options`.
 
     Inputs: two columns, whose rows belong together; labels are ignored.
@@ -70,7 +67,7 @@ class SigmoidPairLoss(ChunkedLoss, nn.Module):
 
     @property
     def _similarity(self) -> str | None:
-        return next((name for function, name in _FUSED if function is self.similarity_fct), None)
+        return known_matrix(self.similarity_fct)
 
     @property
     def _fusable(self) -> bool:
@@ -85,33 +82,15 @@ class SigmoidPairLoss(ChunkedLoss, nn.Module):
             raise ValueError(f"{type(self).__name__} expects two columns of embeddings, got {len(embeddings)}")
         a, b = embeddings
         scale, bias = averaged(self.log_scale).exp(), averaged(self.bias)
-        if self._similarity is None:
-            return self._plain(a, b, scale, bias)
         return CF.sigmoid_pairs(
             a,
             b,
             scale=scale,
             bias=bias,
-            similarity=self._similarity,
+            similarity=self._similarity or self.similarity_fct,
             gather_across_devices=self.gather_across_devices,
             **self._chunking,
         )
-
-    def _plain(self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        sizes = counts(a) if self.gather_across_devices else [len(a)]
-        if len(sizes) > 1:
-            (b,) = gather_rows(b)
-        scores = self.similarity_fct(a, b)
-        if scores.shape != (len(a), len(b)):
-            raise ValueError(
-                f"similarity_fct must return a score for every pair: expected shape {(len(a), len(b))}, "
-                f"got {tuple(scores.shape)}"
-            )
-        z = scale * (scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores) + bias
-        own = torch.arange(len(a), device=z.device) + sum(sizes[: rank()] if len(sizes) > 1 else [])
-        own = torch.arange(len(b), device=z.device) == own[:, None]
-        loss = -F.logsigmoid(torch.where(own, z, -z)).sum(1).mean()
-        return share(loss, sizes) if len(sizes) > 1 else loss
 
     def get_config_dict(self) -> dict[str, Any]:
         return {
