@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from itertools import product
 
 import torch
@@ -49,22 +48,10 @@ def names() -> list[str]:
     return [*gathered, *(f"local-{mode}" for mode in MODES), "library-plain"]
 
 
-def run(rank: int, folder: str, guide: str, scratch: str) -> None:
-    """Writes {case name: traceback or None} of this rank."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=WORLD)
-    outcome: dict[str, str | None] = {}
-    for name in names():
-        try:
-            case, mode = name.split("-")
-            check = {"local": check_local, "library": check_library}.get(case, check_gathered)
-            check(case, MODES[mode], rank, folder, guide_of(guide))
-            outcome[name] = None
-        except Exception:
-            outcome[name] = traceback.format_exc()
-        dist.barrier()
-    torch.save(outcome, f"{scratch}/outcome-{rank}.pt")
-    dist.destroy_process_group()
+def check(name: str, rank: int, folder: str, guide: str) -> None:
+    case, mode = name.split("-")
+    function = {"local": check_local, "library": check_library}.get(case, check_gathered)
+    function(case, MODES[mode], rank, folder, guide_of(guide))
 
 
 def a_model(folder: str) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import sentence_transformers
 import torch
@@ -112,3 +113,27 @@ def assert_same(ours: tuple[Tensor, dict], theirs: tuple[Tensor, dict], **tolera
     assert ours[1].keys() == theirs[1].keys()
     for name, grad in theirs[1].items():
         torch.testing.assert_close(ours[1][name], grad, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def train(model: SentenceTransformer, loss: Any, data: Any, folder: Path, learning_rate: float = 1e-3) -> Any:
+    """Three steps of the real trainer, each of two batches, and an evaluation -> the trainer."""
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        max_steps=3,
+        per_device_train_batch_size=5,
+        gradient_accumulation_steps=2,
+        learning_rate=learning_rate,
+        eval_strategy="steps",
+        eval_steps=3,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=0,
+    )
+    trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=data, eval_dataset=data, loss=loss)
+    trainer.train()
+    return trainer

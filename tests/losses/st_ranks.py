@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from itertools import product
 
 import torch
-import torch.distributed as dist
 from sentence_transformers.sentence_transformer import losses as library
 from sentence_transformers.sentence_transformer.modules import Normalize
 from st_parts import EXACT, assert_same, build, dense, features, labels_for, value_and_grads
@@ -53,22 +51,6 @@ def names() -> list[str]:
     cached = ["matryoshka-cached-unused"] if "cached" in MODES else []
     learns = [f"learns-{mode}" for mode in MODES]
     return [*gathered, *local, *learns, "matryoshka-used", *cached, "frozen-dense"]
-
-
-def run(rank: int, folder: str, scratch: str) -> None:
-    """Writes {case name: traceback or None} of this rank."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=WORLD)
-    outcome: dict[str, str | None] = {}
-    for name in names():
-        try:
-            check(name, rank, folder)
-            outcome[name] = None
-        except Exception:
-            outcome[name] = traceback.format_exc()
-        dist.barrier()
-    torch.save(outcome, f"{scratch}/outcome-{rank}.pt")
-    dist.destroy_process_group()
 
 
 def check(name: str, rank: int, folder: str) -> None:

@@ -12,6 +12,7 @@ import st_contrastive_ranks
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from st_processes import Outcomes, assert_passed, run_checks
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,17 +25,14 @@ pytestmark = [
 @pytest.fixture(scope="module", params=st_contrastive_ranks.SHARDS)
 def outcomes(
     request: pytest.FixtureRequest, transformer_dir: str, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, str | None]]:
-    """One set of processes for all cases: starting them takes longer than running them."""
-    world, scratch = request.param, tmp_path_factory.mktemp("ranks")
-    mp.spawn(st_contrastive_ranks.run, args=(world, transformer_dir, str(scratch)), nprocs=world)
-    return [torch.load(Path(scratch) / f"outcome-{rank}.pt") for rank in range(world)]
+) -> Outcomes:
+    names, scratch = st_contrastive_ranks.names(), tmp_path_factory.mktemp("ranks")
+    return run_checks(st_contrastive_ranks.check, names, request.param, scratch, transformer_dir)
 
 
 @pytest.mark.parametrize("name", st_contrastive_ranks.names())
-def test_equals_one_process_with_the_whole_batch(name: str, outcomes: list[dict[str, str | None]]) -> None:
-    for rank, outcome in enumerate(outcomes):
-        assert outcome[name] is None, f"rank {rank}: {outcome[name]}"
+def test_equals_one_process_with_the_whole_batch(name: str, outcomes: Outcomes) -> None:
+    assert_passed(name, outcomes)
 
 
 def test_the_trainer_of_two_processes(transformer_dir: str, tmp_path: Path) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import st_ranks
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from st_processes import Outcomes, assert_passed, run_checks
 
 pytestmark = [
     pytest.mark.slow,
@@ -17,14 +14,12 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def outcomes(transformer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
-    """One pair of processes for all cases: starting them takes longer than running them."""
-    scratch = tmp_path_factory.mktemp("ranks")
-    mp.spawn(st_ranks.run, args=(transformer_dir, str(scratch)), nprocs=st_ranks.WORLD)
-    return [torch.load(Path(scratch) / f"outcome-{rank}.pt") for rank in range(st_ranks.WORLD)]
+def outcomes(transformer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return run_checks(
+        st_ranks.check, st_ranks.names(), st_ranks.WORLD, tmp_path_factory.mktemp("ranks"), transformer_dir
+    )
 
 
 @pytest.mark.parametrize("name", st_ranks.names())
-def test_equals_one_process_with_the_whole_batch(name: str, outcomes: list[dict[str, str | None]]) -> None:
-    for rank, outcome in enumerate(outcomes):
-        assert outcome[name] is None, f"rank {rank}: {outcome[name]}"
+def test_equals_one_process_with_the_whole_batch(name: str, outcomes: Outcomes) -> None:
+    assert_passed(name, outcomes)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import st_guided_ranks
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from st_guided_parts import save_guide
+from st_processes import Outcomes, assert_passed, run_checks
 
 pytestmark = [
     pytest.mark.slow,
@@ -18,14 +15,12 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def outcomes(transformer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
-    scratch = tmp_path_factory.mktemp("guided_ranks")
-    guide = save_guide(tmp_path_factory.mktemp("guide"))
-    mp.spawn(st_guided_ranks.run, args=(transformer_dir, guide, str(scratch)), nprocs=st_guided_ranks.WORLD)
-    return [torch.load(Path(scratch) / f"outcome-{rank}.pt") for rank in range(st_guided_ranks.WORLD)]
+def outcomes(transformer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    guide, scratch = save_guide(tmp_path_factory.mktemp("guide")), tmp_path_factory.mktemp("guided_ranks")
+    names = st_guided_ranks.names()
+    return run_checks(st_guided_ranks.check, names, st_guided_ranks.WORLD, scratch, transformer_dir, guide)
 
 
 @pytest.mark.parametrize("name", st_guided_ranks.names())
-def test_equals_one_process_with_the_whole_batch(name: str, outcomes: list[dict[str, str | None]]) -> None:
-    for rank, outcome in enumerate(outcomes):
-        assert outcome[name] is None, f"rank {rank}: {outcome[name]}"
+def test_equals_one_process_with_the_whole_batch(name: str, outcomes: Outcomes) -> None:
+    assert_passed(name, outcomes)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import traceback
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from sentence_transformers.sentence_transformer import losses as library
 from sentence_transformers.sentence_transformer.modules import Normalize
 from st_parts import EXACT, assert_same, build, dense, features, value_and_grads
+from st_processes import Outcomes, assert_passed, run_checks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -91,31 +88,11 @@ def check(name: str, rank: int, folder: str) -> None:
     assert_same((value / WORLD, grads), theirs, rtol=1e-6, atol=1e-9)
 
 
-def run(rank: int, folder: str, scratch: str) -> None:
-    """Writes {case name: traceback or None} of this rank."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=WORLD)
-    outcome: dict[str, str | None] = {}
-    for name in names():
-        try:
-            check(name, rank, folder)
-            outcome[name] = None
-        except Exception:
-            outcome[name] = traceback.format_exc()
-        dist.barrier()
-    torch.save(outcome, f"{scratch}/outcome-{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
-def outcomes(transformer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
-    """One pair of processes for all cases: starting them takes longer than running them."""
-    scratch = tmp_path_factory.mktemp("mined-ranks")
-    mp.spawn(run, args=(transformer_dir, str(scratch)), nprocs=WORLD)
-    return [torch.load(Path(scratch) / f"outcome-{rank}.pt") for rank in range(WORLD)]
+def outcomes(transformer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return run_checks(check, names(), WORLD, tmp_path_factory.mktemp("mined-ranks"), transformer_dir)
 
 
 @pytest.mark.parametrize("name", names())
-def test_equals_one_process_with_the_whole_batch(name: str, outcomes: list[dict[str, str | None]]) -> None:
-    for rank, outcome in enumerate(outcomes):
-        assert outcome[name] is None, f"rank {rank}: {outcome[name]}"
+def test_equals_one_process_with_the_whole_batch(name: str, outcomes: Outcomes) -> None:
+    assert_passed(name, outcomes)

@@ -16,13 +16,11 @@ import torch
 from datasets import Dataset
 from sentence_transformers import (
     SentenceTransformer,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
     util,
 )
 from sentence_transformers.sentence_transformer import losses as library
 from sentence_transformers.sentence_transformer.modules import Normalize
-from st_parts import HIDDEN, OUT, assert_same, build, dense, features, sentences, static_model, value_and_grads
+from st_parts import HIDDEN, OUT, assert_same, build, dense, features, sentences, static_model, train, value_and_grads
 from torch import Tensor, nn
 
 from chunked_embed import losses
@@ -345,27 +343,6 @@ def dataset(columns: int, rows: int = 16) -> Dataset:
     return Dataset.from_dict({f"text_{i}": sentences(rows, i) for i in range(columns)})
 
 
-def train(model: SentenceTransformer, loss: nn.Module, data: Dataset, folder: Path) -> SentenceTransformerTrainer:
-    args = SentenceTransformerTrainingArguments(
-        output_dir=str(folder),
-        max_steps=3,
-        per_device_train_batch_size=5,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        eval_strategy="steps",
-        eval_steps=3,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=0,
-    )
-    trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=data, eval_dataset=data, loss=loss)
-    trainer.train()
-    return trainer
-
-
 quiet = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
@@ -387,7 +364,7 @@ def test_trains_like_the_library(options: str, extra: dict, transformer_dir: str
         model = build(transformer_dir, dense(), Normalize(), dtype=torch.float32)
         given = OPTIONS[options]
         loss = ours(model, **given, **extra) if who == "ours" else theirs(NAMES[0], model, **given)
-        trainer = train(model, loss, dataset(3), tmp_path / who)
+        trainer = train(model, loss, dataset(3), tmp_path / who, learning_rate=1e-2)
         history = [e.get("loss", e.get("eval_loss")) for e in trainer.state.log_history]
         ends.append(([x for x in history if x is not None], model.state_dict()))
     assert len(ends[0][0]) >= 4 and ends[0][0] == pytest.approx(ends[1][0], rel=1e-3, abs=1e-4)
@@ -401,7 +378,7 @@ def test_learnable_scale_in_the_trainer(transformer_dir: str, tmp_path: Path) ->
     for extra in ({}, {"mini_batch_size": 2}):
         model = build(transformer_dir, dense(), Normalize(), dtype=torch.float32)
         loss = ours(model, learnable_scale=True, **extra)
-        train(model, loss, dataset(2), tmp_path / str(len(scales)))
+        train(model, loss, dataset(2), tmp_path / str(len(scales)), learning_rate=1e-2)
         scales.append(loss.scale)
         assert loss.log_scale.grad is None or loss.log_scale.grad.isfinite()
         config = loss.get_config_dict()
@@ -415,13 +392,13 @@ def test_learnable_scale_in_the_trainer(transformer_dir: str, tmp_path: Path) ->
 def test_model_card(transformer_dir: str, tmp_path: Path) -> None:
     model = build(transformer_dir, dense(), Normalize(), dtype=torch.float32)
     inner = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4, directions=ALL, **EAGER)
-    train(model, losses.MatryoshkaLoss(model, inner, [OUT, 6]), dataset(2), tmp_path / "run")
+    train(model, losses.MatryoshkaLoss(model, inner, [OUT, 6]), dataset(2), tmp_path / "run", learning_rate=1e-2)
     model.save_pretrained(str(tmp_path / "saved"))
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "loss:CachedMultipleNegativesRankingLoss" in card and "loss:MatryoshkaLoss" in card
     assert "gao2021scaling" in card and '"matryoshka_dims"' in card
     model = build(transformer_dir, dense(), Normalize(), dtype=torch.float32)
-    train(model, ours(model, directions=ALL, false_negatives="text"), dataset(2), tmp_path / "run2")
+    train(model, ours(model, directions=ALL, false_negatives="text"), dataset(2), tmp_path / "run2", learning_rate=1e-2)
     model.save_pretrained(str(tmp_path / "saved2"))
     card = (tmp_path / "saved2" / "README.md").read_text()
     assert "chunked_embed.losses.multiple_negatives_ranking.MultipleNegativesRankingLoss" in card

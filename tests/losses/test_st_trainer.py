@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses as library
 from sentence_transformers.sentence_transformer.modules import Normalize
-from st_parts import OUT, build, dense, labels_for, sentences, static_model
-from torch import nn
+from st_parts import OUT, build, dense, labels_for, sentences, static_model, train
 
 from chunked_embed import losses
 
@@ -48,29 +47,6 @@ def dataset(columns: int, labelled: bool, rows: int = 16) -> Dataset:
     if labelled:
         data["label"] = labels_for("tied", rows).tolist()
     return Dataset.from_dict(data)
-
-
-def train(
-    model: SentenceTransformer, loss: nn.Module | type, data: Dataset, folder: Path
-) -> SentenceTransformerTrainer:
-    args = SentenceTransformerTrainingArguments(
-        output_dir=str(folder),
-        max_steps=3,
-        per_device_train_batch_size=5,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-3,
-        eval_strategy="steps",
-        eval_steps=3,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=0,
-    )
-    trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=data, eval_dataset=data, loss=loss)
-    trainer.train()
-    return trainer
 
 
 @pytest.mark.parametrize("run", RUNS)
