@@ -37,6 +37,17 @@ class UserInfoNCE(FlexChunkLoss):
         return F.cross_entropy(SCALE * outputs, rows["target"], reduction="none")
 
 
+class Embedded(nn.Identity):
+    """In the place of a model whose embeddings are there already."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def get_embedding_dimension(self) -> int:
+        return self.width
+
+
 # --- the truth, in float32 or float64: some rows at a time, differentiated by autograd -------------------------------
 
 
@@ -284,8 +295,7 @@ def run_matryoshka(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, 
     except ImportError:
         return
     leaves = a, b = pair(bench, rows, width, dtype, unit=False)
-    dims, bound, model = [width >> k for k in range(5)], BOUNDS[dtype], nn.Identity()
-    model.get_embedding_dimension = lambda: width  # type: ignore[attr-defined, assignment]
+    dims, bound, model = [width >> k for k in range(5)], BOUNDS[dtype], Embedded(width)
     ours = losses.MatryoshkaLoss(model, losses.MultipleNegativesRankingLoss(model, **options), dims)
     single = value_and_gradients(partial(CF.info_nce, a, b, scale=SCALE, **options), leaves)
     candidates = [
