@@ -220,6 +220,8 @@ class PreferenceLoss(nn.Module):
     """What each of its names may be."""
     takes_reference: ClassVar[bool | None] = True
     """True: needs a reference; False: has none; None: either."""
+    takes_ref_logps: ClassVar[bool] = True
+    """Whether the reference's log-probabilities are enough of it."""
     takes_vectors: ClassVar[tuple[str, ...]] = ()
     """Further arguments, one number a pair or a sequence; those of pairs may require grad."""
     takes_numbers: ClassVar[tuple[str, ...]] = ()
@@ -325,6 +327,8 @@ class PreferenceLoss(nn.Module):
             raise ValueError(f"expected ref_hidden and ref_weight, or ref_logps: {name} compares with a reference")
         if len(given) == 2:
             raise ValueError("expected ref_hidden or ref_logps, got both")
+        if ref_logps is not None and not self.takes_ref_logps:
+            raise ValueError(f"expected ref_hidden and ref_weight, got ref_logps: {name} needs whole distributions")
         if ref_hidden is None and (ref_weight is not None or ref_bias is not None or ref_extra):
             raise ValueError("expected ref_hidden with the reference's head, got the head alone")
         projections = {"policy": Projection(hidden, weight, bias, tuple(extra))}

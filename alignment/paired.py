@@ -242,6 +242,7 @@ class TDPOLoss(PairLoss):
 
     ranges = {"beta": POSITIVE, "kl_weight": NOT_NEGATIVE}
     choices = {"loss_type": ("tdpo1", "tdpo2")}
+    takes_ref_logps = False
 
     def __init__(self, beta: float = 0.1, loss_type: str = "tdpo2", kl_weight: float = 0.5, **options: Any) -> None:
         super().__init__(**options)
@@ -255,8 +256,6 @@ class TDPOLoss(PairLoss):
 
     def _projections(self, *arguments: Any) -> Any:
         projections = super()._projections(*arguments)
-        if "reference" not in projections:
-            raise ValueError("expected ref_hidden and ref_weight, got ref_logps: TDPOLoss needs whole distributions")
         sizes = [p.weight.shape[0] for p in projections.values() if p.weight is not None]
         if sizes[0] != sizes[1]:
             raise ValueError(f"expected one vocabulary of policy and reference, got {sizes[0]} and {sizes[1]} tokens")
@@ -415,10 +414,11 @@ class CPOSimPOLoss(SimPOLoss):
 class AlphaPOLoss(SimPOLoss):
     """SimPO with another shape of reward: each mean log-probability x becomes ``(1 - exp(-a x)) / a``.
 
-    ``a = reward_alpha``; zero is SimPO. https://arxiv.org/abs/2501.03884
+    ``a = reward_alpha``; zero is SimPO. With ``alpha``, the chosen NLL per token is added. https://arxiv.org/abs/2501.03884
     """
 
-    ranges = {**SimPOLoss.ranges, "reward_alpha": FINITE}
+    ranges = {**SimPOLoss.ranges, "reward_alpha": FINITE, "alpha": NOT_NEGATIVE}
+    takes_nll_target = True
 
     def __init__(
         self,
@@ -426,14 +426,18 @@ class AlphaPOLoss(SimPOLoss):
         gamma: float = 0.5,
         reward_alpha: float = 0.25,
         label_smoothing: float = 0.0,
+        *,
+        alpha: float = 0.0,
         **options: Any,
     ) -> None:
         self.reward_alpha = reward_alpha
+        self.alpha = alpha
         super().__init__(beta, gamma, label_smoothing, **options)
 
     def pair_loss(self, x: PairScores) -> Tensor:
         numbers: dict[str, Any] = {"gamma": self.gamma, "label_smoothing": self.label_smoothing}
-        return AF.alphapo(x.c, x.r, x.nc, x.nr, beta=self.beta, reward_alpha=self.reward_alpha, **numbers)
+        loss = AF.alphapo(x.c, x.r, x.nc, x.nr, beta=self.beta, reward_alpha=self.reward_alpha, **numbers)
+        return loss + self.alpha * x.nll
 
     def rewards(self, x: PairScores) -> tuple[Tensor, Tensor]:
         chosen, rejected = (self.beta * AF.alphapo_reward(v, self.reward_alpha) for v in self.logps(x))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,9 +32,11 @@ class Projection:
     extra: tuple[tuple[Tensor, Tensor], ...] = field(default=())
 
 
-@dataclass(frozen=True, eq=False)
-class LossOutput:
-    """``loss``: a scalar that requires grad. ``metrics``: detached tensors by name, in the order of the user's rows."""
+class LossOutput(NamedTuple):
+    """``loss``: a scalar that requires grad. ``metrics``: detached tensors by name, in the order of the user's rows.
+
+    A tuple, so that DDP and FSDP find the loss in what a forward returns.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]

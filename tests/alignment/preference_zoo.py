@@ -140,6 +140,12 @@ class Outputs(SimpleNamespace):
     """What TRL's fused head returns: statistics of each token, zero where the label is ignored."""
 
 
+class Policy(nn.Module):
+    """What TRL asks of the policy besides its outputs."""
+
+    is_gradient_checkpointing = False
+
+
 def fake_model(batch: Batch, reference: bool) -> Callable[..., Outputs]:
     def run(**_: Any) -> Outputs:
         z = batch.logits(reference)
@@ -187,7 +193,7 @@ def trl_dpo(batch: Batch, loss_type: Any = "sigmoid", loss_weights: Any = None, 
 
     stub = SimpleNamespace(
         **{**defaults, **{k: v for k, v in options.items() if k in defaults}},
-        model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
+        model=Policy(),
         ref_model=Model(),
         accelerator=Accelerator(),
         aux_loss_enabled=False,
@@ -221,7 +227,7 @@ def trl_kto(batch: Batch, kl: float, **options: Any) -> tuple[Tensor, dict]:
         desirable_weight=options.get("desirable_weight", 1.0),
         undesirable_weight=options.get("undesirable_weight", 1.0),
         calculate_KL=options.get("loss_type", "kto") == "kto",
-        model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
+        model=Policy(),
         ref_model=ref_model,
         precompute_ref_logps=False,
         accelerator=Accelerator(),

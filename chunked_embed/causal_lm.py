@@ -1,0 +1,290 @@
+"""Losses inside a causal language model's own forward: ``attach(model)``, then ``model(**inputs, head_fn=...)``.
+
+A chunked loss wants hidden states and the head's weight, not logits. Taking them from outside of the model goes past
+whatever wraps it: DDP then leaves gradients unsynchronised, FSDP and ZeRO-3 hold shards, PEFT's adapter on the head is
+missed. Here the loss runs where the head would, so all of them see an ordinary forward::
+
+    causal_lm.attach(model)
+    model = DistributedDataParallel(model)  # or accelerate, FSDP, PEFT, ...
+    out = model(input_ids=ids, attention_mask=mask, head_fn=lambda head: loss_of(head.shifted(), labels[:, 1:]))
+    out.value.backward()
+
+Works on models of transformers by their attributes; imports none of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .engine import linear_logps
+
+HeadFn = Callable[["Head"], Any]
+
+
+class HeadOutput(NamedTuple):
+    """What ``model(**inputs, head_fn=...)`` returns."""
+
+    value: Any
+    """The function's result. Wrappers look for tensors in tuples, lists and dicts."""
+    aux_loss: Tensor | None = None
+    """The load-balancing loss of a mixture of experts, if router logits were asked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """Hidden states, and what turns them into logits.
+
+    With ``y = logit_scale * (hidden @ weight.T + bias + adapters)``: y, or ``softcap * tanh(y / softcap)``.
+    """
+
+    hidden: Tensor  # (B, T, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None = None  # (V,)
+    adapters: tuple[Callable[[Tensor], tuple[Tensor, Tensor]], ...] = ()
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    @property
+    def extra(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Further ``(input, weight)`` terms of the logits: adapters on the head."""
+        return tuple(adapter(self.hidden) for adapter in self.adapters)
+
+    def shifted(self, length: int | None = None) -> Head:
+        """The states that predict tokens 1 ... of the last ``length`` (all by default): all but the last state.
+
+        Prompt tuning puts virtual tokens in front of the ``length`` real ones.
+        """
+        start = 0 if length is None else self.hidden.shape[1] - length
+        return replace(self, hidden=self.hidden[:, start:-1])
+
+    def detach(self) -> Head:
+        """For a frozen model."""
+        adapters = tuple(functools.partial(_detached, adapter) for adapter in self.adapters)
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias, adapters=adapters)
+
+    def logps(self, target: Tensor, **options: Any) -> Tensor:  # (B, T) -> (B, T)
+        """``linear_logps`` of these states."""
+        transform: dict[str, Any] = {"logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
+        found = linear_logps(self.hidden, self.weight, target, self.bias, extra=self.extra, **transform, **options)
+        assert found.logps is not None
+        return found.logps
+
+
+def _detached(adapter: Callable[[Tensor], tuple[Tensor, Tensor]], hidden: Tensor) -> tuple[Tensor, Tensor]:
+    x, weight = adapter(hidden)
+    return x.detach(), weight.detach()
+
+
+def attach(model: Any) -> None:
+    """Let ``model(**inputs, head_fn=fn)`` return ``HeadOutput(fn(head))`` instead of logits; else nothing changes.
+
+    Before the model is wrapped, except by PEFT. Attaching twice is attaching once.
+
+    Raises:
+        TypeError: not a causal language model with a linear head.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's
+    if "_forward_without_head_fn" in base.__dict__:
+        return
+    for name in ("base_model", "get_output_embeddings", "config"):
+        if not hasattr(base, name):
+            raise TypeError(f"expected a causal language model of transformers, got {type(base).__name__}: no {name}")
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise TypeError(f"expected a decoder-only model, got {type(base).__name__}, an encoder-decoder")
+    if base.base_model is base:
+        raise TypeError(f"expected a causal language model with a backbone, got {type(base).__name__} without one")
+    _linear(base.get_output_embeddings())
+    base._forward_without_head_fn = base.forward  # on the model, so that a copy of it has a copy of this
+
+    @functools.wraps(type(base).forward)  # generate() reads the signature
+    def forward(self: Any, *args: Any, head_fn: HeadFn | None = None, **kwargs: Any) -> Any:
+        if head_fn is None:
+            return self._forward_without_head_fn(*args, **kwargs)
+        return _forward(self, head_fn, *args, **kwargs)
+
+    base.forward = MethodType(forward, base)
+
+
+def _forward(model: Any, head_fn: HeadFn, *args: Any, **kwargs: Any) -> HeadOutput:
+    kwargs = {**kwargs, "use_cache": False}
+    kwargs.pop("labels", None)
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        kwargs.setdefault("output_router_logits", True)
+    backbone = model.base_model(*args, **kwargs)
+    module = model.get_output_embeddings()
+    scale, softcap = logit_transform(model.config)
+
+    def instead(hidden: Tensor) -> Any:
+        return head_fn(_head(module, hidden, scale, softcap))
+
+    # In place of the head's forward, not beside it: what its hooks do (gather a shard, say) is done around the loss.
+    own = module.__dict__.get("forward")
+    module.forward = instead
+    try:
+        value = module(backbone.last_hidden_state)
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+    return HeadOutput(value, _aux_loss(model, backbone, kwargs))
+
+
+def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Head:
+    """The head and hidden states of a frozen model: a teacher, or a reference. No gradients, nothing kept of them."""
+    found: list[Head] = []
+
+    def keep(head: Head) -> Tensor:
+        head = head.detach()
+        if any(isinstance(m, torch.distributed.fsdp.FSDPModule) for m in model.modules()):
+            head = replace(head, weight=head.weight.clone())  # it goes back to shards behind the forward
+        found.append(head)
+        return head.hidden[:0].sum()
+
+    with torch.no_grad():
+        model(**inputs, head_fn=keep)
+    return found[0]
+
+
+# --- what a head is --------------------------------------------------------------------------------------------------
+
+
+def logit_transform(config: Any) -> tuple[float, float | None]:
+    """Scale and soft-cap of a model's logits, under the names that transformers' configs have for them."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    def first(*names: str) -> float | None:
+        return next((value for name in names if (value := getattr(text, name, None)) is not None), None)
+
+    scale = first("logit_scale", "output_multiplier", "lm_head_multiplier")
+    divisor = first("logits_scaling")
+    if scale is None and divisor is not None:
+        scale = divisor if text.model_type == "hyperclovax" else 1 / divisor
+    softcap = first("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return (1.0 if scale is None else float(scale)), (None if softcap is None else float(softcap))
+
+
+def _linear(module: Any) -> nn.Linear:
+    """The linear layer in a head, under PEFT's wrappers."""
+    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        active = module.active_adapters
+        if module.disable_adapters or not active:
+            return _linear(module.original_module)
+        return _linear(module.modules_to_save[active[0]])
+    layer = module.base_layer if hasattr(module, "base_layer") else module
+    if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point():
+        raise TypeError(f"expected an LM head that is a Linear layer of floating weights, got {type(layer).__name__}")
+    return layer
+
+
+def _head(module: Any, hidden: Tensor, scale: float, softcap: float | None) -> Head:
+    layer = _linear(module)
+    weight, bias = (None if p is None else _whole(p) for p in (layer.weight, layer.bias))
+    assert weight is not None
+    if weight.is_meta:
+        raise ValueError("expected an LM head in memory, got one on the meta device (offloaded)")
+    return Head(hidden.to(weight.device), weight, bias, _lora(module, weight.dtype), scale, softcap)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A sharded head that nothing has gathered: once, with gradients averaged over the processes as FSDP does."""
+    if not isinstance(parameter, torch.distributed.tensor.DTensor):
+        return parameter
+    if "tp" in (parameter.device_mesh.mesh_dim_names or ()):
+        raise ValueError("expected an LM head that is whole or sharded by FSDP, got one sharded for tensor parallelism")
+    partial = [torch.distributed.tensor.Partial("avg")] * parameter.device_mesh.ndim
+    return parameter.full_tensor(grad_placements=partial)
+
+
+def _lora(module: Any, dtype: torch.dtype) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], ...]:
+    """LoRA adapters on the head, as functions of the hidden states: ``hidden -> (hidden @ A.T, scale * B)``."""
+    if not hasattr(module, "base_layer") or module.disable_adapters or module.merged:
+        return ()
+    if not hasattr(module, "lora_A"):
+        raise TypeError(f"expected an adapter on the LM head to be LoRA, got {type(module).__name__}")
+    found = []
+    for name in module.active_adapters:
+        if name not in module.lora_A:
+            continue
+        down, up = module.lora_A[name], module.lora_B[name]
+        if name in getattr(module, "lora_variant", {}) or up.bias is not None or type(down) is not nn.Linear:
+            raise ValueError(f"expected plain LoRA without bias on the LM head, got another kind: adapter {name!r}")
+        found.append(functools.partial(_low_rank, module.lora_dropout[name], down, up, module.scaling[name], dtype))
+    return tuple(found)
+
+
+def _low_rank(
+    dropout: nn.Module, down: nn.Linear, up: nn.Linear, scale: float, dtype: torch.dtype, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    x = down(dropout(hidden.to(down.weight.dtype)))
+    return x.to(hidden.dtype), (scale * up.weight).to(dtype)
+
+
+def _aux_loss(model: Any, backbone: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+    if not kwargs.get("output_router_logits"):
+        return None
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    text = model.config.get_text_config()
+    experts = getattr(text, "num_experts", None) or text.num_local_experts
+    mask = kwargs.get("attention_mask")
+    return load_balancing_loss_func(backbone.router_logits, experts, text.num_experts_per_tok, mask)
+
+
+# --- the check at start ----------------------------------------------------------------------------------------------
+
+SAMPLE_ROWS, SAMPLE_TOKENS = 2, 128
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+def check(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Compare log-probabilities through ``head_fn`` with those of the model's own logits, on a corner of a batch.
+
+    A model may do something to its logits that nobody knows of here: a soft-cap under a name of its own, a mask of
+    image tokens. ``inputs`` are those of the model's forward, ``input_ids`` among them.
+
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+    ids = inputs["input_ids"]
+    if {k for k, v in inputs.items() if isinstance(v, Tensor)} <= {"input_ids", "attention_mask"}:  # may be cut
+        inputs = {k: v[:SAMPLE_ROWS, :SAMPLE_TOKENS] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    target = ids[:, 1:] if mask is None else torch.where(mask[:, 1:] * mask[:, :-1] > 0, ids[:, 1:], -100)
+    dtypes: list[torch.dtype] = []
+
+    def ours(head: Head) -> Tensor:
+        device = head.hidden.device.type
+        dtypes.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.hidden.dtype)
+        return head.shifted(ids.shape[1]).logps(target, compiled=False)
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            found = model(**inputs, head_fn=ours).value
+            logits = model(**inputs).logits[:, -ids.shape[1] : -1]
+    finally:
+        for module, training in modes:
+            module.training = training
+    used = target != -100
+    wide = logits[used].to(found.dtype)
+    expected = wide.log_softmax(-1).gather(-1, target[used].to(wide.device)[:, None])[:, 0]
+    if not len(expected):
+        return
+    difference = ((found[used] - expected).abs().mean() / (1 + expected.abs().mean())).item()
+    if not difference <= TOLERANCE[dtypes[0]]:
+        raise ValueError(
+            f"expected the log-probabilities of {type(model).__name__} from its hidden states and LM head to be those "
+            f"of its logits, got a mean difference of {difference:.1e} times their size: it does something to its "
+            "logits that is not known here (a soft-cap, a scale, a mask), so a loss on them would be wrong"
+        )

@@ -1,0 +1,340 @@
+"""Trainers beside TRL's own: one seed, the same steps, the same logs and weights."""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("trl")
+peft = pytest.importorskip("peft")
+
+import trl_parts as parts  # noqa: E402
+from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralConfig, MixtralForCausalLM  # noqa: E402
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # noqa: E402
+from trl.experimental.cpo import CPOConfig, CPOTrainer  # noqa: E402
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
+
+from alignment import IRPOLoss, KTOLoss, SimPOLoss, TDPOLoss  # noqa: E402
+from alignment.trl import (  # noqa: E402
+    BCO_STATE,
+    LOSS_TYPES,
+    ChunkedBCOTrainer,
+    ChunkedCPOTrainer,
+    ChunkedDPOTrainer,
+    ChunkedKTOTrainer,
+    ChunkedORPOTrainer,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:trl"),
+    pytest.mark.filterwarnings("ignore::UserWarning:trl"),
+    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+PLAIN = {"compiled": False}
+TIMES = ("runtime", "per_second", "flos")
+
+
+@dataclass
+class Kind:
+    theirs: Any
+    ours: Any
+    config: Any
+    data: Callable[..., Any]
+    has_reference: bool = True
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+KINDS = {
+    "dpo": Kind(DPOTrainer, ChunkedDPOTrainer, DPOConfig, parts.pairs),
+    "kto": Kind(KTOTrainer, ChunkedKTOTrainer, KTOConfig, parts.verdicts),
+    "bco": Kind(None, ChunkedBCOTrainer, KTOConfig, parts.verdicts),
+    "cpo": Kind(CPOTrainer, ChunkedCPOTrainer, CPOConfig, parts.pairs, False, {"max_length": 32}),
+    "orpo": Kind(ORPOTrainer, ChunkedORPOTrainer, ORPOConfig, parts.pairs, False, {"max_length": 32}),
+}
+
+
+def make(kind: str, ours: bool, folder: Path, model: Any = None, data: Any = None, **options: Any) -> Any:
+    """A trainer of either package; ``args`` are the config's, the rest the trainer's."""
+    k = KINDS[kind]
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "learning_rate": 1e-2,
+        "optim": "sgd",  # Adam makes steps of rounding errors where a gradient is almost zero
+        "save_strategy": "no",
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+    args = k.config(**(settings | dict(k.fixed) | options.pop("args", {})))
+    policy = parts.model() if model is None else model
+    if k.has_reference and "ref_model" not in options and "peft_config" not in options:
+        options["ref_model"] = parts.reference(policy)
+    if ours and "loss" not in options:
+        options.setdefault("loss_options", PLAIN)
+    return (k.ours if ours else k.theirs)(
+        model=policy,
+        args=args,
+        train_dataset=k.data() if data is None else data,
+        eval_dataset=k.data(6, 1),
+        processing_class=parts.tokenizer(),
+        **options,
+    )
+
+
+def trained(*args: Any, **kwargs: Any) -> Any:
+    trainer = make(*args, **kwargs)
+    trainer.train()
+    return trainer
+
+
+def assert_same_training(theirs: Any, ours: Any, but: tuple[str, ...] = (), tolerance: float = 2e-5) -> None:
+    assert len(theirs.state.log_history) == len(ours.state.log_history) >= 4
+    for expected, found in zip(theirs.state.log_history, ours.state.log_history, strict=True):
+        compared = [name for name in expected if not any(part in name for part in (*TIMES, *but))]
+        assert len(compared) > 1
+        for name in compared:
+            assert found[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance), name
+    for (name, p), q in zip(theirs.model.named_parameters(), ours.model.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+CASES = {
+    "dpo": [
+        *({"loss_type": [name]} for name in ("sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "aot")),
+        *({"loss_type": [name]} for name in ("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft")),
+        {"loss_type": ["exo_pair"], "label_smoothing": 1e-3},
+        {"loss_type": ["robust"], "label_smoothing": 0.2},
+        {"loss_type": ["sigmoid_norm"]},
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+        {"f_divergence_type": "forward_kl"},
+        {"f_divergence_type": "js_divergence"},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},
+        {"ld_alpha": 0.3},
+        {"use_weighting": True},
+        {"precompute_ref_log_probs": True},
+        {"precompute_ref_log_probs": True, "ld_alpha": 0.5},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"gradient_checkpointing": True},
+        {"max_length": 8},
+    ],
+    "kto": [
+        {},
+        {"desirable_weight": 1.3, "undesirable_weight": 0.7},
+        {"loss_type": "apo_zero_unpaired"},
+        {"precompute_ref_log_probs": True},
+    ],
+    "cpo": [
+        *({"loss_type": name} for name in ("sigmoid", "hinge", "ipo", "simpo")),
+        {"label_smoothing": 0.1},
+        {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.7},
+        {"loss_type": "alphapo", "alpha": 0.1},
+        {"loss_type": "simpo", "alpha": 0.1},
+        {"loss_type": "ipo", "alpha": 0.1},
+        {"loss_type": "sigmoid", "alpha": 0.01},
+    ],
+    "orpo": [{}, {"beta": 0.5}],
+}
+PARAMETERS = [
+    pytest.param(kind, case, id=f"{kind}-" + "-".join(f"{k}={v}" for k, v in case.items()))
+    for kind, cases in CASES.items()
+    for case in cases
+]
+
+
+@pytest.mark.parametrize(("kind", "case"), PARAMETERS)
+def test_trains_like_trl(kind: str, case: dict[str, Any], tmp_path: Path) -> None:
+    theirs, ours = (trained(kind, ours, tmp_path, args=case) for ours in (False, True))
+    # TRL means the logits of CPO and ORPO over prompts and padding as well, and leaves out an NLL without weight.
+    but = ("logits/", *(["nll_loss"] if ours.chunked_loss.__dict__.get("alpha", 0) == 0 else []))
+    assert_same_training(theirs, ours, but if kind in ("cpo", "orpo") else ())
+    assert all(math.isfinite(log["eval_logits/chosen"]) for log in ours.state.log_history if "eval_loss" in log)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "cpo", "orpo"])
+def test_trains_like_trl_under_autocast(kind: str, tmp_path: Path) -> None:
+    theirs, ours = (trained(kind, ours, tmp_path, args={"bf16": True}) for ours in (False, True))
+    assert_same_training(theirs, ours, but=("logits/", "grad_norm", "accurac"), tolerance=0.06)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "cpo", "orpo"])
+def test_trains_an_adapter_like_trl(kind: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4, task_type="CAUSAL_LM")
+    theirs, ours = (trained(kind, ours, tmp_path, peft_config=config) for ours in (False, True))
+    assert_same_training(theirs, ours, but=("logits/",) if kind in ("cpo", "orpo") else ())
+    assert any("lora" in name for name, p in ours.model.named_parameters() if p.requires_grad)
+
+
+def test_virtual_tokens_of_prompt_tuning(tmp_path: Path) -> None:
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    theirs, ours = (trained("dpo", ours, tmp_path, peft_config=config) for ours in (False, True))
+    assert_same_training(theirs, ours)
+
+
+def test_a_mixture_of_experts_has_its_auxiliary_loss(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+    def model() -> Any:
+        torch.manual_seed(0)
+        config = MixtralConfig(
+            vocab_size=64, num_key_value_heads=2, num_local_experts=4, output_router_logits=True, **sizes
+        )
+        config.router_aux_loss_coef = 0.5
+        return MixtralForCausalLM(config)
+
+    for kind in ("dpo", "cpo"):
+        theirs, ours = (trained(kind, ours, tmp_path, model=model()) for ours in (False, True))
+        assert_same_training(theirs, ours, but=("logits/",) if kind == "cpo" else ())
+    assert "eval_aux_loss" in trained("dpo", True, tmp_path, model=model()).state.log_history[-2]
+
+
+# --- what TRL lacks --------------------------------------------------------------------------------------------------
+
+
+def eager_logps(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Sums over completion tokens, from the model's own logits."""
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+    picked = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
+    return (picked * inputs["completion_mask"][:, 1:]).sum(1)
+
+
+def first_batch(trainer: Any) -> dict[str, Tensor]:
+    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+
+@pytest.mark.parametrize("name", [*LOSS_TYPES, "sigmoid"])
+def test_loss_types_that_trl_lacks(name: str, tmp_path: Path) -> None:
+    trainer = trained("dpo", True, tmp_path, args={"loss_type": [name], "label_smoothing": 0.1})
+    assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
+    batch = first_batch(trainer)
+    found = trainer.compute_loss(trainer.model, batch)
+    with torch.no_grad():
+        c, r = eager_logps(trainer.model, batch).chunk(2)
+        rc, rr = eager_logps(trainer.ref_model, batch).chunk(2)
+    z = 0.1 * ((c - r) - (rc - rr))
+    if name == "sigmoid":  # conservative DPO, which TRL 1.16 leaves out
+        torch.testing.assert_close(found, (-0.9 * F.logsigmoid(z) - 0.1 * F.logsigmoid(-z)).mean())
+    if name == "dpop":
+        torch.testing.assert_close(found, -F.logsigmoid(z - 0.1 * 50 * F.relu(rc - c)).mean())
+
+
+def test_any_loss_over_pairs(tmp_path: Path) -> None:
+    given = IRPOLoss(beta=0.2, alpha=0.5, compiled=False)
+    trainer = make("dpo", True, tmp_path, loss=given)
+    assert trainer.chunked_loss is given
+    batch = first_batch(trainer)
+    found = trainer.compute_loss(trainer.model, batch)
+    c, r = eager_logps(trainer.model, batch).chunk(2)
+    rc, rr = eager_logps(trainer.ref_model, batch).chunk(2)
+    count = batch["completion_mask"].chunk(2)[0].sum(1)
+    expected = (-F.logsigmoid(0.2 * ((c - rc) - (r - rr))) - 0.5 * c / count).mean()
+    torch.testing.assert_close(found, expected)
+    trained("dpo", True, tmp_path, loss=SimPOLoss(compiled=False))  # which has no reference
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "orpo"])
+def test_an_adapter_on_the_head_is_trained(kind: str, tmp_path: Path) -> None:
+    """TRL's DPO and KTO refuse it, since their log-probabilities would go past it."""
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], r=4, init_lora_weights=False, lora_dropout=0.0)
+    trainer = make(kind, True, tmp_path, peft_config=config)
+    base = copy.deepcopy(trainer.model).merge_and_unload()
+    batch = first_batch(trainer)
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    grown = {name: p.grad for name, p in trainer.model.named_parameters() if "lm_head.lora" in name}
+    assert len(grown) == 2 and all(g is not None and g.abs().max() > 0 for g in grown.values())
+    if kind == "dpo":
+        c, r = eager_logps(base, batch).chunk(2)
+        with trainer.model.disable_adapter(), torch.no_grad():
+            rc, rr = eager_logps(trainer.model, batch).chunk(2)
+        torch.testing.assert_close(loss, -F.logsigmoid(0.1 * ((c - rc) - (r - rr))).mean())
+    trainer.train()
+
+
+def test_two_accumulated_halves_are_the_whole(tmp_path: Path) -> None:
+    data = parts.pairs(8)
+    halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1}
+    whole = {"per_device_train_batch_size": 8, "max_steps": 1}
+    ours = [
+        trained("dpo", True, tmp_path, model=parts.model(torch.float64), data=data, args=args)
+        for args in (halves, whole)
+    ]
+    for p, q in zip(*(trainer.model.parameters() for trainer in ours), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+def test_bco_keeps_its_running_mean(tmp_path: Path) -> None:
+    args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = trained("bco", True, tmp_path / "a", args=args)
+    state = json.loads((tmp_path / "a/checkpoint-4" / BCO_STATE).read_text())
+    assert state["count"] == 16
+    assert state["mean"] == pytest.approx(whole.chunked_loss.running_mean.item())
+    assert {"delta", "rewards/chosen", "rewards/margins", "logps/rejected"} <= whole.state.log_history[-3].keys()
+    resumed = make("bco", True, tmp_path / "a", args=args)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
+    assert resumed.chunked_loss.running_mean == whole.chunked_loss.running_mean
+    for p, q in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    (tmp_path / "a/checkpoint-2" / BCO_STATE).unlink()
+    with pytest.raises(FileNotFoundError, match=BCO_STATE):
+        make("bco", True, tmp_path / "a", args=args).train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_logits_that_do_something_unknown_are_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma2Config(vocab_size=64, head_dim=8, num_key_value_heads=1, final_logit_softcapping=0.3, **sizes)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config)
+    trained("dpo", True, tmp_path, model=copy.deepcopy(model))  # this cap is known
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: doubled(forward(*args, **kwargs))
+    with pytest.raises(ValueError, match="something to its logits that is not known"):
+        trained("dpo", True, tmp_path, model=model, ref_model=Gemma2ForCausalLM(config))
+
+
+def doubled(out: Any) -> Any:
+    out.logits = 2 * out.logits
+    return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("dpo", {"loss": KTOLoss()}, "expected loss to be a PairLoss, got KTOLoss"),
+        ("dpo", {"loss": IRPOLoss(), "loss_options": {"chunk_size": 4}}, "got both"),
+        ("dpo", {"args": {"loss_type": ["sigmoid", "irpo"]}}, "'irpo' to be the only loss_type"),
+        ("dpo", {"args": {"loss_type": ["nonsense"]}}, "expected loss_type to be one of"),
+        ("dpo", {"args": {"beta": float("nan")}}, "expected beta to be a positive, finite number"),
+        (
+            "dpo",
+            {"loss": TDPOLoss(), "args": {"precompute_ref_log_probs": True}},
+            "needs the reference's distributions",
+        ),
+        ("bco", {"loss": KTOLoss()}, "expected loss to be a BCOLoss"),
+        ("orpo", {"loss_options": {"chunk_size": 0}}, "chunk_size"),
+        ("cpo", {"loss": TDPOLoss(compiled=False)}, "compares with a reference"),
+    ],
+)
+def test_refusals(kind: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        trained(kind, True, tmp_path, **options)

@@ -1,0 +1,59 @@
+"""A tokenizer, a model and preference data small enough to train with TRL in a test."""
+
+import copy
+import random
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = [f"w{n}" for n in range(60)]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: n for n, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def model(dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    made = LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, bos_token_id=1, eos_token_id=1, pad_token_id=0, **sizes | config)
+    )
+    with torch.no_grad():
+        made.lm_head.weight.mul_(20)  # so that tokens differ in probability
+    return made.to(dtype)
+
+
+def reference(policy: Any) -> Any:
+    made = copy.deepcopy(policy)
+    with torch.no_grad():
+        made.lm_head.weight.mul_(0.9)
+    return made
+
+
+def pairs(size: int = 12, seed: int = 0) -> Dataset:
+    draw = random.Random(seed)
+
+    def text(low: int, high: int) -> str:
+        return " " + " ".join(draw.choices(WORDS, k=draw.randint(low, high)))
+
+    return Dataset.from_list(
+        [{"prompt": text(1, 4).strip(), "chosen": text(1, 9), "rejected": text(1, 9)} for _ in range(size)]
+    )
+
+
+def verdicts(size: int = 12, seed: int = 0) -> Dataset:
+    """Single completions, each with a label."""
+    rows = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in pairs(size, seed)
+        for side in ("chosen", "rejected")
+    ]
+    random.Random(seed).shuffle(rows)
+    return Dataset.from_list(rows[:size])

@@ -1,0 +1,149 @@
+"""A loss inside a model's own forward, on models of transformers and adapters of PEFT."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from chunked_embed import causal_lm
+
+transformers = pytest.importorskip("transformers")
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Gemma2": {"head_dim": 8, "final_logit_softcapping": 0.1, "attn_implementation": "eager"},
+    "Cohere": {"logit_scale": 0.3},
+    "Granite": {"logits_scaling": 3.0},
+    "RecurrentGemma": {"logits_soft_cap": 0.1, "num_hidden_layers": 3, "attention_window_size": 8},
+    "GPT2": {"n_embd": 16, "n_layer": 1, "n_head": 2},
+}
+IDS = torch.tensor([[5, 9, 2, 33, 7, 60], [8, 3, 4, 11, 0, 0]])
+MASK = (IDS != 0).long()
+
+
+def make(name: str) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **MODELS[name]})
+    model = getattr(transformers, f"{name}ForCausalLM" if name != "GPT2" else "GPT2LMHeadModel")(config).double().eval()
+    causal_lm.attach(model)
+    return model
+
+
+def expected_logps(model: Any) -> Tensor:
+    logits = model(input_ids=IDS, attention_mask=MASK).logits[:, :-1]
+    return logits.log_softmax(-1).gather(-1, IDS[:, 1:, None])[..., 0]
+
+
+def logps(head: causal_lm.Head) -> Tensor:
+    return head.shifted().logps(IDS[:, 1:], compiled=False)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probabilities_and_gradients_are_the_models_own(name: str) -> None:
+    model = make(name)
+    found = model(input_ids=IDS, attention_mask=MASK, head_fn=logps).value
+    expected = expected_logps(model)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    ours, theirs = (torch.autograd.grad(v.square().sum(), list(model.parameters())) for v in (found, expected))
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
+    causal_lm.check(model, {"input_ids": IDS, "attention_mask": MASK})
+
+
+def test_everything_else_is_as_before() -> None:
+    model = make("Llama")
+    plain = copy.deepcopy(model)
+    causal_lm.attach(model)  # again
+    assert model.generate(IDS[:1], max_new_tokens=2, do_sample=False).shape == (1, 8)
+    assert model(input_ids=IDS, labels=IDS).loss > 0
+    with torch.no_grad():
+        plain.model.norm.weight.zero_()  # a copy is a model of its own
+    assert plain(input_ids=IDS, head_fn=lambda head: head.hidden.abs().sum()).value == 0
+    assert model(input_ids=IDS, head_fn=lambda head: head.hidden.abs().sum()).value > 0
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=IDS, head_fn=lambda head: 1 / 0)
+    assert torch.equal(model(input_ids=IDS).logits, model.lm_head(model.model(input_ids=IDS).last_hidden_state))
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+def test_peft_on_the_head(options: dict[str, list[str]]) -> None:
+    peft = pytest.importorskip("peft")
+    base = make("Llama")
+    config = peft.LoraConfig(**{"target_modules": ["q_proj"], "r": 2, "init_lora_weights": False, **options})
+    model = peft.get_peft_model(base, config).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(2)
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+    found, expected = model(**inputs, head_fn=logps).value, expected_logps(model)
+    torch.testing.assert_close(found, expected)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ours, theirs = (torch.autograd.grad(v.square().sum(), trained) for v in (found, expected))
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(**inputs, head_fn=logps).value, expected_logps(model))
+    model.merge_adapter()
+    torch.testing.assert_close(model(**inputs, head_fn=logps).value, expected)
+    head = causal_lm.capture(model, inputs)
+    assert not head.hidden.requires_grad and not head.weight.requires_grad
+    torch.testing.assert_close(logps(head), expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+def test_an_adapter_of_another_kind_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make("Llama"), peft.LoraConfig(target_modules=["lm_head"], use_dora=True))
+    with pytest.raises(ValueError, match="plain LoRA"):
+        model(input_ids=IDS, head_fn=logps)
+
+
+def t5() -> Any:
+    sizes = {"vocab_size": 64, "d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+
+
+def with_odd_head() -> Any:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    model.lm_head = nn.Sequential(nn.Linear(16, 64))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: nn.Linear(2, 2), "expected a causal language model of transformers, got Linear"),
+        (lambda: transformers.LlamaModel(transformers.LlamaConfig(**SIZES)), "with a backbone, got LlamaModel"),
+        (t5, "decoder-only"),
+        (with_odd_head, "Linear layer of floating weights, got Sequential"),
+    ],
+)
+def test_models_without_such_a_head_are_refused(model: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        causal_lm.attach(model())
+
+
+def test_check_finds_what_a_model_does_to_its_logits() -> None:
+    model = make("Llama")
+    model.lm_head.register_forward_hook(lambda module, args, out: 1.5 * out if out.shape[-1] == 64 else out)
+    model.train()
+    inputs = {"input_ids": IDS, "attention_mask": MASK}
+    causal_lm.check(make("Llama"), {"input_ids": IDS, "attention_mask": torch.zeros_like(MASK)})  # nothing to compare
+    with pytest.raises(ValueError, match="does something to its logits"):
+        causal_lm.check(model, inputs)
+    assert model.training and model.lm_head.training
