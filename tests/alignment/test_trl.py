@@ -3,8 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,10 @@ peft = pytest.importorskip("peft")
 
 import trl_parts as parts  # noqa: E402
 from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralConfig, MixtralForCausalLM  # noqa: E402
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # noqa: E402
-from trl.experimental.cpo import CPOConfig, CPOTrainer  # noqa: E402
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer  # noqa: E402
+from trl_zoo import assert_same_training, make, trained  # noqa: E402
 
 from alignment import IRPOLoss, KTOLoss, SimPOLoss, TDPOLoss  # noqa: E402
-from alignment.trl import (  # noqa: E402
-    BCO_STATE,
-    LOSS_TYPES,
-    ChunkedBCOTrainer,
-    ChunkedCPOTrainer,
-    ChunkedDPOTrainer,
-    ChunkedKTOTrainer,
-    ChunkedORPOTrainer,
-)
+from alignment.trl import BCO_STATE, LOSS_TYPES  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
@@ -40,81 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
-PLAIN = {"compiled": False}
-TIMES = ("runtime", "per_second", "flos")
-
-
-@dataclass
-class Kind:
-    theirs: Any
-    ours: Any
-    config: Any
-    data: Callable[..., Any]
-    has_reference: bool = True
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-
-
-KINDS = {
-    "dpo": Kind(DPOTrainer, ChunkedDPOTrainer, DPOConfig, parts.pairs),
-    "kto": Kind(KTOTrainer, ChunkedKTOTrainer, KTOConfig, parts.verdicts),
-    "bco": Kind(None, ChunkedBCOTrainer, KTOConfig, parts.verdicts),
-    "cpo": Kind(CPOTrainer, ChunkedCPOTrainer, CPOConfig, parts.pairs, False, {"max_length": 32}),
-    "orpo": Kind(ORPOTrainer, ChunkedORPOTrainer, ORPOConfig, parts.pairs, False, {"max_length": 32}),
-}
-
-
-def make(kind: str, ours: bool, folder: Path, model: Any = None, data: Any = None, **options: Any) -> Any:
-    """A trainer of either package; ``args`` are the config's, the rest the trainer's."""
-    k = KINDS[kind]
-    settings = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "learning_rate": 1e-2,
-        "optim": "sgd",  # Adam makes steps of rounding errors where a gradient is almost zero
-        "save_strategy": "no",
-        "eval_strategy": "steps",
-        "eval_steps": 3,
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-    }
-    args = k.config(**(settings | dict(k.fixed) | options.pop("args", {})))
-    policy = parts.model() if model is None else model
-    if k.has_reference and "ref_model" not in options and "peft_config" not in options:
-        options["ref_model"] = parts.reference(policy)
-    if ours and "loss" not in options:
-        options.setdefault("loss_options", PLAIN)
-    return (k.ours if ours else k.theirs)(
-        model=policy,
-        args=args,
-        train_dataset=k.data() if data is None else data,
-        eval_dataset=k.data(6, 1),
-        processing_class=parts.tokenizer(),
-        **options,
-    )
-
-
-def trained(*args: Any, **kwargs: Any) -> Any:
-    trainer = make(*args, **kwargs)
-    trainer.train()
-    return trainer
-
-
-def assert_same_training(theirs: Any, ours: Any, but: tuple[str, ...] = (), tolerance: float = 2e-5) -> None:
-    assert len(theirs.state.log_history) == len(ours.state.log_history) >= 4
-    for expected, found in zip(theirs.state.log_history, ours.state.log_history, strict=True):
-        compared = [name for name in expected if not any(part in name for part in (*TIMES, *but))]
-        assert len(compared) > 1
-        for name in compared:
-            assert found[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance), name
-    for (name, p), q in zip(theirs.model.named_parameters(), ours.model.parameters(), strict=True):
-        torch.testing.assert_close(q, p, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
-
-
 CASES = {
     "dpo": [
         *({"loss_type": [name]} for name in ("sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "aot")),
@@ -328,7 +242,7 @@ def doubled(out: Any) -> Any:
         (
             "dpo",
             {"loss": TDPOLoss(), "args": {"precompute_ref_log_probs": True}},
-            "needs the reference's distributions",
+            "reference's distributions",
         ),
         ("bco", {"loss": KTOLoss()}, "expected loss to be a BCOLoss"),
         ("orpo", {"loss_options": {"chunk_size": 0}}, "chunk_size"),

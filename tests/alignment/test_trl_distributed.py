@@ -1,0 +1,65 @@
+"""Two gloo processes: DDP as TRL's own trainers and as one process with twice the batch; FSDP2 as one process."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+pytest.importorskip("trl")
+sys.path.append(str(Path(__file__).parent.parent / "losses"))
+
+import trl_ranks
+from st_processes import Outcomes, assert_passed, run_checks
+
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:trl"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
+]
+SHARDED = [f"{layout}, {kind}" for layout in trl_ranks.LAYOUTS for kind in ("loss", "linear_logps")]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    folder = tmp_path_factory.mktemp("trained")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(trl_ranks.run_trainers, args=(port, str(folder)), nprocs=trl_ranks.WORLD)
+    return [torch.load(folder / f"trained-{rank}.pt") for rank in range(trl_ranks.WORLD)]
+
+
+@pytest.mark.parametrize("kind", trl_ranks.KINDS)
+def test_ddp_trains_like_trl(kind: str, trained: list[dict[Any, Any]]) -> None:
+    for rank in trained:
+        theirs, ours = rank[kind, False], rank[kind, True]
+        for name, value in theirs["weights"].items():
+            torch.testing.assert_close(ours["weights"][name].float(), value, rtol=1e-4, atol=1e-5)
+        for name in ("loss", "rewards/chosen", "rewards/margins", "logps/rejected"):
+            for expected, found in zip(theirs["logs"][:2], ours["logs"][:2], strict=True):
+                assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+
+
+def test_ddp_is_one_process_with_both_batches(trained: list[dict[Any, Any]], tmp_path: Path) -> None:
+    alone = trl_ranks.train("dpo", True, str(tmp_path), 1)
+    for rank in trained:
+        for name, value in alone["weights"].items():
+            torch.testing.assert_close(rank["dpo", True]["weights"][name], value, rtol=1e-9, atol=1e-11)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return run_checks(trl_ranks.check_fsdp, SHARDED, trl_ranks.WORLD, tmp_path_factory.mktemp("sharded"))
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_fsdp2_is_one_process_with_both_batches(name: str, sharded: Outcomes) -> None:
+    assert_passed(name, sharded)

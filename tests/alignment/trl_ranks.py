@@ -1,0 +1,109 @@
+"""What each of two gloo processes runs: the trainers under DDP, and a loss in a model sharded by FSDP2."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+WORLD = 2
+KINDS = ("dpo", "kto", "cpo", "orpo")
+LAYOUTS = ("accelerate", "root only", "head alone")
+
+
+def train(kind: str, ours: bool, folder: str, world: int) -> dict[str, Any]:
+    """Weights and logs of two steps of eight."""
+    import trl_zoo
+
+    args = {"per_device_train_batch_size": 8 // world, "max_steps": 2, "eval_strategy": "no"}
+    if world > 1:
+        args["ddp_backend"] = "gloo"
+    model = trl_zoo.parts.model(torch.float64 if ours else torch.float32)
+    data = trl_zoo.KINDS[kind].data(16)  # no ragged last batch, of whose metrics TRL's trainers drop the repeats
+    trainer = trl_zoo.trained(kind, ours, Path(folder), model=model, data=data, args=args)
+    return {"weights": dict(trainer.model.state_dict()), "logs": trainer.state.log_history}
+
+
+def run_trainers(rank: int, port: int, folder: str) -> None:
+    warnings.simplefilter("ignore")  # third parties' warnings are errors in the tests of one process
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    found = {(kind, ours): train(kind, ours, folder, WORLD) for kind in KINDS for ours in (False, True)}
+    torch.save(found, Path(folder) / f"trained-{rank}.pt")
+    dist.destroy_process_group()
+
+
+# --- FSDP2 -----------------------------------------------------------------------------------------------------------
+
+
+def batch(rank: int | None) -> dict[str, Tensor]:
+    """Pairs, chosen first: of one rank, or of both."""
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, 64, (2, 2, WORLD, 9), generator=generator)  # side, pair, rank, token
+    ids = ids if rank is None else ids[:, :, rank : rank + 1]
+    ids = ids.transpose(1, 2).reshape(-1, 9)
+    target = ids.clone()
+    target[:, :3] = -100
+    return {"input_ids": ids, "target": target[:, 1:]}
+
+
+def preference_loss(model: Any, data: dict[str, Tensor], primitive: bool) -> Tensor:
+    from alignment import SimPOLoss
+
+    target = data["target"]
+    loss = SimPOLoss(beta=2.0, compiled=False)
+
+    def fn(head: Any) -> Any:
+        head = head.shifted()
+        if primitive:  # forms the logits again in backward
+            return -head.logps(target, compiled=False).mean(1).mean()
+        return loss(head.hidden, head.weight, target)
+
+    value = model(input_ids=data["input_ids"], head_fn=fn).value
+    return value if primitive else value.loss
+
+
+def gradients(model: Any, data: dict[str, Tensor], primitive: bool) -> dict[str, Tensor]:
+    from torch.distributed.tensor import DTensor
+
+    for _ in range(2):  # a second step, since hooks have states
+        model.zero_grad()
+        preference_loss(model, data, primitive).backward()
+    grown = {name: p.grad for name, p in model.named_parameters()}
+    return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grown.items() if g is not None}
+
+
+def check_fsdp(name: str, rank: int) -> None:
+    """Gradients equal those of one process with both batches, in the ways in which people shard a model."""
+    import trl_parts as parts
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from chunked_embed import causal_lm
+
+    layout, primitive = name.rsplit(", ", 1)
+    alone = parts.model(torch.float64)
+    causal_lm.attach(alone)
+    expected = gradients(alone, batch(None), primitive == "linear_logps")
+    model = parts.model(torch.float64)
+    causal_lm.attach(model)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    if layout == "accelerate":
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model.model.embed_tokens, mesh=mesh)
+        fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
+    if layout == "head alone":
+        fully_shard(model.lm_head, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh)
+    found = gradients(model, batch(rank), primitive == "linear_logps")
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-12, msg=lambda text, key=key: f"{key}: {text}")

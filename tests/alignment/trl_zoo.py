@@ -1,0 +1,97 @@
+"""The trainers of both packages, made alike, and whether two of them trained alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl_parts as parts
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+from alignment.trl import (
+    ChunkedBCOTrainer,
+    ChunkedCPOTrainer,
+    ChunkedDPOTrainer,
+    ChunkedKTOTrainer,
+    ChunkedORPOTrainer,
+)
+
+PLAIN = {"compiled": False}
+TIMES = ("runtime", "per_second", "flos")
+
+
+@dataclass
+class Kind:
+    theirs: Any
+    ours: Any
+    config: Any
+    data: Callable[..., Any]
+    has_reference: bool = True
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+KINDS = {
+    "dpo": Kind(DPOTrainer, ChunkedDPOTrainer, DPOConfig, parts.pairs),
+    "kto": Kind(KTOTrainer, ChunkedKTOTrainer, KTOConfig, parts.verdicts),
+    "bco": Kind(None, ChunkedBCOTrainer, KTOConfig, parts.verdicts),
+    "cpo": Kind(CPOTrainer, ChunkedCPOTrainer, CPOConfig, parts.pairs, False, {"max_length": 32}),
+    "orpo": Kind(ORPOTrainer, ChunkedORPOTrainer, ORPOConfig, parts.pairs, False, {"max_length": 32}),
+}
+
+
+def make(kind: str, ours: bool, folder: Path, model: Any = None, data: Any = None, **options: Any) -> Any:
+    """A trainer of either package; ``args`` are the config's, the rest the trainer's."""
+    k = KINDS[kind]
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "learning_rate": 1e-2,
+        "optim": "sgd",  # Adam makes steps of rounding errors where a gradient is almost zero
+        "save_strategy": "no",
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+    args = k.config(**(settings | dict(k.fixed) | options.pop("args", {})))
+    policy = parts.model() if model is None else model
+    if k.has_reference and "ref_model" not in options and "peft_config" not in options:
+        options["ref_model"] = parts.reference(policy)
+    if ours and "loss" not in options:
+        options.setdefault("loss_options", PLAIN)
+    return (k.ours if ours else k.theirs)(
+        model=policy,
+        args=args,
+        train_dataset=k.data() if data is None else data,
+        eval_dataset=k.data(6, 1),
+        processing_class=parts.tokenizer(),
+        **options,
+    )
+
+
+def trained(*args: Any, **kwargs: Any) -> Any:
+    trainer = make(*args, **kwargs)
+    trainer.train()
+    return trainer
+
+
+def assert_same_training(theirs: Any, ours: Any, but: tuple[str, ...] = (), tolerance: float = 2e-5) -> None:
+    assert len(theirs.state.log_history) == len(ours.state.log_history) >= 4
+    for expected, found in zip(theirs.state.log_history, ours.state.log_history, strict=True):
+        compared = [name for name in expected if not any(part in name for part in (*TIMES, *but))]
+        assert len(compared) > 1
+        for name in compared:
+            assert found[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance), name
+    for (name, p), q in zip(theirs.model.named_parameters(), ours.model.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
