@@ -499,7 +499,7 @@ class PairLoss(PreferenceLoss):
         dtype = _wide(hidden.dtype)
         groups = {"nll_scale": (pairs / nll_tokens.clamp_min(1).to(dtype)).expand(pairs).contiguous()}
         if ref_logps is not None:
-            groups["ref_logps"] = ref_logps.detach().to(dtype).view(2, pairs).t()
+            groups["ref_logps"] = ref_logps.detach().double().view(2, pairs).t()
         groups |= {name: vector.to(dtype) for name, vector in vectors.items()}
         engine = self._make(self._engine())
         return Arguments(engine, projections, {"target": ids}, groups, segments, (segments >= 0).any())
@@ -692,7 +692,7 @@ class SequenceLoss(PreferenceLoss):
         segments = torch.where(used, torch.arange(size, device=target.device)[:, None], -1)
         groups = {"desirable": preference_labels}
         if ref_logps is not None:
-            groups["ref_logps"] = ref_logps.detach().to(dtype)
+            groups["ref_logps"] = ref_logps.detach().double()
         groups |= {name: vector.detach().to(dtype) for name, vector in given.items()}
         rows = {"target": torch.where(used, target, 0)}
         return Arguments(self._make(self._engine()), projections, rows, groups, segments, used.any())

@@ -282,7 +282,7 @@ class ChunkedDPOTrainer(_Chunked, DPOTrainer):
             used = target != -100
             shared = used.sum(1).view(2, -1).amin(0).repeat(2)[:, None]
             logps = torch.where(used.cumsum(1) <= shared, logps, tail_weight * logps)
-        chosen, rejected = logps.sum(1).chunk(2)
+        chosen, rejected = logps.double().sum(1).chunk(2)  # like the policy's, from which they are subtracted
         return chosen, rejected
 
     def _reference(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -345,12 +345,12 @@ class ChunkedKTOTrainer(_Chunked, KTOTrainer):
         if not self.calculate_KL:
             return None
         with torch.no_grad():
-            return self._token_logps(model, *self._split(inputs, mismatched=True)).sum(1)
+            return self._token_logps(model, *self._split(inputs, mismatched=True)).double().sum(1)
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities ``(B,)`` of the completions under the reference, and of the mismatched ones."""
         with self._as_reference():
-            return self._token_logps(model, *self._split(inputs)).sum(1), self._kl_logps(model, inputs)
+            return self._token_logps(model, *self._split(inputs)).double().sum(1), self._kl_logps(model, inputs)
 
     def _keywords(self, inputs: Mapping[str, Any], kl: Tensor | None) -> dict[str, Any]:
         return {"kl": kl}

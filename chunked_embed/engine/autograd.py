@@ -116,7 +116,7 @@ class ChunkedScores(torch.autograd.Function):
             if key is None:
                 columns[name] = grad.to(problem.dtype)
             elif selection.lengths is not None:
-                upstream[key][name] = to_rows(grad, selection, block)
+                upstream[key][name] = to_rows(grad, selection, block, call.problem.dtype)
             else:
                 upstream[key][name] = grad if selection.order is None else grad.index_select(0, selection.order)
         with torch.autocast(problem.device.type, enabled=False):

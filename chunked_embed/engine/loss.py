@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .autograd import ChunkedLoss, ChunkedScores
 from .compile import outside_compile
-from .passes import group_counts
+from .passes import as_metrics, group_counts, narrowed
 from .plan import ChunkPlan, Settings, make_plan
 from .problem import Problem, build
 from .select import select
@@ -211,7 +211,7 @@ class FlexChunkLoss(nn.Module):
         for key, name, value in self._walk(call):
             by_row = key is not None and call.selection.lengths is None
             label = f"{key}/{name}" if key is not None and self.separate_outputs else name
-            results[label] = value.view(call.problem.leading) if by_row else value
+            results[label] = value.view(call.problem.leading) if by_row else value.to(call.problem.dtype)
         return results
 
     @staticmethod
@@ -236,7 +236,7 @@ class FlexChunkLoss(nn.Module):
                 loss = weighted(loss, call.group_loss.weight)
             elif call.group_loss.weighted:
                 raise ValueError("expected no group_weight: loss_fn returned a scalar, one value for the whole batch")
-        return LossOutput(loss.to(call.problem.dtype), {name: v.detach() for name, v in metrics.items()})
+        return LossOutput(narrowed(loss, call.problem.dtype), as_metrics(metrics, call.problem.dtype))
 
     # --- preparing a call ---
 

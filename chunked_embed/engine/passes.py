@@ -81,30 +81,43 @@ def _block(walk: Walk, block: Block, groups: Named, weight: Tensor) -> tuple[Ten
     counts = group_counts(call, block)
     with torch.set_grad_enabled(with_grad):
         loss, metrics = group_loss.call(group_loss.arrange(scores, call.units, counts), here, call.hp)
-        value = weighted(loss.to(call.problem.dtype), weight[block.start : block.stop])
-    metrics = {name: v.detach() for name, v in metrics.items()}
+        value = weighted(narrowed(loss, call.problem.dtype), weight[block.start : block.stop])
+    metrics = as_metrics(metrics, call.problem.dtype)
     if not with_grad:
         return value, metrics, {}
     leaves = [score for named in scores.values() for score in named.values()]
     grads = grad_or_zero(value, leaves + wanted)
-    flat = iter(to_rows(grad, selection, block) for grad in grads[: len(leaves)])
+    flat = iter(to_rows(grad, selection, block, call.problem.dtype) for grad in grads[: len(leaves)])
     upstream = {unit: {name: next(flat) for name in named} for unit, named in scores.items()}
     pull_chunks(walk, block.chunks, scored, upstream, {}, keep)
     return value.detach(), metrics, dict(zip(group_loss.wanted, grads[len(leaves) :], strict=True))
 
 
+def narrowed(loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """What float64 can hold may be too much for float32: the largest number then, which has no gradient, not inf."""
+    most = torch.finfo(dtype).max
+    return loss.clamp(-most, most).to(dtype)
+
+
+def as_metrics(metrics: Named, dtype: torch.dtype) -> Named:
+    return {name: v.detach().to(dtype) if v.is_floating_point() else v.detach() for name, v in metrics.items()}
+
+
 def segment_sums(values: Tensor, selection: Selection, block: Block) -> Tensor:
-    """(rows of the block,) -> (groups, segments): rows of a segment added up; empty segments are zero."""
+    """(rows of the block,) -> (groups, segments): rows of a segment added up; empty segments are zero.
+
+    Sums are float64, as is the small loss on them: it takes differences of log-probabilities of thousands of tokens.
+    """
     per_group = selection.segments_per_group
     if selection.lengths is None:
         return values.view(-1, per_group)
     lengths = selection.lengths[block.start * per_group : block.stop * per_group].to(values.device, non_blocking=True)
-    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True, initial=0).view(-1, per_group)
+    return torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True, initial=0).view(-1, per_group)
 
 
-def to_rows(values: Tensor, selection: Selection, block: Block) -> Tensor:
+def to_rows(values: Tensor, selection: Selection, block: Block, dtype: torch.dtype) -> Tensor:
     """(groups, segments) -> (rows of the block,): the gradient of ``segment_sums``."""
-    flat = values.reshape(-1)
+    flat = values.reshape(-1).to(dtype)
     if selection.segment is None:
         return flat
     first = block.chunks[0].start if block.chunks else 0

@@ -394,3 +394,19 @@ def test_repr_says_what_it_is() -> None:
 def test_every_dpo_loss_type_is_documented() -> None:
     assert all(f"        {name} " in A.DPOLoss.__doc__ for name in AF.DPO_LOSSES)
     assert all(f"{name} " in A.FPOLoss.__doc__ for name in AF.FPO_DIVERGENCES)
+
+
+def test_margins_of_long_completions_keep_their_digits():
+    """Two sums of thousands of log-probabilities, whose difference counts: float32 would leave two digits of it."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 20_000, 4), 3 * torch.randn(50, 4)
+    target = torch.randint(50, (2, 20_000))
+    reference = (weight + 0.01 * torch.randn(50, 4), hidden)
+    out = A.DPOLoss(compiled=False)(hidden, weight, target, ref_hidden=reference[1], ref_weight=reference[0])
+
+    def logps(head):
+        log_p = (hidden.double() @ head.double().T).log_softmax(-1)
+        return log_p.gather(-1, target[..., None]).sum((1, 2))
+
+    c, r = logps(weight) - logps(reference[0])
+    assert out.metrics["rewards/margins"].item() == pytest.approx(0.1 * float(c - r), rel=1e-4)
