@@ -12,12 +12,15 @@ import os
 import platform
 import re
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
-from typing import TypeVar
+from types import ModuleType
+from typing import Any, TypeVar
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that reads peak memory on a CPU is chatty
 
@@ -25,6 +28,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+Loss = Callable[[], Tensor]
 OURS, PEER, FLOOR = "ours", "peer", "floor"
 GIB = 2**30
 SHORT_MS, MOST_REPEATS = 200, 60
@@ -99,6 +103,8 @@ def once(run: Callable[[], T], device: torch.device) -> tuple[T, Timing]:
 def failure(error: Exception) -> str:
     """What went wrong, short: running out of memory is a result like another."""
     text = str(error)
+    if isinstance(error, ImportError):  # peers are imported where they are called
+        return f"not installed: {text}"[:100]
     if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "ALLOC_FAILED" in text:
         return "out of memory"
     return f"failed: {type(error).__name__}: {text.splitlines()[0] if text else ''}"[:100]
@@ -154,7 +160,7 @@ def _collect(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def value_and_gradients(loss: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+def value_and_gradients(loss: Loss, leaves: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     """A training step of a loss: forward, backward, and the gradients of `leaves`."""
 
     def run() -> list[Tensor]:
@@ -168,6 +174,58 @@ def value_and_gradients(loss: Callable[[], Tensor], leaves: Sequence[Tensor]) ->
         return [value.detach(), *gradients]
 
     return run
+
+
+def value(loss: Callable[..., Any], *arguments: Any, **keywords: Any) -> Loss:
+    """The loss alone, of a call that returns metrics with it."""
+    return lambda: loss(*arguments, **keywords).loss
+
+
+def as_candidates(losses: Mapping[str, Loss], leaves: Sequence[Tensor], role: str, bound: float) -> Iterator[Candidate]:
+    return (Candidate(name, role, value_and_gradients(loss, leaves), bound) for name, loss in losses.items())
+
+
+def products(
+    trained: tuple[Tensor, Tensor],  # (M, H), (V, H)
+    frozen: Sequence[tuple[Tensor, Tensor]],
+    sizes: Sequence[int],
+    forwards: int = 1,
+    outputs: torch.dtype | None = None,
+) -> Callable[[], list[Tensor]]:
+    """The bare matrix products of a chunked loss, in chunks of `sizes` rows: outputs of each frozen head, `forwards`
+    times those of the trained one, and the two products back. `outputs` is their dtype where it is not the inputs'."""
+    x, weight = (t.detach() for t in trained)
+    wide = {"out_dtype": outputs} if outputs not in (None, x.dtype) and x.is_cuda else {}
+    sides = [*frozen, *[(x, weight)] * forwards]
+    # A gradient narrower than the outputs lies beside them; made here, because a conversion is no product.
+    narrow = x[: max(sizes)] @ weight.T if wide else None
+
+    def run() -> list[Tensor]:
+        buffer = torch.empty(max(sizes), len(weight), dtype=wide.get("out_dtype", x.dtype), device=x.device)
+        start, results = 0, []
+        for size in sizes:
+            rows, logits = slice(start, start + size), buffer[:size]
+            for hidden, head in sides:
+                torch.mm(hidden[rows], head.T, out=logits, **wide)
+            gradient = logits if narrow is None else narrow[:size]
+            results = [gradient @ weight, gradient.T @ x[rows]]
+            start += size
+        return results
+
+    return run
+
+
+def trl_kernel(module: str, name: str) -> Any:
+    """A kernel of TRL. They ask the trainers' utilities for a DeepSpeed context, and so need `datasets` and
+    `accelerate`; where those are not installed an empty context stands in."""
+    utilities = "trl.trainer.utils"
+    try:
+        import_module(utilities)
+    except Exception:
+        stub = ModuleType(utilities)
+        stub.maybe_gather_lm_head_ctx = lambda *parameters: nullcontext()  # type: ignore[attr-defined]
+        sys.modules[utilities] = stub
+    return getattr(import_module(f"trl.kernels.{module}"), name)
 
 
 def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -196,14 +254,22 @@ class Benchmark:
     out: Path
     warmups: int = 2
     repeats: int = 5
+    match: str = ""  # measure only cases whose name contains this
+    peers: bool = True
     lines: list[Line] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
     def case(self, name: str, candidates: Sequence[Candidate], truth: Callable[[], Sequence[Tensor]] | None) -> None:
         """Measure the candidates of one case, floors first. `truth` gives what `run` should; None: nothing to check.
 
-        One that fails is a line of the table, so that the others are still measured; ours is reported at the end too.
+        Ratios are to the first floor. One that fails is a line of the table, so that the others are still measured;
+        ours is reported at the end too.
         """
+        if self.match not in name:
+            return
+        candidates = [c for c in candidates if self.peers or c.role != PEER]
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # peers compile a closure in every call; past dynamo's limit they would run eagerly
         expected = None if truth is None else truth()
         floor = None
         for candidate in sorted(candidates, key=lambda c: c.role != FLOOR):
@@ -215,7 +281,7 @@ class Benchmark:
             if candidate.role == OURS and timing.ms is None:
                 self.wrong.append(f"{name}, {candidate.name}: {timing.note}")
             if candidate.role == FLOOR:
-                floor = timing.ms
+                floor = floor or timing.ms
             _collect(self.device)
             self.add(name, candidate.name, candidate.role, timing, error, floor)
 
@@ -317,7 +383,8 @@ def print_table(lines: Sequence[Line]) -> None:
         return
     table = Table(box=None, pad_edge=False)
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
+        number = column != ""
+        table.add_column(column, justify="right" if number else "left", min_width=8 if number else None, no_wrap=True)
     case = None
     for line in lines:
         if line.case != case:
@@ -326,7 +393,7 @@ def print_table(lines: Sequence[Line]) -> None:
             table.add_row(case, style="bold")
         table.add_row(*_cells(line), style="cyan" if line.role == OURS else None)
     where = lines[0]
-    console = Console(width=140)
+    console = Console(width=170)
     console.print(table)
     console.print(f"\n{where.device}, torch {where.torch}, triton {where.triton or '-'}")
 

@@ -19,6 +19,8 @@ pytest.importorskip("typer")
         ("embedding", ["--sizes", "300x16", "--projected", "200x16"], 30),
         ("token_losses", ["--head", "64x100x8", "--error", "64x50x8", "--kernel", "8x100"], 15),
         ("contrastive", ["--sizes", "64x32", "--small", "32x16", "--sigmoid-size", "64x8"], 25),
+        ("preference", ["--only", "dpo,logps,losses,orpo-step"], 45),
+        ("distillation", ["--vocabularies", "100"], 65),
     ],
 )
 def test_small_mode(tmp_path, script, arguments, lines):
@@ -48,12 +50,17 @@ def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch, capsys):
     def broken():
         raise RuntimeError("no such kernel")
 
+    def absent():
+        import no_such_package  # noqa: F401
+
     candidates = [
         measure.Candidate("wrong", measure.OURS, lambda: [1.1 * x], 1e-2),
         measure.Candidate("right", measure.OURS, lambda: [x + 1e-4], 1e-2),
         measure.Candidate("loose", measure.PEER, lambda: [1.1 * x], 1e-2),
         measure.Candidate("broken", measure.PEER, broken, 1e-2),
+        measure.Candidate("absent", measure.PEER, absent),
         measure.Candidate("floor", measure.FLOOR, lambda: x + 1),
+        measure.Candidate("higher floor", measure.FLOOR, lambda: torch.ones(500, 500) @ torch.ones(500, 500)),
     ]
     bench.case("case", candidates, lambda: [x])
     lines = {line.name: line for line in bench.lines}
@@ -62,6 +69,8 @@ def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch, capsys):
     assert lines["right"].ms is not None and lines["right"].floor_ratio is not None
     assert lines["loose"].ms is not None and "inaccurate" in lines["loose"].note
     assert lines["broken"].ms is None and "no such kernel" in lines["broken"].note
+    assert lines["absent"].note.startswith("not installed: No module named 'no_such_package'")
+    assert lines["floor"].floor_ratio == 1 and lines["higher floor"].floor_ratio > 1
     with pytest.raises(SystemExit, match="case, wrong"):
         bench.finish()
     assert (tmp_path / bench.path.name).exists()

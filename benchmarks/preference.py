@@ -1,0 +1,519 @@
+"""Preference losses beside their product floors and other people's, then whole training steps.
+
+    python benchmarks/preference.py                                       # everything, on the GPU
+    python benchmarks/preference.py --only dpo,completion
+    python benchmarks/preference.py --only losses --match ORPO --no-peers
+    python benchmarks/preference.py --device cpu --no-compiled            # small, in seconds
+
+A floor is the bare matrix products over the rows in use, in the same chunks: one for the reference where there is one,
+three for the policy, four where code behind the log-probabilities decides, or the loss couples the batch. Groups longer
+than a chunk take us one product more than their floor. The truth is formed in float32 from blocks of tokens, by
+formulas of its own for DPO and the training steps. Peers import what they need where they are called; one that is not
+installed is a line that says so.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from measure import (
+    FLOOR,
+    OURS,
+    PEER,
+    Benchmark,
+    Candidate,
+    Loss,
+    as_candidates,
+    products,
+    trl_kernel,
+    value,
+)
+from torch import Tensor
+
+import alignment as al
+from chunked_embed import ChunkPlan, Projection, TokenStatistics, linear_logps
+
+BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
+STEP_BOUNDS = {torch.bfloat16: 5e-2, torch.float32: 1e-3}
+BLOCK = 2048  # rows of float32 logits that the truth holds
+TRL_STATISTICS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what its DPO trainer asks of the policy
+
+
+# --- a batch, and the truth about it ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    pairs: int
+    tokens: int
+    vocabulary: int
+    width: int
+    lengths: tuple[int, ...] = ()  # of the completions, a number a pair or one for all; without: every token
+
+    def small(self) -> "Shape":
+        fewer = tuple(max(n // 256, 1) for n in self.lengths)
+        return Shape(min(self.pairs, 4), self.tokens // 256, 300, 32, fewer[:4])
+
+    def title(self, name: str, dtype: torch.dtype) -> str:
+        used = f" ({' and '.join(map(str, dict.fromkeys(self.lengths)))} used)" if self.lengths else ""
+        size = f"{self.pairs} {'pair' if self.pairs == 1 else 'pairs'} x {self.tokens}{used}"
+        return f"{name}, {size}, V={self.vocabulary}, H={self.width}, {str(dtype).removeprefix('torch.')}"
+
+
+@dataclass
+class Batch:
+    """Sequences, the chosen ones first; targets are aligned, -100 is prompt or padding."""
+
+    hidden: Tensor  # (S, T, H)
+    weight: Tensor  # (V, H)
+    target: Tensor  # (S, T)
+    ref_hidden: Tensor  # (S, T, H)
+    ref_weight: Tensor  # (V, H)
+
+    @property
+    def policy(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.hidden, self.weight, self.target
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.hidden, self.weight]
+
+    @property
+    def reference(self) -> dict[str, Tensor]:
+        return {"ref_hidden": self.ref_hidden, "ref_weight": self.ref_weight}
+
+    @property
+    def used(self) -> Tensor:
+        return self.target != -100
+
+    def floor(self, plan: ChunkPlan, forwards: int = 1, reference: bool = True) -> list[Candidate]:
+        """`forwards` products of the policy, two back, and the reference's."""
+        frozen = [(self.ref_hidden.flatten(0, 1), self.ref_weight)] if reference else []
+        # The first rows stand for those in use: as many of them.
+        run = products((self.hidden.flatten(0, 1), self.weight), frozen, chunk_sizes(plan), forwards)
+        return [Candidate(f"floor: {forwards + 2 + reference} products", FLOOR, run)]
+
+
+def random_batch(bench: Benchmark, shape: Shape, dtype: torch.dtype) -> Batch:
+    """Sequences and a reference that is near the policy, as in training."""
+    torch.manual_seed(0)
+    sequences = 2 * shape.pairs
+    like: dict[str, Any] = {"device": bench.device, "dtype": dtype}
+    hidden = torch.randn(sequences, shape.tokens, shape.width, **like).mul_(0.3)
+    weight = torch.randn(shape.vocabulary, shape.width, **like).mul_(shape.width**-0.5)
+    target = torch.randint(shape.vocabulary, (sequences, shape.tokens), device=bench.device)
+    if shape.lengths:
+        lengths = torch.tensor(shape.lengths, device=bench.device).expand(shape.pairs).repeat(2)
+        target[torch.arange(shape.tokens, device=bench.device) < shape.tokens - lengths[:, None]] = -100
+    ref_hidden = torch.randn_like(hidden).mul_(0.1).add_(hidden)
+    return Batch(hidden.requires_grad_(), weight.requires_grad_(), target, ref_hidden, weight.detach().clone())
+
+
+def chunk_sizes(plan: ChunkPlan) -> list[int]:
+    return [chunk.rows for block in plan.blocks for chunk in block.chunks]
+
+
+def log_probs(hidden: Tensor, weight: Tensor, index: Tensor) -> Iterator[Tensor]:
+    """Of the tokens `index`, a block at a time, in float32."""
+    rows, wide = hidden.detach().flatten(0, 1), weight.detach().float()
+    return ((rows[part].float() @ wide.T).log_softmax(1) for part in index.split(BLOCK))
+
+
+Formula = Callable[..., Tensor]
+"""`(logps, ref, kl)`, each (S, T), in float64 and zero on tokens that are not used -> a scalar."""
+
+
+def true_step(batch: Batch, formula: Formula, reference: bool = True) -> list[Tensor]:
+    """Loss and gradients of any function of the tokens' log-probabilities and of KL(reference || policy)."""
+    index = batch.used.flatten().nonzero()[:, 0]
+    parts, ids = index.split(BLOCK), batch.target.flatten()
+    scores = torch.zeros(3, batch.target.numel(), dtype=torch.float64, device=ids.device)
+    ref_blocks = log_probs(batch.ref_hidden, batch.ref_weight, index) if reference else [None] * len(parts)
+    for part, log_p, log_r in zip(parts, log_probs(batch.hidden, batch.weight, index), ref_blocks, strict=True):
+        of_target = ids[part, None]
+        scores[0, part] = log_p.gather(1, of_target)[:, 0].double()
+        if log_r is not None:
+            scores[1, part] = log_r.gather(1, of_target)[:, 0].double()
+            scores[2, part] = (log_r.exp() * (log_r - log_p)).sum(1).double()
+    logps, ref, kl = (s.view(batch.target.shape) for s in scores)
+    learns = [logps.requires_grad_(), kl.requires_grad_()]
+    loss = formula(logps, ref, kl)
+    pulls = torch.autograd.grad(loss, learns, allow_unused=True, materialize_grads=True)
+    of_logps, of_kl = (pull.flatten().float()[:, None] for pull in pulls)
+
+    wide, rows = batch.weight.detach().float(), batch.hidden.detach().flatten(0, 1)
+    grad_hidden = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+    grad_weight = torch.zeros_like(wide)
+    ref_blocks = log_probs(batch.ref_hidden, batch.ref_weight, index) if bool(of_kl.any()) else [None] * len(parts)
+    for part, log_p, log_r in zip(parts, log_probs(batch.hidden, batch.weight, index), ref_blocks, strict=True):
+        p = log_p.exp()
+        grad = p * -of_logps[part]
+        grad.scatter_add_(1, ids[part, None], of_logps[part])
+        if log_r is not None:
+            grad += of_kl[part] * (p - log_r.exp())
+        grad_hidden[part] = grad @ wide
+        grad_weight.addmm_(grad.T, rows[part].float())
+    return [loss.detach(), grad_hidden.view(batch.hidden.shape), grad_weight]
+
+
+def dpo(logps: Tensor, ref: Tensor, kl: Tensor | None = None, beta: float = 0.1) -> Tensor:
+    chosen, rejected = (logps - ref).sum(1).chunk(2)
+    return -F.logsigmoid(beta * (chosen - rejected)).mean()
+
+
+# --- other people's --------------------------------------------------------------------------------------------------
+
+
+def liger(name: str, *arguments: Any, **options: Any) -> Loss:
+    def loss() -> Tensor:
+        from liger_kernel import chunked_loss
+
+        return getattr(chunked_loss, name)(**options)(*arguments)[0]
+
+    return loss
+
+
+def trl_logps(hidden: Tensor, weight: Tensor, target: Tensor, outputs: tuple[str, ...] = ("log_probs",)) -> Tensor:
+    """As TRL's fused head calls its kernel: the tokens in use, scattered back."""
+    kernel, used = trl_kernel("chunked_logprob", "ChunkedLogProbFunction"), target != -100
+    found = kernel.apply(hidden[used], weight, None, target[used], 1.0, 32768, None, 1.0, outputs)[0]
+    return found.new_zeros(used.shape).masked_scatter(used, found)
+
+
+def whole_logps(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    log_p = (hidden @ weight.T).log_softmax(-1, dtype=torch.float32)
+    return log_p.gather(2, target.clamp_min(0)[..., None])[..., 0] * (target != -100)
+
+
+def dpo_of(scorer: Callable[..., Tensor], batch: Batch, *statistics: Any) -> Loss:
+    def loss() -> Tensor:
+        with torch.no_grad():
+            ref = scorer(batch.ref_hidden, batch.ref_weight, batch.target)
+        return dpo(scorer(*batch.policy, *statistics), ref)
+
+    return loss
+
+
+# --- DPO -------------------------------------------------------------------------------------------------------------
+
+large = partial(Shape, vocabulary=128256, width=4096)
+narrow = partial(Shape, vocabulary=128256, width=2048)
+DPO_CASES = {
+    "dpo": [large(4, 1024)],
+    "completion": [large(4, 2048, lengths=(length,)) for length in (512, 1024, 2048)],
+    "length": [
+        narrow(8, 1024),
+        narrow(1, 8192),
+        narrow(1, 32768),
+        narrow(33, 32768, lengths=(32768,) + 32 * (256,)),
+    ],
+}
+
+
+def run_dpo(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    batch, bound = random_batch(bench, shape, dtype), BOUNDS[dtype]
+    expected = cache(partial(true_step, batch, dpo))
+    loss = al.DPOLoss(beta=0.1, **options)
+    plan = loss.plan(*batch.policy, **batch.reference)
+    ours = {"DPOLoss": value(loss, *batch.policy, **batch.reference)}
+    peers = {"TRL fused head": dpo_of(trl_logps, batch, TRL_STATISTICS)}
+    if case != "length":
+        plain = al.DPOLoss(beta=0.1, token_metrics=False, **options)
+        ours["DPOLoss, token_metrics=False"] = value(plain, *batch.policy, **batch.reference)
+        peers["TRL fused head, log-probabilities alone"] = dpo_of(trl_logps, batch)
+        peers["torch, whole logits"] = dpo_of(whole_logps, batch)
+    if case != "length" or not shape.lengths:  # Liger would multiply all of the padding
+        arguments = (batch.weight, batch.hidden, batch.target, None, batch.ref_hidden, batch.ref_weight)
+        for size in (1, 4) if case == "dpo" else (1,):
+            name = f"Liger, chunks of {size} pair{'s' * (size > 1)}"
+            peers[name] = liger(
+                "LigerFusedLinearDPOLoss", *arguments, beta=0.1, chunk_size=size, compiled=options["compiled"]
+            )
+    candidates = [*batch.floor(plan), *as_candidates(ours, batch.leaves, OURS, bound)]
+    candidates += as_candidates(peers, batch.leaves, PEER, bound)
+    bench.case(shape.title("DPO", dtype), candidates, expected)
+    if case != "dpo":
+        return
+
+    with torch.no_grad():
+        known = linear_logps(batch.ref_hidden, batch.ref_weight, batch.target, **options).logps
+    assert known is not None
+    given = {"ref_logps": known.sum(1)}
+    ours = {"DPOLoss": value(loss, *batch.policy, **given)}
+    peers = {"TRL fused head": lambda: dpo(trl_logps(*batch.policy, TRL_STATISTICS), known)}
+    candidates = [
+        *batch.floor(loss.plan(*batch.policy, **given), reference=False),
+        *as_candidates(ours, batch.leaves, OURS, bound),
+        *as_candidates(peers, batch.leaves, PEER, bound),
+    ]
+    bench.case(shape.title("DPO, ref_logps given", dtype), candidates, expected)
+
+
+# --- log-probabilities -----------------------------------------------------------------------------------------------
+
+
+def run_logps(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """TRL's published case. Sequences of a batch do not matter here."""
+    batch, bound = random_batch(bench, shape, dtype), BOUNDS[dtype]
+
+    def ours() -> Tensor:
+        logps = linear_logps(*batch.policy, **options).logps
+        assert logps is not None
+        return -logps.mean()
+
+    def fused() -> Tensor:
+        from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Kernel
+
+        return Kernel.apply(batch.hidden.flatten(0, 1), batch.weight, batch.target.flatten()).mean()
+
+    peers = {
+        "TRL fused head": lambda: -trl_logps(*batch.policy).mean(),
+        "torch, whole logits": lambda: -whole_logps(*batch.policy).mean(),
+        "Liger scaled cross-entropy": fused,
+    }
+    expected = partial(true_step, batch, lambda logps, ref, kl: -logps.mean(), reference=False)
+    rows = {"target": batch.target.flatten()}
+    plan = TokenStatistics(**options).plan(Projection(batch.hidden.flatten(0, 1), batch.weight), rows)
+    candidates = [
+        *batch.floor(plan, forwards=2, reference=False),
+        *as_candidates({"linear_logps": ours}, batch.leaves, OURS, bound),
+        *as_candidates(peers, batch.leaves, PEER, bound),
+    ]
+    bench.case(shape.title("log-probabilities", dtype), candidates, expected)
+
+
+# --- every other loss ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    make: Callable[..., Any]
+    reference: bool = True
+    forwards: int = 1  # of the policy: two where the loss couples the batch
+    peer: str = ""  # Liger's
+    peer_options: tuple[tuple[str, Any], ...] = ()
+
+
+LOSSES = {
+    "ORPO": Kind(al.ORPOLoss, False, peer="LigerFusedLinearORPOLoss"),
+    "CPO": Kind(al.CPOLoss, False, peer="LigerFusedLinearCPOLoss"),
+    "SimPO": Kind(al.SimPOLoss, False, peer="LigerFusedLinearSimPOLoss", peer_options=(("compute_nll_loss", False),)),
+    "KTO": Kind(al.KTOLoss, peer="LigerFusedLinearKTOLoss", peer_options=(("use_ref_model", True),)),
+    "BCO": Kind(al.BCOLoss, forwards=2),
+    "TDPO": Kind(al.TDPOLoss),
+    "IPO": Kind(partial(al.DPOLoss, loss_type="ipo")),
+    "AOT": Kind(partial(al.DPOLoss, loss_type="aot"), forwards=2),
+    "IRPO": Kind(al.IRPOLoss),
+    "DPOP": Kind(al.DPOPLoss),
+    "R-DPO": Kind(al.RDPOLoss),
+    "f-PO": Kind(al.FPOLoss, False),
+    "CPO-SimPO": Kind(al.CPOSimPOLoss, False, peer="LigerFusedLinearSimPOLoss"),
+    "AlphaPO": Kind(al.AlphaPOLoss, False),
+    "SLiC": Kind(al.SLiCLoss, False),
+}
+
+
+def own_formula(loss: Any, used: Tensor, given: dict[str, Tensor]) -> Formula:
+    """The small loss of a class on sums over its sequences' tokens. Tests hold it against TRL's and Liger's."""
+
+    def formula(logps: Tensor, ref: Tensor, kl: Tensor) -> Tensor:
+        sums = [score.sum(1) for score in (logps, ref, used.to(logps.dtype), kl)]
+        if isinstance(loss, al.SequenceLoss):
+            logp, of_ref, count, _ = sums
+            labels = given["preference_labels"]
+            result = loss.sequence_loss(al.SequenceScores(logp, of_ref, count, labels, given))
+        else:
+            (c, r), (rc, rr), (nc, nr), (kc, kr) = (s.chunk(2) for s in sums)
+            nll = -c * (len(c) / nc.sum())
+            result = loss.pair_loss(al.PairScores(c, r, rc, rr, nc, nr, nll, c, bool(ref.any()), kc, kr))
+        return (result[0] if isinstance(result, tuple) else result).mean()
+
+    return formula
+
+
+def run_losses(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    batch, bound = random_batch(bench, shape, dtype), BOUNDS[dtype]
+    labels = torch.arange(2 * shape.pairs, device=bench.device) < shape.pairs
+    for name, kind in LOSSES.items():
+        loss = kind.make(**options)
+        given = {"preference_labels": labels} if isinstance(loss, al.SequenceLoss) else {}
+        if isinstance(loss, al.KTOLoss):
+            given["kl"] = torch.tensor(0.5, device=bench.device)
+        keywords = given | (batch.reference if kind.reference else {})
+        ours = {type(loss).__name__: value(loss, *batch.policy, **keywords)}
+        peers = {}
+        if kind.peer:
+            arguments: tuple[Any, ...] = (batch.weight, batch.hidden, batch.target)
+            if given:
+                arguments = (batch.hidden, batch.weight, batch.target, None, labels)
+                arguments += (batch.ref_hidden, batch.ref_weight, None, given["kl"])
+            settings = dict(kind.peer_options) | {"compiled": options["compiled"]}
+            peers["Liger, chunks of 1"] = liger(kind.peer, *arguments, **settings)
+        # An instance of its own: BCO's counts its calls.
+        formula = own_formula(kind.make(), batch.used, given)
+        candidates = [
+            *batch.floor(loss.plan(*batch.policy, **keywords), kind.forwards, kind.reference),
+            *as_candidates(ours, batch.leaves, OURS, bound),
+            *as_candidates(peers, batch.leaves, PEER, bound),
+        ]
+        expected = partial(true_step, batch, formula, kind.reference)
+        bench.case(shape.title(name, dtype), candidates, expected)
+
+
+# --- training steps --------------------------------------------------------------------------------------------------
+
+
+def whole_orpo(logits: Tensor, ids: Tensor, target: Tensor) -> Tensor:
+    """ORPO as TRL's trainer forms it, from whole logits; its log(1 - exp(x)) is stable, and log1p is here."""
+    chosen, rejected = mean_logps(logits, target).chunk(2)
+    odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
+    pairs = len(ids) // 2
+    nll = F.cross_entropy(logits[:pairs, :-1].flatten(0, 1), ids[:pairs, 1:].flatten())
+    return nll - 0.1 * F.logsigmoid(odds).mean()
+
+
+def whole_cpo(logits: Tensor, ids: Tensor, target: Tensor) -> Tensor:
+    used, pairs = target != -100, len(ids) // 2
+    chosen, rejected = (mean_logps(logits, target) * used.sum(1)).chunk(2)
+    nll = F.cross_entropy(logits[:pairs].flatten(0, 1), target[:pairs].flatten())
+    return -F.logsigmoid(0.1 * (chosen - rejected)).mean() + nll
+
+
+def mean_logps(logits: Tensor, target: Tensor) -> Tensor:
+    """As TRL's `selective_log_softmax` takes them: a sequence at a time."""
+    used = target != -100
+    of_target = logits.gather(2, target.clamp_min(0)[..., None])[..., 0]
+    logps = of_target - torch.stack([row.logsumexp(-1) for row in logits])
+    return (logps * used).sum(1) / used.sum(1)
+
+
+def true_orpo(logps: Tensor, completion: Tensor) -> Tensor:
+    chosen, rejected = ((logps * completion).sum(1) / completion.sum(1)).chunk(2)
+    odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
+    in_nll = logps[: len(chosen), :-1]  # prompt and completion; nothing follows the last token
+    return -in_nll.mean() - 0.1 * F.logsigmoid(odds).mean()
+
+
+def true_cpo(logps: Tensor, completion: Tensor) -> Tensor:
+    chosen, rejected = (logps * completion).sum(1).chunk(2)
+    nll = -chosen.sum() / completion[: len(chosen)].sum()
+    return -F.logsigmoid(0.1 * (chosen - rejected)).mean() + nll
+
+
+STEPS = {"orpo-step": (al.ORPOLoss, whole_orpo, true_orpo), "cpo-step": (al.CPOLoss, whole_cpo, true_cpo)}
+
+
+def run_step(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Forward and backward of a Llama of four layers with random weights, completions behind their prompts.
+
+    TRL's way: the model's logits in float32, as mixed precision hands them to its trainers.
+    """
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as problem:
+        print(f"{case}: not installed: {problem}")
+        return
+    make, whole, formula = STEPS[case]
+    heads = 16 if shape.width >= 1024 else 2
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=shape.width * 11 // 4,
+        num_hidden_layers=4,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=shape.tokens,
+    )
+    with bench.device:
+        model = LlamaForCausalLM(config).to(dtype)
+        ids = torch.randint(shape.vocabulary, (2 * shape.pairs, shape.tokens))
+    following = F.pad(ids[:, 1:], (0, 1), value=-100)
+    target = following.clone()
+    target[:, : shape.tokens - 1 - shape.lengths[0]] = -100
+    weight, leaves = model.lm_head.weight, list(model.parameters())
+    loss = make(**options)
+    nll = {"nll_target": following} if case == "orpo-step" else {}
+
+    def backbone() -> Tensor:
+        return model.model(ids, use_cache=False).last_hidden_state
+
+    # The tokens that the truth looks at: ORPO's NLL also has the prompt's.
+    every = target.clone()
+    if nll:
+        every[: shape.pairs] = following[: shape.pairs]
+
+    def expected() -> list[Tensor]:
+        """The head by blocks in float32, the backbone as it is."""
+        hidden = backbone()
+        batch = Batch(hidden.detach(), weight, every, hidden, weight)
+        known = (target != -100).double()
+        value, of_hidden, of_weight = true_step(batch, lambda logps, ref, kl: formula(logps, known), False)
+        others = [leaf for leaf in leaves if leaf is not weight]
+        grads = iter(torch.autograd.grad(hidden, others, of_hidden.to(dtype)))
+        return [value, *(of_weight if leaf is weight else next(grads) for leaf in leaves)]
+
+    with torch.no_grad():
+        sample = backbone()
+    plan = loss.plan(sample, weight, target, **nll)
+    head = products((sample.flatten(0, 1), weight), [], chunk_sizes(plan))
+
+    def floor() -> list[Tensor]:
+        hidden = backbone()
+        head()
+        return list(torch.autograd.grad(hidden, [p for p in leaves if p is not weight], torch.ones_like(hidden)))
+
+    ours = {type(loss).__name__: lambda: loss(backbone(), weight, target, **nll).loss}
+    peers = {"TRL's way, whole logits": lambda: whole(model(ids, use_cache=False).logits.float(), ids, target)}
+    candidates = [
+        Candidate("floor: backbone and 3 products", FLOOR, floor),
+        *as_candidates(ours, leaves, OURS, STEP_BOUNDS[dtype]),
+        *as_candidates(peers, leaves, PEER, STEP_BOUNDS[dtype]),
+    ]
+    name = f"{case.split('-')[0].upper()} step, Llama of 4 layers"
+    bench.case(shape.title(name, dtype), candidates, expected)
+
+
+CASES: dict[str, tuple[Callable[..., None], list[Shape]]] = {
+    **{case: (run_dpo, shapes) for case, shapes in DPO_CASES.items()},
+    "logps": (run_logps, [Shape(4, 1024, vocabulary=151936, width=4096)]),
+    "losses": (run_losses, [Shape(4, 1024, vocabulary=32000, width=2048)]),
+    **{case: (run_step, [narrow(4, 1024, lengths=(512,))]) for case in STEPS},
+}
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cuda, or cpu for a small run")] = "cuda",
+    only: Annotated[str, typer.Option(help="cases, comma-separated")] = ",".join(CASES),
+    match: Annotated[str, typer.Option(help="only lines of cases whose title contains this")] = "",
+    vocabulary: Annotated[int, typer.Option(help="instead of each case's")] = 0,
+    width: Annotated[int, typer.Option(help="of the hidden states, instead of each case's")] = 0,
+    dtype: str = "",
+    chunk_size: Annotated[int, typer.Option(help="rows; 0 for what the plan says")] = 0,
+    compiled: bool = True,
+    peers: bool = True,
+    repeats: int = 5,
+    out: Path = Path(__file__).parent / "results",
+) -> None:
+    cpu = device == "cpu"
+    if unknown := set(only.split(",")) - set(CASES):
+        raise typer.BadParameter(f"expected cases out of {tuple(CASES)}, got {sorted(unknown)}")
+    kind = getattr(torch, dtype or ("float32" if cpu else "bfloat16"))
+    options = {"chunk_size": chunk_size or None, "compiled": compiled}
+    bench = Benchmark("preference", torch.device(device), out, repeats=repeats, match=match, peers=peers)
+    for case in only.split(","):
+        run, shapes = CASES[case]
+        for shape in shapes:
+            sized = shape.small() if cpu else shape
+            sized = replace(sized, vocabulary=vocabulary or sized.vocabulary, width=width or sized.width)
+            run(bench, case, sized, kind, options)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    typer.run(main)
