@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,6 +33,11 @@ class _TokenScore(TokenStatistics):
     """Scores each projection on its own. Its steps are what is compiled, so all losses over pairs share them."""
 
     separate_outputs = True
+
+
+@lru_cache(maxsize=64)  # making modules takes longer than using them
+def _token_score(names: tuple[str, ...], options: tuple[tuple[str, Any], ...]) -> _TokenScore:
+    return _TokenScore(names, **dict(options))
 
 
 class _MeasuredLogps:
@@ -58,11 +64,11 @@ class SequenceEngine(_TokenScore):
         return self._loss_of_scores(scores, groups)
 
     def _score(self, call: Any, names: tuple[str, ...]) -> Any:
-        options: dict[str, Any] = {n: getattr(self, n) for n in ("logit_scale", "softcap", "temperature", "compiled")}
-        logps = _TokenScore(("logps",), **options)._score(call, names)
+        options = tuple((n, getattr(self, n)) for n in ("logit_scale", "softcap", "temperature", "compiled"))
+        logps = _token_score(("logps",), options)._score(call, names)
         if names == ("reference",) or self.names == ("logps",):
             return logps
-        return _MeasuredLogps(_TokenScore(self.names, **options)._score(call, names), logps)
+        return _MeasuredLogps(_token_score(self.names, options)._score(call, names), logps)
 
 
 class CoupledSequenceEngine(SequenceEngine):

@@ -7,16 +7,17 @@ own (a generalised JSD at beta 0 or 1), a Python float at that value takes it.
 
 ``DIVERGENCES`` has them by name. All work in log space from ``d = log p - log q``, in forms that vanish term by term
 where ``d`` does: equal rows give zero, and close rows lose no digits to cancellation. Logits of ``-inf`` are tokens
-that cannot occur.
+that cannot occur. Gradients are the student's: the teacher is a constant.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -28,19 +29,37 @@ FLOOR = -1e30  # log-probability of what cannot occur: its exp is zero, and its 
 TINY = 1e-30
 
 
-def log_probs(logits: Tensor) -> Tensor:  # (R, V) -> (R, V)
-    """Log-softmax over the last dimension, finite where logits are ``-inf``."""
+class LogProbs(NamedTuple):
+    """One side's distribution: its logits behind a softmax."""
+
+    raw: Tensor  # log-softmax, (R, V)
+    log: Tensor  # the same, finite where logits are -inf
+    p: Tensor  # probabilities; their gradient is not followed
+
+
+def normalized(logits: Tensor) -> LogProbs:
     wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    # Not log_softmax: inductor would write its shifted logits out, a tensor of size (R, V) for each side.
-    return (wide - wide.logsumexp(-1, keepdim=True)).clamp_min(FLOOR)
+    raw = wide.log_softmax(-1)
+    return LogProbs(raw, raw.clamp_min(FLOOR), raw.detach().exp())
 
 
-def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    if student.shape != teacher.shape or student.dim() != 2:
-        raise ValueError(
-            f"expected two tensors of logits (R, V), got {tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
-    return log_probs(student), log_probs(teacher)
+class OfLogits(Protocol):
+    core: Callable[..., Tensor]
+
+    def __call__(self, student: Tensor, teacher: Tensor, **numbers: Any) -> Tensor: ...
+
+
+def of_distributions(divergence: Callable[..., Tensor]) -> OfLogits:
+    """Make a function of two ``LogProbs`` one of two tensors of logits. Several terms may share the softmax: for those
+    the function itself stays there, as ``core``."""
+
+    @functools.wraps(divergence)
+    def of_logits(student: Tensor, teacher: Tensor, **numbers: Any) -> Tensor:
+        _same_width(student, teacher)
+        return divergence(normalized(student), normalized(teacher.detach()), **numbers)
+
+    of_logits.core = divergence  # type: ignore[attr-defined]
+    return of_logits  # type: ignore[return-value]
 
 
 def _is(number: Number, value: float) -> bool:
@@ -48,18 +67,26 @@ def _is(number: Number, value: float) -> bool:
     return not isinstance(number, Tensor) and number == value
 
 
-def _over_mixture(log_q: Tensor, log_p: Tensor, beta: Number) -> tuple[Tensor, Tensor]:
+def _sum(values: Tensor, slope: Tensor, log_q: Tensor) -> Tensor:  # (R, V) each -> (R,)
+    """The sum over tokens of ``values``, with ``slope`` as its derivative by ``log q``.
+
+    By the logits, that is ``slope - q sum(slope)``. Stated rather than derived: the forms below that keep the digits of
+    values have branches, whose derivatives would cost more than everything else together.
+    """
+    moves = (slope.detach() * log_q).sum(1)
+    return values.detach().sum(1) + (moves - moves.detach())
+
+
+def _over_mixture(q: LogProbs, p: LogProbs, beta: Number) -> tuple[Tensor, Tensor]:
     """``log(q/m)`` and ``log(p/m)`` for ``m = (1-beta) q + beta p``, 0 < beta < 1.
 
-    ``m`` is taken relative to the larger of p and q, so that nothing overflows, and ``log1p(c expm1(-|d|))`` keeps the
-    digits of a small ``d``. Both branches are smooth at ``d = 0``.
+    ``log1p`` and ``expm1`` keep the digits of a small ``d``. Beyond the limit q is nothing beside p, or p beside q.
     """
-    d = log_p - log_q
-    up = d > 0
-    e = torch.expm1(torch.where(up, -d, d))
-    share = torch.where(up, (1 - beta) * e, beta * e).clamp_min(2**-24 - 1)  # a beta that rounds to 1 in float32
-    log_m = torch.log1p(share)  # less the larger of log p and log q
-    return torch.where(up, -d, 0.0) - log_m, torch.where(up, 0.0, d) - log_m
+    limit = 600.0 if q.log.dtype == torch.float64 else 80.0
+    d = (p.log - q.log).clamp(-limit, limit)
+    share = (beta * torch.expm1(d)).clamp_min(2**-24 - 1)  # a beta that rounds to 1 in float32
+    q_over_m = -torch.log1p(share)
+    return q_over_m, d + q_over_m
 
 
 def _excess(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
@@ -77,102 +104,112 @@ def _excess(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
 # --- Kullback-Leibler and its relatives ------------------------------------------------------------------------------
 
 
-def kl(student: Tensor, teacher: Tensor) -> Tensor:
+@of_distributions
+def kl(student: LogProbs, teacher: LogProbs) -> Tensor:
     """Forward KL: ``sum p log(p/q)``. Its gradient by the student's logits is ``q - p``."""
-    log_q, log_p = _pair(student, teacher)
-    return _excess(log_p.exp(), log_q.exp(), log_p - log_q).sum(1)
+    return _sum(_excess(teacher.p, student.p, teacher.log - student.log), -teacher.p, student.log)
 
 
-def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+@of_distributions
+def reverse_kl(student: LogProbs, teacher: LogProbs) -> Tensor:
     """Reverse KL: ``sum q log(q/p)``. Its gradient is ``q (log(q/p) - RKL)``. Infinite where p is zero and q is not."""
-    log_q, log_p = _pair(student, teacher)
-    return _excess(log_q.exp(), log_p.exp(), log_q - log_p).sum(1)
+    r = student.log - teacher.log
+    return _sum(_excess(student.p, teacher.p, r), student.p * r, student.log)
 
 
-def jsd(student: Tensor, teacher: Tensor, *, beta: Number = 0.5) -> Tensor:
+@of_distributions
+def jsd(student: LogProbs, teacher: LogProbs, *, beta: Number = 0.5) -> Tensor:
     """Generalised Jensen-Shannon: ``beta KL(p|m) + (1-beta) KL(q|m)``, ``m = (1-beta) q + beta p``.
 
     Its gradient is ``(1-beta) q (log(q/m) - KL(q|m))``. By the convention of GKD, beta 0 is the forward and beta 1 the
     reverse KL (the formula itself is zero there).
     """
     if _is(beta, 0.0):
-        return kl(student, teacher)
+        return kl.core(student, teacher)
     if _is(beta, 1.0):
-        return reverse_kl(student, teacher)
-    log_q, log_p = _pair(student, teacher)
-    q_over_m, p_over_m = _over_mixture(log_q, log_p, beta)
-    return (beta * (log_p.exp() * p_over_m) + (1 - beta) * (log_q.exp() * q_over_m)).sum(1)
+        return reverse_kl.core(student, teacher)
+    q_over_m, p_over_m = _over_mixture(student, teacher, beta)
+    of_q = (1 - beta) * (student.p * q_over_m)
+    return _sum(beta * (teacher.p * p_over_m) + of_q, of_q, student.log)
 
 
-def skew_kl(student: Tensor, teacher: Tensor, *, skew: Number = 0.1) -> Tensor:
-    """Skew forward KL: ``KL(p | skew p + (1-skew) q)``; skew 0 is the forward KL."""
-    if _is(skew, 0.0):
-        return kl(student, teacher)
-    log_q, log_p = _pair(student, teacher)
-    _, p_over_m = _over_mixture(log_q, log_p, skew)
-    p = log_p.exp()
-    return _excess(p, skew * p + (1 - skew) * log_q.exp(), p_over_m).sum(1)
+@of_distributions
+def skew_kl(student: LogProbs, teacher: LogProbs, *, skew: Number = 0.1) -> Tensor:
+    """Skew forward KL: ``KL(p | m)``, ``m = skew p + (1-skew) q``; skew 0 is the forward KL.
 
-
-def skew_reverse_kl(student: Tensor, teacher: Tensor, *, skew: Number = 0.1, detach_mixture: bool = False) -> Tensor:
-    """Skew reverse KL: ``KL(q | (1-skew) p + skew q)``; skew 0 is the reverse KL.
-
-    With ``detach_mixture`` the mixture counts as a constant: the gradient is ``q (log(q/m) - KL(q|m))``.
+    Its gradient is ``q sum(c) - c`` with ``c = (1-skew) p q / m``.
     """
     if _is(skew, 0.0):
-        return reverse_kl(student, teacher)
-    log_q, log_p = _pair(student, teacher)
-    q_over_m, _ = _over_mixture(log_q, log_p, 1 - skew)
-    q = log_q.exp()
-    values = _excess(q, (1 - skew) * log_p.exp() + skew * q, q_over_m)
-    if detach_mixture:
-        slope = q * q_over_m.detach()
-        values = values.detach() + (slope - slope.detach())
-    return values.sum(1)
+        return kl.core(student, teacher)
+    q_over_m, p_over_m = _over_mixture(student, teacher, skew)
+    m = skew * teacher.p + (1 - skew) * student.p
+    return _sum(_excess(teacher.p, m, p_over_m), (skew - 1) * teacher.p * q_over_m.exp(), student.log)
 
 
-def alpha_beta(student: Tensor, teacher: Tensor, *, ab_alpha: Number = 0.2, ab_beta: Number = 0.7) -> Tensor:
+@of_distributions
+def skew_reverse_kl(
+    student: LogProbs, teacher: LogProbs, *, skew: Number = 0.1, detach_mixture: bool = False
+) -> Tensor:
+    """Skew reverse KL: ``KL(q | m)``, ``m = (1-skew) p + skew q``; skew 0 is the reverse KL.
+
+    Its gradient is ``c - q sum(c)`` with ``c = q (log(q/m) - skew q/m)``; with ``detach_mixture`` the mixture counts as
+    a constant: ``q (log(q/m) - KL(q|m))``.
+    """
+    if _is(skew, 0.0):
+        return reverse_kl.core(student, teacher)
+    q_over_m, _ = _over_mixture(student, teacher, 1 - skew)
+    q = student.p
+    values = _excess(q, (1 - skew) * teacher.p + skew * q, q_over_m)
+    # expm1: a multiple of q more or less changes nothing but the digits that are left.
+    through_m = 0.0 if detach_mixture else skew * torch.expm1(q_over_m)
+    return _sum(values, q * (q_over_m - through_m), student.log)
+
+
+@of_distributions
+def alpha_beta(student: LogProbs, teacher: LogProbs, *, ab_alpha: Number = 0.2, ab_beta: Number = 0.7) -> Tensor:
     """alpha-beta divergence (arXiv 2505.04560), with ``a = ab_alpha``, ``b = ab_beta`` and ``s = a + b``.
 
     ``-1/(a b) sum [p^a q^b - (a/s) p^s - (b/s) q^s]``; for ``b = 0`` its limit ``1/a^2 sum [p^a log(p^a/q^a) - p^a +
     q^a]``, which at ``a = 1`` is forward KL; for ``a = 0`` the same with p and q exchanged, reverse KL.
+    Its gradient is ``c - q sum(c)`` with ``c = (q^s - p^a q^b) / a``, or ``q^b log(q/p)`` for ``a = 0``.
     """
-    log_q, log_p = _pair(student, teacher)
-    a, b = ab_alpha, ab_beta
+    a, b, log_q, log_p = ab_alpha, ab_beta, student.log, teacher.log
     if _is(a, 0.0) and _is(b, 0.0):
         raise ValueError("expected ab_alpha or ab_beta above zero, got 0 for both")
     d = log_p - log_q
-    if _is(b, 0.0):
-        return _excess((a * log_p).exp(), (a * log_q).exp(), a * d).sum(1) / (a * a)
     if _is(a, 0.0):
-        return _excess((b * log_q).exp(), (b * log_p).exp(), -b * d).sum(1) / (b * b)
-    # Relative to the larger of p^s and q^s: exponents are not positive, and every term vanishes with d.
+        powered = (b * log_q).exp()
+        return _sum(_excess(powered, (b * log_p).exp(), -b * d) / (b * b), -powered * d, log_q)
+    # Relative to the larger of p and q: exponents are not positive, and every term vanishes with d.
     s = a + b
     up = d > 0
     x = torch.where(up, -d, d)
+    slope = torch.where(up, a * log_p + b * log_q, s * log_q).exp() * torch.expm1(a * x) * torch.where(up, 1, -1) / a
+    if _is(b, 0.0):
+        return _sum(_excess((a * log_p).exp(), (a * log_q).exp(), a * d) / (a * a), slope, log_q)
     largest = (s * torch.where(up, log_p, log_q)).exp()
     e = torch.expm1(s * x)
     inner = torch.expm1(torch.where(up, b * x, a * x)) - torch.where(up, (b / s) * e, (a / s) * e)
-    return -(largest * inner).sum(1) / (a * b)
+    return _sum(largest * inner / (-a * b), slope, log_q)
 
 
-def adaptive_kl(student: Tensor, teacher: Tensor, *, head: Number = 0.5) -> Tensor:
+@of_distributions
+def adaptive_kl(student: LogProbs, teacher: LogProbs, *, head: Number = 0.5) -> Tensor:
     """Adaptive KL: ``w KL(p|q) + (1-w) KL(q|p)``, ``w = gap_head / (gap_head + gap_tail)``, detached.
 
     The head are the teacher's most probable tokens, up to and including the one that brings their mass to ``head``
     (tokens that tie with it too); a gap is ``sum |p - q|`` over those tokens.
     """
-    log_q, log_p = _pair(student, teacher)
-    p, q = log_p.exp(), log_q.exp()
-    gap = (p - q).abs().detach()
-    ranked = p.detach().sort(1, descending=True).values
+    p, q = teacher.p, student.p
+    gap = (p - q).abs()
+    ranked = p.sort(1, descending=True).values
     before = ranked.cumsum(1) - ranked
     least = torch.where(before < head, ranked, torch.inf).amin(1, keepdim=True)
-    in_head = torch.where(p.detach() >= least, gap, 0.0).sum(1)
-    total = gap.sum(1)
+    in_head = torch.where(p >= least, gap, 0.0).sum(1, keepdim=True)
+    total = gap.sum(1, keepdim=True)
     w = torch.where(total > 0, in_head / total.clamp_min(TINY), 0.5)
-    d = log_p - log_q
-    return w * _excess(p, q, d).sum(1) + (1 - w) * _excess(q, p, -d).sum(1)
+    d = teacher.log - student.log
+    return _sum(w * _excess(p, q, d) + (1 - w) * _excess(q, p, -d), (w - 1) * q * d - w * p, student.log)
 
 
 def taid(student: Tensor, teacher: Tensor, *, t: Number = 0.4) -> Tensor:
@@ -180,19 +217,20 @@ def taid(student: Tensor, teacher: Tensor, *, t: Number = 0.4) -> Tensor:
 
     Its gradient is ``q - p_t``. It is an entropy, not zero, where the two are equal.
     """
-    log_q, _ = _pair(student, teacher)
-    start = student.detach()
+    _same_width(student, teacher)
+    start, teacher = student.detach(), teacher.detach()
     target = start if _is(t, 0.0) else teacher if _is(t, 1.0) else (1 - t) * start + t * teacher
-    return -(log_probs(target).exp() * log_q).sum(1)
+    return -(normalized(target).p * normalized(student).log).sum(1)
 
 
 # --- distances -------------------------------------------------------------------------------------------------------
 
 
-def tvd(student: Tensor, teacher: Tensor) -> Tensor:
+@of_distributions
+def tvd(student: LogProbs, teacher: LogProbs) -> Tensor:
     """Total variation: ``1/2 sum |p - q|``."""
-    log_q, log_p = _pair(student, teacher)
-    return 0.5 * (log_q.exp() - log_p.exp()).abs().sum(1)
+    gap = student.p - teacher.p
+    return _sum(0.5 * gap.abs(), 0.5 * student.p * gap.sign(), student.log)
 
 
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
@@ -212,8 +250,8 @@ def earth_mover(student: Tensor, teacher: Tensor, *, p: int = 1) -> Tensor:
 
     ``p=2`` squares the differences instead: the Cramér distance. The order of token ids carries no meaning.
     """
-    log_q, log_p = _pair(student, teacher)
-    gap = (log_q.exp() - log_p.exp()).cumsum(1)
+    _same_width(student, teacher)
+    gap = (student.softmax(1) - teacher.softmax(1)).cumsum(1)
     return (gap.square() if p == 2 else gap.abs()).sum(1) / max(gap.shape[1] - 1, 1)
 
 
@@ -223,8 +261,8 @@ def kvd(student: Tensor, teacher: Tensor, *, kernel: str = "linear", embedding: 
     ``kernel="linear"``: ``K = E E'`` with the unit rows of ``embedding`` ``(V, H)``, so ``|(q-p) E|^2``: two more
     products, there and back. ``kernel="delta"``: K is the identity, the Brier score between p and q.
     """
-    log_q, log_p = _pair(student, teacher)
-    gap = log_q.exp() - log_p.exp()
+    _same_width(student, teacher)
+    gap = student.softmax(1) - teacher.softmax(1)
     if kernel == "delta":
         return gap.square().sum(1)
     if embedding is None or embedding.shape[0] != gap.shape[1]:
@@ -241,7 +279,7 @@ def uld(student: Tensor, teacher: Tensor) -> Tensor:
 
     Blind to which token is which: for unlike tokenizers, not for a shared one.
     """
-    sides = [log_probs(z).exp().sort(1, descending=True).values for z in (student, teacher)]
+    sides = [z.softmax(1).sort(1, descending=True).values for z in (student, teacher)]
     width = max(side.shape[1] for side in sides)
     q, p = (F.pad(side, (0, width - side.shape[1])) for side in sides)
     return (q - p).abs().sum(1)
@@ -249,9 +287,12 @@ def uld(student: Tensor, teacher: Tensor) -> Tensor:
 
 def ce(student: Tensor, target: Tensor) -> Tensor:  # (R, V), (R,) -> (R,)
     """The hard loss: cross-entropy with the labels, ``-log q[target]``."""
-    index = torch.arange(student.shape[1], device=student.device)
-    at_target = torch.where(index == target[:, None], student, 0).sum(1)
-    return student.logsumexp(1) - at_target
+    return nll(student.log_softmax(1), target)
+
+
+def nll(log_q: Tensor, target: Tensor) -> Tensor:  # (R, V), (R,) -> (R,)
+    index = torch.arange(log_q.shape[1], device=log_q.device)
+    return -torch.where(index == target[:, None], log_q, 0).sum(1)
 
 
 def _same_width(student: Tensor, teacher: Tensor) -> None:
@@ -304,6 +345,11 @@ class Divergence:
             for i, p in enumerate(given)
             if (i > 1 or p.kind is p.KEYWORD_ONLY) and p.default is not empty
         }
+
+    @property
+    def core(self) -> Callable[..., Tensor] | None:
+        """The function of two ``LogProbs``, where it is one of distributions alone."""
+        return getattr(self.function, "core", None)
 
     def __call__(self, student: Tensor, teacher: Tensor, **numbers: Any) -> Tensor:
         return self.function(student, teacher, **numbers)

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from chunked_embed import ChunkPlan, FlexChunkLoss, LossOutput, Projection
 
-from .divergences import DIVERGENCES, FLOOR, Divergence, ce, log_probs
+from .divergences import DIVERGENCES, FLOOR, Divergence, LogProbs, nll, normalized
 
 Extra = tuple[tuple[Tensor, Tensor], ...]
 REPORTS = ("student_entropy", "teacher_agreement")
@@ -310,6 +310,9 @@ class DistillationLoss(FlexChunkLoss):
                 raise ValueError(f"expected {attribute} in [{least:g}, {most:g}], got {value!r}")
             if (name, value) in term.divergence.limits:
                 pinned.append((attribute, value))
+        for name in ("temperature", "student_logit_scale", "teacher_logit_scale"):
+            if getattr(self, name) == 1:  # all terms then share a softmax
+                pinned.append((name, 1.0))
         self.pinned = tuple(pinned)
         self.hard = self.weight_hard != 0
         self.soft = bool(self.terms) and self.weight_soft != 0
@@ -318,55 +321,82 @@ class DistillationLoss(FlexChunkLoss):
 
     def loss_fn(self, outputs: Any, rows: Any, hp: Any, columns: Any = None) -> Any:
         student = self._logits("student", outputs, hp)
-        total, metrics = student.new_zeros(student.shape[0]), {}
-        if self.soft:
-            sides = self._sides(student, outputs, rows, hp)
-            for term in self.terms:
-                value = self._term(term, sides, hp, columns)
-                metrics[term.label] = value
-                if term.divergence.tempered and self.scale_by_t2:
-                    value = value * hp.temperature**2
-                total = total + (hp.weight_soft if term.weight is None else getattr(hp, term.weight)) * value
-            for name in self.report:
-                if name == "teacher_agreement":
-                    ours, theirs = sides["common"]
-                    metrics[name] = (ours.detach().argmax(1) == theirs.argmax(1)).to(total.dtype)
+        total, metrics = student.z.new_zeros(student.z.shape[0]), {}
+        sides = self._sides(student, outputs, rows, hp) if self.soft else {}
+        for term in self.terms if self.soft else ():
+            value = self._term(term, sides, hp, columns)
+            metrics[term.label] = value
+            if term.divergence.tempered and self.scale_by_t2:
+                value = value * hp.temperature**2
+            total = total + (hp.weight_soft if term.weight is None else getattr(hp, term.weight)) * value
+        if self.soft and "teacher_agreement" in self.report:
+            ours, theirs = sides["common"]
+            metrics["teacher_agreement"] = (ours.z.detach().argmax(1) == theirs.z.argmax(1)).to(total.dtype)
         if self.hard:
-            metrics["ce"] = ce(student, rows["target"])
+            metrics["ce"] = nll(student.softmax().raw, rows["target"])
             total = total + hp.weight_hard * metrics["ce"]
         if "student_entropy" in self.report:
-            log_q = log_probs(student.detach())
-            metrics["student_entropy"] = -(log_q.exp() * log_q).sum(1)
+            q = student.softmax()
+            metrics["student_entropy"] = -(q.p * q.log.detach()).sum(1)
         return total, metrics
 
-    def _logits(self, side: str, outputs: Any, hp: Any) -> Tensor:
-        z = outputs[side] * getattr(hp, f"{side}_logit_scale")
+    def _logits(self, side: str, outputs: Any, hp: Any) -> Logits:
+        z, name = outputs[side], f"{side}_logit_scale"
+        if name not in dict(self.pinned):
+            z = _times(z, getattr(hp, name))
         cap = getattr(hp, f"{side}_softcap", None)
-        return z if cap is None else cap * torch.tanh(z / cap)
+        return Logits(z if cap is None else cap * torch.tanh(z / cap))
 
-    def _sides(self, student: Tensor, outputs: Any, rows: Any, hp: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    def _sides(self, student: Logits, outputs: Any, rows: Any, hp: Any) -> Sides:
         """Pairs of logits: "whole" vocabularies, and what they have in "common"."""
         teacher = self._logits("teacher", outputs, hp)
         ours, theirs = student, teacher
-        if student.shape[1] > teacher.shape[1]:
-            if self.vocabulary == "mask":
-                theirs = F.pad(teacher, (0, student.shape[1] - teacher.shape[1]), value=-torch.inf)
-            else:
-                ours = student[:, : teacher.shape[1]]
-        elif student.shape[1] < teacher.shape[1]:
-            theirs = teacher[:, : student.shape[1]]
+        more = student.z.shape[1] - teacher.z.shape[1]
+        if more > 0 and self.vocabulary == "mask":
+            theirs = Logits(F.pad(teacher.z, (0, more), value=-torch.inf))
+        elif more > 0:
+            ours = Logits(student.z[:, :-more])
+        elif more < 0:
+            theirs = Logits(teacher.z[:, :more])
         return {"common": (ours, theirs), "whole": (student, teacher)}
 
-    def _term(self, term: Term, sides: Mapping[str, tuple[Tensor, Tensor]], hp: Any, columns: Any) -> Tensor:
+    def _term(self, term: Term, sides: Sides, hp: Any, columns: Any) -> Tensor:
         pinned = dict(self.pinned)
         numbers = {name: pinned[a] if a in pinned else getattr(hp, a) for name, a in term.numbers}
         options = dict(term.options)
-        if options.get("kernel") == "linear":
-            options["embedding"] = columns["embedding"][: sides["common"][0].shape[1]]
         student, teacher = sides["common" if term.divergence.shared_vocabulary else "whole"]
-        if term.divergence.tempered:
-            student, teacher = student / hp.temperature, teacher / hp.temperature
-        return term.divergence.function(student, teacher, **numbers, **options)
+        if options.get("kernel") == "linear":
+            options["embedding"] = columns["embedding"][: student.z.shape[1]]
+        factor = 1 / hp.temperature if term.divergence.tempered and "temperature" not in pinned else None
+        if term.divergence.core is not None:
+            return term.divergence.core(student.softmax(factor), teacher.softmax(factor), **numbers, **options)
+        return term.divergence.function(student.times(factor), teacher.times(factor), **numbers, **options)
+
+
+class Logits:
+    """One side's logits in a chunk, and their softmax, formed once for all terms: it reads the whole of them."""
+
+    def __init__(self, z: Tensor) -> None:  # (R, V)
+        self.z = z
+        self.found: dict[bool, LogProbs] = {}
+
+    def times(self, factor: Tensor | None) -> Tensor:
+        return self.z if factor is None else _times(self.z, factor)
+
+    def softmax(self, factor: Tensor | None = None) -> LogProbs:
+        """Of the logits times ``factor``, the inverse temperature: of one value in a step."""
+        plain = factor is None
+        if plain not in self.found:
+            self.found[plain] = normalized(self.times(factor))
+        return self.found[plain]
+
+
+Sides: TypeAlias = dict[str, tuple[Logits, Logits]]
+
+
+def _times(z: Tensor, factor: Tensor) -> Tensor:
+    """``z * factor``, in a form that inductor does not take for a scaled softmax: for that it would read z twice."""
+    return (z * factor).clamp_min(FLOOR)
 
 
 def _finite(value: object) -> bool:
@@ -825,16 +855,16 @@ class TopKLoss(DistillationLoss):
         call["rows"] |= {"ids": ids, "logprobs": logprobs}
         return call
 
-    def _sides(self, student: Tensor, outputs: Any, rows: Any, hp: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    def _sides(self, student: Logits, outputs: Any, rows: Any, hp: Any) -> Sides:
         """Logits whose softmax at the loss's temperature are the few probabilities: log-probabilities, times it."""
-        log_p = rows["logprobs"].to(student.dtype)
+        log_p = rows["logprobs"].to(student.z.dtype)
         there = log_p > -torch.inf
-        index = rows["ids"].long().clamp(0, student.shape[1] - 1)
-        z = student / hp.temperature
+        index = rows["ids"].long().clamp(0, student.z.shape[1] - 1)
+        z = student.z / hp.temperature
         log_q = z.gather(1, index) - z.logsumexp(1, keepdim=True)
         log_q = torch.where(there, log_q, -torch.inf)
         if self.tail == "zero":
-            return {"common": (log_q, log_p)}
+            return {"common": (Logits(log_q), Logits(log_p))}
         log_q_tail = _log_rest(log_q)
         if self.tail == "renorm":
             log_p = log_p * (hp.teacher_temperature / hp.temperature)
@@ -842,12 +872,12 @@ class TopKLoss(DistillationLoss):
         else:
             log_p_tail = _log_rest(log_p)
         ours, theirs = torch.cat([log_q, log_q_tail], 1), torch.cat([log_p, log_p_tail], 1)
-        return {"common": (ours * hp.temperature, theirs * hp.temperature)}
+        return {"common": (Logits(ours * hp.temperature), Logits(theirs * hp.temperature))}
 
-    def _term(self, term: Term, sides: Mapping[str, tuple[Tensor, Tensor]], hp: Any, columns: Any) -> Tensor:
+    def _term(self, term: Term, sides: Sides, hp: Any, columns: Any) -> Tensor:
         if self.tail != "zero":
             return super()._term(term, sides, hp, columns)
-        log_q, log_p = (side.clamp_min(FLOOR) for side in sides["common"])
+        log_q, log_p = (side.z.clamp_min(FLOOR) for side in sides["common"])
         return (log_p.exp() * (log_p - log_q)).sum(1)
 
 

@@ -24,6 +24,9 @@ _BROKEN: set[str] = set()  # device types on which nothing can be compiled: no C
 _WARNED: set[str] = set()
 
 BACKEND = "inductor"
+# On a GPU a step is bound by memory: forming an element again is cheaper than a tensor of the outputs' size to keep it
+# in. Inductor keeps from 30 operations or 4 reads on; these are about what the longest divergence has.
+RECOMPUTE = {"realize_opcount_threshold": 400, "realize_reads_threshold": 32, "realize_acc_reads_threshold": 32}
 
 
 def warn_once(message: str) -> None:
@@ -97,7 +100,8 @@ class Step:
         if self.failed or self.device_type in _BROKEN:
             return self.eager(*args)
         if self.compiled is None:
-            self.compiled = torch.compile(self.eager, fullgraph=True, backend=BACKEND)
+            options = _inductor_options() if self.device_type == "cuda" and BACKEND == "inductor" else None
+            self.compiled = torch.compile(self.eager, fullgraph=True, backend=BACKEND, options=options)
             if self.rows_vary:
                 _mark_rows(args)
         try:
@@ -124,6 +128,12 @@ class Step:
             )
         else:
             warn_once(f"a chunk step could not be compiled and runs eagerly, slower ({reason})")
+
+
+def _inductor_options() -> dict[str, Any]:
+    import torch._inductor.config as config
+
+    return {name: value for name, value in RECOMPUTE.items() if hasattr(config, name)}
 
 
 def _mark_rows(args: tuple[Any, ...]) -> None:

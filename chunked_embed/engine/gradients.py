@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels.scale import scale_
 from .plan import Chunk
 from .problem import Problem
 from .products import addmm_, mm
@@ -122,10 +123,8 @@ def scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``grad * factor`` in ``dtype``, rounded once, without a wide copy. Out of place unless there is nothing to do."""
     if factor is None:
         return grad.to(dtype)
-    # A factor of one dimension takes part in type promotion: a 0-d one would be rounded to half precision first.
-    factor = factor.reshape(1)
-    result = torch.empty_like(grad, dtype=dtype)
+    result = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
     rows = grad.shape[0] if grad.numel() < BLOCK else max(1, BLOCK * grad.shape[0] // grad.numel())
-    for part, out in zip(grad.split(rows), result.split(rows), strict=True):
-        torch.mul(part, factor, out=out)
+    for part, out in zip(grad.contiguous().split(rows), result.split(rows), strict=True):
+        scale_(part, factor, out)
     return result

@@ -172,7 +172,7 @@ def test_not_available_on_cpu(monkeypatch):
     assert not available(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("file", ["test_triton.py", "test_triton_similarity.py"])
+@pytest.mark.parametrize("file", ["test_triton.py", "test_triton_similarity.py", "test_triton_scale.py"])
 def test_triton_in_the_interpreter(file):
     """Triton reads TRITON_INTERPRET once, when it is imported: a process of its own leaves the other tests alone."""
     pytest.importorskip("triton")

@@ -1,0 +1,23 @@
+"""The Triton side of `scale`. Its plain twin is in scale.py."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK, WARPS = 8192, 8
+
+
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(factor_ptr)
+    x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, x * factor, mask=at < n)
+
+
+def scale_(x: Tensor, factor: Tensor, out: Tensor) -> None:
+    n = x.numel()
+    if n:
+        factor = factor.to(torch.float32)
+        _scale_kernel[(triton.cdiv(n, BLOCK),)](x, factor, out, n, BLOCK=BLOCK, num_warps=WARPS)
