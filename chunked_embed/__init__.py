@@ -15,6 +15,7 @@ __all__ = [
     "Projection",
     "TokenLogps",
     "TokenStatistics",
+    "causal_lm",
     "functional",
     "linear_logps",
     "losses",
@@ -22,7 +23,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``functional`` and ``losses`` on first use: importing the package stays light."""
-    if name in ("functional", "losses"):
+    """Submodules on first use: importing the package stays light."""
+    if name in ("causal_lm", "functional", "losses"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

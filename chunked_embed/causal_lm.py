@@ -15,6 +15,7 @@ Works on models of transformers by their attributes; imports none of it.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MethodType
@@ -144,7 +145,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Head:
 
     def keep(head: Head) -> Tensor:
         head = head.detach()
-        if any(isinstance(m, torch.distributed.fsdp.FSDPModule) for m in model.modules()):
+        if any(hasattr(module, "unshard") for module in model.modules()):  # FSDP
             head = replace(head, weight=head.weight.clone())  # it goes back to shards behind the forward
         found.append(head)
         return head.hidden[:0].sum()
@@ -196,12 +197,15 @@ def _head(module: Any, hidden: Tensor, scale: float, softcap: float | None) -> H
 
 def _whole(parameter: Tensor) -> Tensor:
     """A sharded head that nothing has gathered: once, with gradients averaged over the processes as FSDP does."""
-    if not isinstance(parameter, torch.distributed.tensor.DTensor):
+    if "torch.distributed.tensor" not in sys.modules:  # nobody has made one, and its import is slow
+        return parameter
+    from torch.distributed.tensor import DTensor, Partial
+
+    if not isinstance(parameter, DTensor):
         return parameter
     if "tp" in (parameter.device_mesh.mesh_dim_names or ()):
         raise ValueError("expected an LM head that is whole or sharded by FSDP, got one sharded for tensor parallelism")
-    partial = [torch.distributed.tensor.Partial("avg")] * parameter.device_mesh.ndim
-    return parameter.full_tensor(grad_placements=partial)
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def _lora(module: Any, dtype: torch.dtype) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], ...]:
