@@ -43,6 +43,8 @@ bench: $(VENV)/bench.installed
 	$(BIN)/python benchmarks/embedding.py
 	$(BIN)/python benchmarks/contrastive.py
 	$(BIN)/python benchmarks/token_losses.py
+	$(BIN)/python benchmarks/preference.py
+	$(BIN)/python benchmarks/distillation.py
 
 clean:
 	rm -rf $(VENV) runs build dist docs/_build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

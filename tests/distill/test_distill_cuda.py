@@ -8,7 +8,7 @@ from distill_zoo import CASES, learning, make
 
 from distill import DistillLoss, TopKLoss
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")]
 SIZES = {"v": 1003, "vt": 1003}
 
 
