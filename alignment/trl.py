@@ -136,21 +136,29 @@ class _Chunked:
     ) -> tuple[LossOutput, Tensor | None]:  # fmt: skip
         """The loss of a batch, and the auxiliary loss of a mixture of experts."""
         loss = self.chunked_loss
+        metrics: dict[str, Tensor] = {}  # past the model's outputs, which mixed precision under FSDP2 rounds
 
-        def run(head: causal_lm.Head) -> LossOutput:
+        def run(head: causal_lm.Head) -> Tensor:
             loss.logit_scale, loss.logit_softcap = head.logit_scale, head.logit_softcap
             head = head.shifted(target.shape[1] + 1)
             extra = {**keywords, **reference, "bias": head.bias, "extra": head.extra}
-            return loss(head.hidden, head.weight, target, *given, **extra)
+            out = loss(head.hidden, head.weight, target, *given, **extra)
+            metrics.update(out.metrics)
+            return out.loss
 
         out = self._forward(model, inputs, run)
-        return out.value, out.aux_loss
+        return LossOutput(out.value, metrics), out.aux_loss
 
     def _token_logps(self, model: nn.Module, inputs: Mapping[str, Any], target: Tensor) -> Tensor:
         options = {name: getattr(self.chunked_loss, name) for name in ("chunk_size", "max_chunk_bytes", "compiled")}
         options["temperature"] = self.chunked_loss.temperature
         fn = lambda head: head.shifted(target.shape[1] + 1).logps(target, **options)  # noqa: E731
         return self._forward(model, inputs, fn).value
+
+    @property
+    def _reference_model(self) -> nn.Module:
+        trainer: Any = self
+        return trainer.model if trainer.ref_model is None else trainer.ref_model
 
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[nn.Module]:
@@ -162,7 +170,7 @@ class _Chunked:
             adapters = use_adapter(peft, adapter_name="ref" if "ref" in peft.peft_config else None)
         checkpointing = disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), checkpointing, adapters, trainer.accelerator.autocast():
-            yield trainer.model if trainer.ref_model is None else trainer.ref_model
+            yield self._reference_model
 
     def _means(self, sums: Means) -> dict[str, float]:
         """Means over the tokens or sequences of all processes, where there are any: one gather, one transfer."""
@@ -303,7 +311,7 @@ class ChunkedDPOTrainer(_Chunked, DPOTrainer):
         if self.precompute_ref_logps:
             logps = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
-            logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            logps = self.compute_ref_log_probs(self._reference_model, inputs)
         return {"ref_logps": torch.cat(logps)}
 
     def _compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
@@ -362,7 +370,7 @@ class ChunkedKTOTrainer(_Chunked, KTOTrainer):
         if self.precompute_ref_logps:
             ref_logps, ref_kl_logps = batch["ref_logps"], batch.get("ref_KL_logps")
         else:
-            ref_logps, ref_kl_logps = self.compute_ref_log_probs(self.ref_model or self.model, batch)
+            ref_logps, ref_kl_logps = self.compute_ref_log_probs(self._reference_model, batch)
         kl = None
         if (kl_logps := self._kl_logps(model, batch)) is not None:
             assert ref_kl_logps is not None

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .divergences import DIVERGENCES, Divergence
 from .losses import (
     AdaptiveKLLoss,
@@ -52,3 +54,12 @@ __all__ = [
     "TopKLoss",
     "ULDLoss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``DistillTrainer`` on first use: it brings transformers."""
+    if name == "DistillTrainer":
+        from .trainer import DistillTrainer
+
+        return DistillTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
