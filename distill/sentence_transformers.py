@@ -1,0 +1,293 @@
+"""Embedding distillation for the sentence-transformers trainer: a small student learns a teacher's similarities.
+
+::
+
+    loss = EmbedDistillLoss(student, teacher, loss="kl", scale=20.0)
+    SentenceTransformerTrainer(model=student, train_dataset=dataset, loss=loss).train()
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chunked_embed import FlexChunkLoss
+from chunked_embed.gather import ranks
+from chunked_embed.losses._bags import is_bag
+from chunked_embed.losses._base import ChunkedLoss
+from chunked_embed.losses._compat import SentenceTransformer, callable_name, embed_columns
+from chunked_embed.losses._learnable import averaged
+from chunked_embed.losses.gist import _MiniBatches
+
+from .losses import DistillationLoss, DistillLoss, Term, TopKLoss
+
+
+class EmbedDistillLoss(ChunkedLoss, nn.Module):
+    """``D(softmax(scale cos(student)), softmax(scale cos(teacher))) + hidden_weight * distance(P student, teacher)``.
+
+    D is any divergence of ``distill``, between what the two think of the texts of a batch. Of several columns, row i of
+    the first one is compared with all rows of the others (a query with documents); of one column, every text with all
+    others (in the mean of "mse" its own counts, as an agreement). No N x N matrix is held. With ``hidden`` each
+    embedding is compared with the teacher's, too.
+
+    Args:
+        model: The student.
+        teacher: A SentenceTransformer, which is frozen and put in evaluation mode; a function from a list of texts to
+            their embeddings; or None, where the dataset's ``label`` column has the teacher's embeddings. A teacher that
+            reads other tokens than the student, and a function, get texts that were decoded from the student's tokens:
+            truncated like them, and without prompts. Labels have none of these limits, and the teacher runs once.
+        loss: The name of a divergence ("kl", "jsd", ...), terms of a :class:`~distill.DistillLoss`, a
+            :class:`~distill.DistillationLoss`, whose numbers may change during training, or None for ``hidden`` alone.
+            The hard loss ("ce") is InfoNCE: a row's own text in the second column is right.
+        scale: Factor on the cosine similarities.
+        hidden: "cosine": ``mean(1 - cos(P student, teacher))``; "mse": ``mean((P student - teacher)^2)``.
+        hidden_weight: Factor of it.
+        teacher_scale: Factor on the teacher's similarities, where it is another one.
+        teacher_dim: Of the teacher's embeddings; only a SentenceTransformer is asked. Where ``hidden`` needs it and it
+            is not the student's, P is a learnable ``nn.Linear``, ``self.projection`` (no part of the saved model).
+            Otherwise P is the identity.
+        options: See :class:`~chunked_embed.losses.Options`; those of chunks count for a ``loss`` that is made here.
+            With ``gather_across_devices`` texts are compared with those of all processes.
+
+    Inputs: one column of texts or more. Labels, without a teacher: (N, D), or (N, columns, D) for several columns.
+
+    Raises:
+        ValueError: no teacher and no labels, shapes or numbers that do not fit.
+
+    The name is that of a loss of sentence-transformers which does what ``hidden`` does, from labels.
+
+    References: https://arxiv.org/abs/2101.04731 (similarity distributions), https://arxiv.org/abs/2301.12005 (hidden)
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        teacher: SentenceTransformer | Callable[[list[str]], Any] | None = None,
+        loss: str | Sequence[tuple] | DistillationLoss | None = "kl",
+        scale: float = 20.0,
+        hidden: Literal["cosine", "mse"] | None = None,
+        hidden_weight: float = 1.0,
+        *,
+        teacher_scale: float | None = None,
+        teacher_dim: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if teacher is not None and not callable(teacher):
+            raise TypeError(f"expected a SentenceTransformer, a function or None as teacher, got {teacher!r}")
+        if isinstance(loss, TopKLoss):
+            raise TypeError("expected a divergence of whole distributions, got a TopKLoss")
+        if hidden not in (None, "cosine", "mse"):
+            raise ValueError(f'expected hidden to be "cosine", "mse" or None, got {hidden!r}')
+        if loss is None and hidden is None:
+            raise ValueError("expected a loss or hidden, got None for both")
+        teacher_scale = scale if teacher_scale is None else teacher_scale
+        for name, value in (("scale", scale), ("teacher_scale", teacher_scale), ("hidden_weight", hidden_weight)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"expected {name} to be positive and finite, got {value!r}")
+        self._set_options(**options)
+        self.gather_across_devices: bool
+        self._given = loss
+        self.model = model
+        self.scale, self.teacher_scale = scale, teacher_scale
+        self.hidden, self.hidden_weight = hidden, hidden_weight
+        terms = [(loss, 1.0)] if isinstance(loss, str) else loss
+        self.loss = DistillLoss(terms, **self._chunking) if isinstance(terms, Sequence) else terms
+        if isinstance(teacher, SentenceTransformer):
+            teacher.requires_grad_(False).eval()
+            self._same_tokens = _reads_the_same(model, teacher)
+            teacher_dim = teacher.get_embedding_dimension()
+        self.teacher = teacher
+        self._tokenizer = getattr(model, "tokenizer", None)
+        width = model.get_embedding_dimension()
+        self.projection: nn.Linear | None = None
+        if hidden and teacher_dim not in (None, width):
+            self.projection = nn.Linear(width, teacher_dim, device=model.device)
+
+    def train(self, mode: bool = True) -> EmbedDistillLoss:
+        super().train(mode)
+        if isinstance(self.teacher, nn.Module):
+            self.teacher.eval()
+        return self
+
+    def compute_loss_from_embeddings(self, embeddings: Iterable[Tensor], labels: Any = None) -> Tensor:
+        """The loss of the student's embeddings, one tensor (N, D) a column, and the teacher's: likewise, or labels."""
+        return self._loss(list(embeddings), labels)
+
+    @property
+    def _fusable(self) -> bool:
+        return False
+
+    @property
+    def _normalizes(self) -> bool:
+        return self.hidden != "mse" and self.projection is None
+
+    # ---- the teacher
+
+    @torch.no_grad()
+    def _targets(self, features: list[dict[str, Tensor]], labels: Any) -> Any:
+        """The teacher's embeddings, which take the place of labels."""
+        if self.teacher is None:
+            return labels
+        if isinstance(self.teacher, SentenceTransformer):
+            if self._same_tokens and self.uses_gradient_cache:
+                return [_MiniBatches(self.teacher, self).embed(dict(column)) for column in features]
+            if self._same_tokens:
+                return embed_columns(self.teacher, [dict(column) for column in features])
+            size = self.mini_batch_size or 32
+            return [
+                # Those of encode() are inference tensors, which no backward pass may keep.
+                self.teacher.encode(
+                    self._texts(column), batch_size=size, convert_to_tensor=True, show_progress_bar=False
+                ).clone()
+                for column in features
+            ]
+        return [torch.as_tensor(self.teacher(self._texts(column))) for column in features]
+
+    def _texts(self, column: dict[str, Tensor]) -> list[str]:
+        if self._tokenizer is None or "input_ids" not in column:
+            raise ValueError(f"expected tokens to decode for the teacher, got {sorted(column)}: give it as labels")
+        ids = column["input_ids"]
+        if is_bag(column):
+            rows: Any = ids.tensor_split(column["offsets"][1:].cpu())
+        elif "cu_seq_lens_q" in column:  # one sequence, which holds all rows
+            rows = ids[0].tensor_split(column["cu_seq_lens_q"][1:-1].long().cpu())
+        else:
+            rows = ids
+        decode = getattr(self._tokenizer, "decode_batch", None) or self._tokenizer.batch_decode
+        return decode([row.tolist() for row in rows], skip_special_tokens=True)
+
+    def _columns(self, embeddings: list[Tensor], labels: Any) -> list[Tensor]:
+        """The teacher's embeddings of each column, (N, D)."""
+        if labels is None:
+            raise ValueError("expected a teacher, or its embeddings as labels, got neither")
+        if isinstance(labels, Tensor):
+            labels = labels.unbind(1) if labels.dim() == 3 else [labels]
+        columns = [column.detach().to(embeddings[0]) for column in labels]
+        shapes = [tuple(column.shape) for column in columns]
+        if [shape[:1] for shape in shapes] != [column.shape[:1] for column in embeddings] or len(set(shapes)) != 1:
+            expected = f"{len(embeddings)} columns of {len(embeddings[0])} embeddings"
+            raise ValueError(f"expected the teacher's embeddings of {expected}, got shapes {shapes}")
+        return columns
+
+    # ---- the loss
+
+    def _loss(self, embeddings: list[Tensor], labels: Any, **projection: Any) -> Tensor:
+        wide = torch.promote_types(embeddings[0].dtype, torch.float32)
+        student = [column.to(wide) for column in embeddings]
+        teacher = self._columns(student, labels)
+        processes = ranks(student[0], self.gather_across_devices)
+        total = student[0].new_zeros(())
+        if self.loss is not None:
+            total = total + self._similarities(self.loss, student, teacher, processes)
+        if self.hidden is not None:
+            distances = [self._distance(*sides) for sides in zip(student, teacher)]
+            total = total + self.hidden_weight * torch.stack(distances).mean()
+        return processes.share(total)
+
+    def _similarities(
+        self, loss: DistillationLoss, student: list[Tensor], teacher: list[Tensor], processes: Any
+    ) -> Tensor:
+        alone = len(student) == 1
+        sides = []
+        for columns, scale in ((student, self.scale), (teacher, self.teacher_scale)):
+            query, *documents = (F.normalize(column, dim=1) for column in columns)
+            sides += [scale * query, torch.cat(processes.gather(*(documents or [query])))]
+        own = processes.offset + torch.arange(len(student[0]), device=student[0].device)
+        if not alone:
+            return loss(*sides, target=own).loss
+        if len(sides[1]) < 2:
+            return 0 * sides[0].sum()  # the last batch of an epoch may be a single text
+        loss = _others_only(loss)
+        call = loss._call(*sides)
+        call["rows"]["own"] = own
+        return FlexChunkLoss.forward(loss, **call).loss
+
+    def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.projection is not None:
+            weight, bias = (averaged(p).to(student.dtype) for p in (self.projection.weight, self.projection.bias))
+            student = F.linear(student, weight, bias)
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"expected embeddings of the teacher of width {student.shape[1]}, got {teacher.shape[1]}: "
+                "hidden needs its teacher_dim where it is not the student's"
+            )
+        if self.hidden == "mse":
+            return F.mse_loss(student, teacher)
+        return 1 - F.cosine_similarity(student, teacher, dim=1).mean()
+
+    def get_config_dict(self) -> dict[str, Any]:
+        given = self._given
+        name = type(given).__name__ if isinstance(given, DistillationLoss) else given
+        if isinstance(name, Sequence) and not isinstance(name, str):
+            name = [(kind if isinstance(kind, str) else callable_name(kind), *rest) for kind, *rest in name]
+        return {
+            "loss": name,
+            "scale": self.scale,
+            "teacher_scale": self.teacher_scale,
+            "hidden": self.hidden,
+            "hidden_weight": self.hidden_weight,
+            **self._changed_options(),
+        }
+
+    @property
+    def citation(self) -> str:
+        return """
+@inproceedings{fang2021seed,
+    title={{SEED}: Self-supervised Distillation For Visual Representation},
+    author={Fang, Zhiyuan and Wang, Jianfeng and Wang, Lijuan and Zhang, Lei and Yang, Yezhou and Liu, Zicheng},
+    booktitle={International Conference on Learning Representations},
+    year={2021},
+    url={https://arxiv.org/abs/2101.04731}
+}
+"""
+
+
+def _reads_the_same(model: SentenceTransformer, teacher: SentenceTransformer) -> bool:
+    mine, other = getattr(model, "tokenizer", None), getattr(teacher, "tokenizer", None)
+    if mine is None or other is None or type(mine) is not type(other) or mine.get_vocab() != other.get_vocab():
+        return False
+    return (teacher.max_seq_length or math.inf) >= (model.max_seq_length or math.inf)
+
+
+# ---- texts of one column: none is compared with itself
+
+
+class _OthersOnly:
+    """Mixed in before a divergence's class: ``rows["own"]`` is the column that a row leaves out.
+
+    To a softmax that is -inf; to a distance of logits, two zeros, which differ by nothing.
+    """
+
+    terms: tuple[Term, ...]
+
+    def loss_fn(self, outputs: Any, rows: Any, hp: Any, columns: Any = None) -> Any:
+        value = -torch.inf if any(term.divergence.tempered for term in self.terms) else 0.0
+        index = torch.arange(outputs["student"].shape[1], device=outputs["student"].device)
+        filled = {name: z.masked_fill(index == rows["own"][:, None], value) for name, z in outputs.items()}
+        return super().loss_fn(filled, rows, hp, columns)  # type: ignore[misc]
+
+
+@cache
+def _without_own(kind: Any) -> type:
+    return type(kind.__name__, (_OthersOnly, kind), {})
+
+
+def _others_only(loss: DistillationLoss) -> DistillationLoss:
+    """The same loss with the numbers of this moment, and the own text left out."""
+    if len({term.divergence.tempered for term in loss.terms}) > 1:
+        labels = [term.label for term in loss.terms]
+        raise ValueError(f"expected terms that all take a softmax, or none, for texts of one column, got {labels}")
+    if loss.student_softcap is not None or loss.teacher_softcap is not None:
+        raise ValueError("expected no soft-cap for texts of one column, each of which leaves itself out")
+    kind: Any = type(loss)
+    view = copy.copy(loss)
+    view.__class__ = _without_own(kind)
+    return view

@@ -1,0 +1,420 @@
+"""``DistillTrainer``: off-policy distillation with ``transformers.Trainer``, without either model's logits.
+
+::
+
+    from distill import DistillTrainer, JSDLoss
+
+    trainer = DistillTrainer(
+        model=student,
+        teacher_model=teacher,
+        loss=JSDLoss(temperature=2.0, weight_hard=0.5, weight_soft=0.5),
+        args=TrainingArguments(...),
+        train_dataset=dataset,  # input_ids, or a text column and processing_class=tokenizer
+    )
+    trainer.train()
+
+The loss runs inside the student's own forward, where its head would (``chunked_embed.causal_lm``), so that DDP, FSDP
+and PEFT see an ordinary one. Written for transformers 5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+except ImportError as missing:
+    raise ImportError(
+        f"expected transformers 5 and accelerate (pip install 'transformers[torch]'): {missing}"
+    ) from missing
+
+from chunked_embed import causal_lm
+
+from .divergences import DIVERGENCES
+from .losses import REPORTS, DistillationLoss, DistillLoss, TopKLoss
+
+__all__ = ["DistillCollator", "DistillTrainer"]
+
+OFFLINE = ("teacher_ids", "teacher_logprobs")
+COLUMNS = ("input_ids", "attention_mask", "labels", *OFFLINE)
+Schedule = Mapping[str, Callable[[float], float]]
+
+
+class Distilling:
+    """What the trainers share, in front of a ``Trainer``: the loss in the student's forward, and means over tokens.
+
+    A trainer calls ``_open`` in its constructor and, after that of its library, ``_attach``.
+    """
+
+    loss: DistillationLoss
+    teacher_model: Any
+    model: Any  # these are Trainer's
+    args: Any
+    accelerator: Any
+
+    def _open(self, loss: DistillationLoss, report: Sequence[str] | None, check: bool) -> None:
+        if loss.ignore_index != -100:
+            raise ValueError(
+                f"expected a loss with ignore_index=-100, as trainers count labels, got {loss.ignore_index}"
+            )
+        possible = REPORTS[:1] if isinstance(loss, TopKLoss) else REPORTS
+        loss.report = possible if report is None else tuple(report)
+        if unknown := [name for name in loss.report if name not in possible]:
+            raise ValueError(f"expected report of {type(loss).__name__} among {list(possible)}, got {unknown}")
+        self.loss = loss
+        self._unchecked = bool(check)
+        self._sums: dict[str, dict[str, tuple[Any, Any]]] = {"train": {}, "eval": {}}
+
+    def _attach(self) -> None:
+        causal_lm.attach(self.model)  # after what the constructor may have done to its forward
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"expected a process for each GPU (torchrun, accelerate), got {self.args.n_gpu} GPUs in one"
+            )
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+            raise ValueError("expected whole sequences on each process, got context or sequence parallelism")
+
+    # --- the loss ---
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss, and the model's own outputs (by another forward) where they are asked for."""
+        if inputs.get("labels") is None:
+            raise ValueError(f"expected labels in what data_collator returns, got {sorted(inputs)}")
+        arguments = {**self._arguments(inputs), "use_cache": False}
+        length = inputs["input_ids"].shape[1]
+        target = inputs["labels"][:, 1:]
+        if self._unchecked:
+            self._unchecked = False
+            causal_lm.check(model, arguments)
+            if self.teacher_model is not None:
+                with self.accelerator.autocast():
+                    causal_lm.check(self.teacher_model, arguments)
+        teacher, options = self._teach(inputs, arguments)
+        if num_items_in_batch is not None:  # at least one: a step may consist of ignored tokens
+            options["num_items"] = torch.as_tensor(num_items_in_batch).clamp_min(1)
+
+        metrics: dict[str, Tensor] = {}  # past the model's outputs, which mixed precision under FSDP2 rounds
+
+        def run(head: causal_lm.Head) -> Tensor:
+            self.loss.student_logit_scale, self.loss.student_softcap = head.logit_scale, head.logit_softcap
+            head = head.shifted(length)
+            labels = target.to(head.hidden.device)
+            states = (head.hidden, head.weight, *teacher, labels, head.bias)
+            out = self.loss(*states, student_extra=head.extra, **options)
+            metrics.update(out.metrics)
+            return out.loss
+
+        out = model(**arguments, head_fn=run)
+        loss = out.value
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # Gradients are averaged over the processes, but this sum was divided by the tokens of all of them.
+            loss = loss * self.accelerator.num_processes
+        if out.aux_loss is not None:
+            steps = getattr(self, "current_gradient_accumulation_steps", 1) if model.training else 1
+            loss = loss + self.model.config.get_text_config().router_aux_loss_coef / steps * out.aux_loss
+        self._store("train" if model.training else "eval", metrics, target != self.loss.ignore_index)
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**arguments)
+
+    def _arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the models are called with."""
+        raise NotImplementedError
+
+    def _teach(self, inputs: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The teacher's arguments of the loss: in order, and by name."""
+        if self.teacher_model is None or self.loss.weight_soft == 0:
+            return (None, None), {}
+        with self.accelerator.autocast():
+            head = causal_lm.capture(self.teacher_model, arguments).shifted(inputs["input_ids"].shape[1])
+            extra = head.extra
+        self.loss.teacher_logit_scale, self.loss.teacher_softcap = head.logit_scale, head.logit_softcap
+        return (head.hidden, head.weight), {"teacher_bias": head.bias, "teacher_extra": extra}
+
+    # --- what is logged ---
+
+    def _store(self, mode: str, metrics: Mapping[str, Tensor], valid: Tensor) -> None:
+        """Sums over tokens: in training those of this process, in evaluation of all, without rows that only fill up."""
+        table = torch.stack([*metrics.values(), valid.float()], -1).sum(1)  # (B, metrics + 1)
+        if mode == "eval":
+            table = self.accelerator.gather_for_metrics(table)
+        *totals, count = table.sum(0).unbind()
+        kept = self._sums[mode]
+        for name, total in zip(metrics, totals, strict=True):
+            before, seen = kept.get(name, (0.0, 0.0))
+            kept[name] = before + total, seen + count
+
+    def _means(self, mode: str) -> dict[str, float]:
+        """The means since the last call, over all processes."""
+        kept, self._sums[mode] = self._sums[mode], {}
+        if not kept:
+            return {}
+        table = torch.stack([torch.stack(pair) for pair in kept.values()])
+        if mode == "train":
+            table = self.accelerator.gather(table[None]).sum(0)
+        return {name: total / count for name, (total, count) in zip(kept, table.tolist(), strict=True) if count}
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:  # of training: an evaluation has eval_loss, and what follows
+            logs.update(self._means("train"))
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self._sums["eval"] = {}
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in self._means("eval").items()})
+        return output
+
+
+class DistillTrainer(Distilling, Trainer):
+    """``transformers.Trainer`` with a distillation loss.
+
+    The loss is the mean over the tokens of a step, whatever the micro-batches and processes that they come in. Logged,
+    in training and (``eval_*``) in evaluation: each term of the loss, ``student_entropy`` and ``teacher_agreement``, as
+    means over tokens.
+
+    Args:
+        model: the student, a causal language model of transformers, or one with adapters of PEFT.
+        teacher_model: the teacher, of the same tokenizer. Its vocabulary may be of another size (the loss's
+            ``vocabulary``). It is put into eval mode and never trained. None with ``TopKLoss``.
+        loss: a ``DistillationLoss``, or the name of a divergence, which is then weighed like the hard loss: half and
+            half. By default "kl". Its logit scales and soft-caps are set to the models', its ``report`` to ``report``.
+        data_collator: by default ``DistillCollator()``.
+        train_dataset, eval_dataset: with ``input_ids``, and perhaps ``attention_mask`` and ``labels`` (aligned with
+            ``input_ids``; -100 is ignored; by default the ids themselves, without padding); or with ``text``, which
+            ``processing_class`` turns into at most ``max_length`` ids. For ``TopKLoss`` also ``teacher_ids`` and
+            ``teacher_logprobs``, (tokens, K) each: entry t is the teacher's distribution of the token after t.
+        schedule: attributes of the loss as functions of progress, which is 0 at the first step and 1 at the last:
+            ``{"t": lambda progress: 0.4 + 0.6 * progress}``.
+        report: which of "student_entropy" and "teacher_agreement" to log. By default both, if the loss can.
+        check: at the first batch, compare each model's log-probabilities through its head with its own logits'.
+        trainer_options: ``Trainer``'s other arguments.
+
+    Raises:
+        TypeError, ValueError: what makes no sense, in the constructor as far as it shows there.
+    """
+
+    train_dataset: Any
+    eval_dataset: Any
+    _signature_columns: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher_model: nn.Module | None = None,
+        loss: DistillationLoss | str | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        max_length: int | None = 1024,
+        schedule: Schedule | None = None,
+        report: Sequence[str] | None = None,
+        check: bool = True,
+        **trainer_options: Any,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected model to be a module, got {type(model).__name__}")
+        if trainer_options.get("compute_loss_func") is not None:
+            raise TypeError("expected no compute_loss_func: the loss is the argument loss")
+        if args is not None and args.label_smoothing_factor != 0:
+            raise ValueError(f"expected label_smoothing_factor=0, got {args.label_smoothing_factor}")
+        self._open(_loss(loss), report, check)
+        self.offline = isinstance(self.loss, TopKLoss)
+        schedule = _schedule(schedule, self.loss)
+        self._check_teacher(model, teacher_model)
+        self.teacher_model = teacher_model
+        self.max_length = max_length
+        self._own_collator = data_collator is None
+        super().__init__(
+            model,
+            args,
+            data_collator or DistillCollator(),
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            **trainer_options,
+        )
+        self._attach()
+        self.model_accepts_loss_kwargs = True  # have the tokens of a step counted ...
+        self._loss_shifts_labels = True  # ... without the first of each sequence, which no state predicts
+        with self.args.main_process_first(desc="tokenising"):
+            self.train_dataset = self._prepare(self.train_dataset)
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = {name: self._prepare(data) for name, data in self.eval_dataset.items()}
+            else:
+                self.eval_dataset = self._prepare(self.eval_dataset)
+        if teacher_model is not None:
+            placed = getattr(teacher_model, "hf_device_map", None) or getattr(teacher_model, "is_quantized", False)
+            if not placed:
+                teacher_model.to(self.args.device)
+            teacher_model.eval()
+        if schedule:
+            self.add_callback(_Scheduled(self.loss, schedule))
+
+    def _check_teacher(self, model: nn.Module, teacher: nn.Module | None) -> None:
+        if teacher is None:
+            if self.loss.terms and self.loss.weight_soft != 0 and not self.offline:
+                raise ValueError(f"expected a teacher_model for {type(self.loss).__name__}, got None")
+            return
+        if self.offline:
+            raise ValueError("expected no teacher_model: TopKLoss reads the dataset's teacher_ids and teacher_logprobs")
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(f"expected teacher_model to be a module, got {type(teacher).__name__}")
+        trained = {id(p) for p in model.parameters() if p.requires_grad}
+        if teacher is model or any(id(p) in trained for p in teacher.parameters()):
+            raise ValueError("expected a teacher_model apart from the model, got one that would be trained with it")
+        causal_lm.attach(teacher)
+
+    # --- the data ---
+
+    def _prepare(self, dataset: Any) -> Any:
+        """Tokenise, if need be, and check the columns of a ``datasets.Dataset``; others are taken as they are."""
+        columns = getattr(dataset, "column_names", None)
+        if columns is None:
+            return dataset
+        if "input_ids" not in columns:
+            if "text" not in columns or self.offline:
+                wanted = "input_ids" if self.offline else "input_ids or text"
+                raise ValueError(f"expected a dataset with a column {wanted}, got {sorted(columns)}")
+            if self.processing_class is None:
+                raise ValueError("expected a processing_class (a tokenizer) for a dataset of text, got None")
+            options = {"truncation": self.max_length is not None, "max_length": self.max_length}
+            tokenizer = self.processing_class
+            return dataset.map(lambda rows: tokenizer(rows["text"], **options), batched=True, remove_columns=columns)
+        if self.offline and (lacking := [name for name in OFFLINE if name not in columns]):
+            raise ValueError(f"expected a dataset with {list(OFFLINE)} for TopKLoss, got none of {lacking}")
+        if self._own_collator:
+            self._set_signature_columns_if_needed()
+            if unknown := sorted((set(columns) & set(self._signature_columns)) - set(COLUMNS)):
+                raise ValueError(
+                    f"expected a data_collator for the columns {unknown}, which the default one leaves out"
+                )
+        return dataset
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        return super().get_eval_dataloader(self._prepare(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        return super().get_test_dataloader(self._prepare(test_dataset))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *COLUMNS]))
+
+    # --- the loss ---
+
+    def _arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if name not in ("labels", *OFFLINE)}
+
+    def _teach(self, inputs: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if not self.offline:
+            return super()._teach(inputs, arguments)
+        if lacking := [name for name in OFFLINE if inputs.get(name) is None]:
+            raise ValueError(f"expected {lacking} in what data_collator returns, got {sorted(inputs)}")
+        return tuple(inputs[name][:, :-1] for name in OFFLINE), {}
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss, outputs.logits, inputs["labels"]
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+class DistillCollator:
+    """Rows of a dataset to a batch, padded on the right: ids with 0, labels with -100, what an offline teacher said
+    with no entries.
+
+    Labels are the ids where none are given, without padding and what comes right behind it.
+    """
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        found = [self._row(row) for row in rows]
+        length = max(len(row["input_ids"]) for row in found)
+        filler = {"labels": -100, "teacher_logprobs": -math.inf}
+        batch = {}
+        for name in found[0]:
+            value = filler.get(name, 0)
+            sides = (0, 0) if name in OFFLINE else ()  # of the last dimension, K
+            batch[name] = torch.stack(
+                [F.pad(row[name], (*sides, 0, length - len(row[name])), value=value) for row in found]
+            )
+        return batch
+
+    @staticmethod
+    def _row(row: Mapping[str, Any]) -> dict[str, Tensor]:
+        if row.get("input_ids") is None:
+            raise ValueError(f"expected rows with input_ids, got {sorted(row)}")
+        made = {name: torch.as_tensor(row[name]) for name in COLUMNS if row.get(name) is not None}
+        ids = made["input_ids"] = made["input_ids"].long()
+        mask = made.setdefault("attention_mask", torch.ones_like(ids))
+        if "labels" not in made:
+            behind = F.pad(mask[:-1], (1, 0), value=1)
+            made["labels"] = torch.where((mask > 0) & (behind > 0), ids, -100)
+        for name, value in made.items():
+            if len(value) != len(ids):
+                raise ValueError(f"expected {name} of {len(ids)} tokens, as input_ids has, got {len(value)}")
+            if value.dim() != (2 if name in OFFLINE else 1):
+                raise ValueError(
+                    f"expected {name} of shape (tokens{', K' * (name in OFFLINE)}), got {tuple(value.shape)}"
+                )
+        return made
+
+
+class _Scheduled(TrainerCallback):
+    """Numbers of a loss by the progress of training. They follow from the step, so a resumed run has them too."""
+
+    def __init__(self, loss: DistillationLoss, schedule: Schedule) -> None:
+        self.loss, self.schedule = loss, schedule
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        progress = min(state.global_step / max(state.max_steps - 1, 1), 1.0)
+        for name, function in self.schedule.items():
+            setattr(self.loss, name, float(function(progress)))
+
+    on_train_begin = on_step_begin  # for an evaluation before the first step
+
+
+def _loss(loss: DistillationLoss | str | None) -> DistillationLoss:
+    if isinstance(loss, DistillationLoss):
+        return loss
+    name = "kl" if loss is None else loss
+    if not isinstance(name, str):
+        raise TypeError(f"expected loss to be a DistillationLoss or a name, got {type(loss).__name__}")
+    if name not in DIVERGENCES:
+        raise ValueError(f"expected loss to be a DistillationLoss or one of {sorted(DIVERGENCES)}, got {name!r}")
+    return DistillLoss([("ce", 0.5), (name, 0.5)])
+
+
+def _schedule(schedule: Schedule | None, loss: DistillationLoss) -> Schedule:
+    for name, function in (schedule or {}).items():
+        value = getattr(loss, name, None)
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise ValueError(f"expected schedule to name numbers of {type(loss).__name__}, got {name!r}")
+        if not callable(function):
+            raise TypeError(f"expected a function of progress for {name!r}, got {function!r}")
+    return dict(schedule or {})
