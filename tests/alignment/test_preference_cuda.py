@@ -22,7 +22,7 @@ def moved(batch: Batch, device: str, dtype: torch.dtype) -> Batch:
     )
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-1)])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_plain_path(name: str, dtype: torch.dtype, bound: float) -> None:
     case = CASES[name]
