@@ -37,20 +37,7 @@ class _TokenScore(TokenStatistics):
 
 @lru_cache(maxsize=64)  # making modules takes longer than using them
 def _token_score(names: tuple[str, ...], options: tuple[tuple[str, Any], ...]) -> _TokenScore:
-    return _TokenScore(names, **dict(options))
-
-
-class _MeasuredLogps:
-    """Token statistics of which only the log-probability has a gradient: the rest are metrics and constants."""
-
-    combine: Mapping[str, str] = {}
-
-    def __init__(self, statistics: Any, logps: Any) -> None:
-        self.values = statistics.values
-        self._gradients = logps.gradients
-
-    def gradients(self, data: Any, hp: Any, saved: Named, upstream: Named, totals: Named) -> tuple[Named, Named]:
-        return self._gradients(data, hp, saved, {"logps": upstream["logps"]}, totals)
+    return _TokenScore(names, gradients_of=("logps",), **dict(options))
 
 
 class SequenceEngine(_TokenScore):
@@ -65,10 +52,7 @@ class SequenceEngine(_TokenScore):
 
     def _score(self, call: Any, names: tuple[str, ...]) -> Any:
         options = tuple((n, getattr(self, n)) for n in ("logit_scale", "softcap", "temperature", "compiled"))
-        logps = _token_score(("logps",), options)._score(call, names)
-        if names == ("reference",) or self.names == ("logps",):
-            return logps
-        return _MeasuredLogps(_token_score(self.names, options)._score(call, names), logps)
+        return _token_score(("logps",) if names == ("reference",) else self.names, options)._score(call, names)
 
 
 class CoupledSequenceEngine(SequenceEngine):

@@ -110,17 +110,19 @@ class TokenStatistics(FlexChunkLoss):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         temperature: float = 1.0,
+        gradients_of: tuple[str, ...] = DIFFERENTIABLE,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         _check_transform(logit_scale, softcap, temperature)
         self.names = names
+        self.gradients_of = gradients_of  # the others are constants, such as metrics
         self.logit_scale = logit_scale
         self.softcap = softcap
         self.temperature = temperature
 
     def score_fn(self, outputs: Tensor, rows: Named, hp: Any) -> Named:
-        return token_scores(
+        found = token_scores(
             outputs,
             rows["target"].long(),
             self.names,
@@ -128,6 +130,7 @@ class TokenStatistics(FlexChunkLoss):
             softcap=getattr(hp, "softcap", None),
             temperature=hp.temperature,
         )
+        return {name: value if name in self.gradients_of else value.detach() for name, value in found.items()}
 
     def _score(self, call: Call, names: tuple[str, ...]) -> Score:
         problem = call.problem
@@ -140,7 +143,7 @@ class TokenStatistics(FlexChunkLoss):
             and problem.dtype != torch.float64
             and available(problem.device)
         ):
-            return KernelScore(self.names, self.logit_scale, self.softcap, self.temperature)
+            return KernelScore(self.names, self.gradients_of, self.logit_scale, self.softcap, self.temperature)
         return super()._score(call, names)
 
 
@@ -155,8 +158,16 @@ class KernelScore:
 
     combine: Mapping[str, str] = {}
 
-    def __init__(self, names: tuple[str, ...], logit_scale: float, softcap: float | None, temperature: float) -> None:
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        gradients_of: tuple[str, ...],
+        logit_scale: float,
+        softcap: float | None,
+        temperature: float,
+    ) -> None:
         self.names = names
+        self.gradients_of = tuple(name for name in DIFFERENTIABLE if name in gradients_of)
         self.transform: dict[str, Any] = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
 
     def values(self, data: ChunkData, hp: NamedTuple) -> tuple[Named, Named, Named]:
@@ -172,7 +183,7 @@ class KernelScore:
         if name not in data.destinations:
             return {}, {}
         wanted = {
-            name: upstream[name].to(accumulator_dtype(outputs.dtype)) for name in DIFFERENTIABLE if name in upstream
+            name: upstream[name].to(accumulator_dtype(outputs.dtype)) for name in self.gradients_of if name in upstream
         }
         destination = data.destinations[name]
         out = None if destination is None else destination[: data.rows]
