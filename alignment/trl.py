@@ -33,6 +33,7 @@ from torch import Tensor, nn
 try:
     import trl
     from accelerate.utils import is_peft_model
+    from datasets.fingerprint import Hasher
     from trl import DPOTrainer, KTOConfig, KTOTrainer
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
@@ -106,6 +107,7 @@ class _Chunked:
         self._given_loss = loss
         self._loss_options = dict(loss_options or {})
         self._checked: set[int] = set()
+        self._hashed = False
         with _our_head(self._trl_module):
             super().__init__(*args, **kw)  # precomputes reference log-probabilities if asked to
         model: Any = self.model  # type: ignore[attr-defined]
@@ -125,10 +127,22 @@ class _Chunked:
 
     def _forward(self, model: nn.Module, inputs: Mapping[str, Any], fn: Callable[[causal_lm.Head], Any]) -> Any:
         """``fn`` of the head inside the model's forward."""
+        self._check(model, inputs)
+        return model(**inputs, head_fn=fn)
+
+    def _check(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         if id(model) not in self._checked:
             self._checked.add(id(model))
             causal_lm.check(model, inputs)
-        return model(**inputs, head_fn=fn)
+
+    def _precompute_ref_logps(self, *args: Any) -> Any:
+        """TRL keeps what it computed by the reference and the data; here it also depends on numbers of the loss."""
+        trainer: Any = self
+        if not self._hashed:
+            self._hashed = True
+            numbers = self.chunked_loss.temperature, getattr(self.chunked_loss, "ld_alpha", None)
+            trainer._precompute_model_hash = Hasher.hash((trainer._precompute_model_hash, numbers))
+        return super()._precompute_ref_logps(*args)  # type: ignore[misc]
 
     def _loss(
         self, model: nn.Module, inputs: Mapping[str, Any], target: Tensor, reference: Mapping[str, Any], *given: Any,
@@ -301,7 +315,12 @@ class ChunkedDPOTrainer(_Chunked, DPOTrainer):
         if not loss.takes_ref_logps:
             arguments, target = self._split(inputs)
             with self._as_reference() as model:
+                self._check(model, arguments)
                 head = causal_lm.capture(model, arguments).shifted(target.shape[1] + 1)
+                policy = causal_lm.logit_transform(self.model.config)
+                if policy != (head.logit_scale, head.logit_softcap):
+                    got = head.logit_scale, head.logit_softcap
+                    raise ValueError(f"expected a reference with the policy's logit scale and cap {policy}, got {got}")
                 return {
                     "ref_hidden": head.hidden,
                     "ref_weight": head.weight,

@@ -67,7 +67,8 @@ class DistillationLoss(FlexChunkLoss):
 
     A subclass hands its terms to ``__init__``; see ``JSDLoss``. All of its numbers (temperature, weights, beta, ...)
     are plain attributes: setting one counts from the next call on, and compiles nothing anew. (Switching
-    ``weight_hard`` on or off does, once, and so does reaching a value where a formula has a limit of its own.)
+    ``weight_hard`` on or off does, once, and so does reaching a value where a formula has a limit of its own, or a
+    temperature or logit scale of one.)
 
     Args:
         temperature: of both softmaxes in D; cosine similarity, squared error and the hard loss do without.
@@ -328,7 +329,8 @@ class DistillationLoss(FlexChunkLoss):
             metrics[term.label] = value
             if term.divergence.tempered and self.scale_by_t2:
                 value = value * hp.temperature**2
-            total = total + (hp.weight_soft if term.weight is None else getattr(hp, term.weight)) * value
+            weight = hp.weight_soft if term.weight is None else hp.weight_soft * getattr(hp, term.weight)
+            total = total + weight * value
         if self.soft and "teacher_agreement" in self.report:
             ours, theirs = sides["common"]
             metrics["teacher_agreement"] = (ours.z.detach().argmax(1) == theirs.z.argmax(1)).to(total.dtype)
@@ -726,11 +728,13 @@ class DistillLoss(DistillationLoss):
                 hard = float(weight)
                 continue
             base = kind if isinstance(kind, str) else _name_of(kind)
-            labels, label, n = {term.label for term in made}, base, 2
+            labels, label, n = {"ce", *REPORTS, *(term.label for term in made)}, base, 2
             while label in labels:
                 label, n = f"{base}_{n}", n + 1
             term, found = make_term(label, kind, keywords, prefix=f"{label}_")
             made.append(term._replace(weight=f"{label}_weight"))
+            if clash := found.keys() & {*numbers, f"{label}_weight"}:
+                raise ValueError(f"expected terms whose numbers have names of their own, got {sorted(clash)} again")
             numbers |= found | {f"{label}_weight": float(weight)}
         super().__init__(made, numbers, temperature, hard or 0.0, 1.0, **options)
 
@@ -852,6 +856,12 @@ class TopKLoss(DistillationLoss):
         outside = counts & ((ids < 0) | (ids >= len(student_weight)))
         if bool(outside.any()):
             raise ValueError(f"expected teacher_ids in [0, {len(student_weight)}), got {int(outside.sum())} outside")
+        if self.tail == "renorm":
+            empty = (call["row_weight"] != 0) & (logprobs == -torch.inf).all(-1)
+            if bool(empty.any()):
+                raise ValueError(
+                    f"expected an entry or more for each token that counts, got {int(empty.sum())} without"
+                )
         call["rows"] |= {"ids": ids, "logprobs": logprobs}
         return call
 

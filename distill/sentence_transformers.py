@@ -84,6 +84,10 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
             raise TypeError(f"expected a SentenceTransformer, a function or None as teacher, got {teacher!r}")
         if isinstance(loss, TopKLoss):
             raise TypeError("expected a divergence of whole distributions, got a TopKLoss")
+        if isinstance(loss, DistillationLoss) and loss.ignore_index >= 0:
+            raise ValueError(
+                f"expected a loss with a negative ignore_index, got {loss.ignore_index}: a row of the batch"
+            )
         if hidden not in (None, "cosine", "mse"):
             raise ValueError(f'expected hidden to be "cosine", "mse" or None, got {hidden!r}')
         if loss is None and hidden is None:
@@ -263,13 +267,14 @@ def _reads_the_same(model: SentenceTransformer, teacher: SentenceTransformer) ->
 class _OthersOnly:
     """Mixed in before a divergence's class: ``rows["own"]`` is the column that a row leaves out.
 
-    To a softmax that is -inf; to a distance of logits, two zeros, which differ by nothing.
+    To a softmax that is a logit of -1e4 on both sides, whose probability is zero and whose difference is finite, unlike
+    that of -inf; to a distance of logits, two zeros.
     """
 
     terms: tuple[Term, ...]
 
     def loss_fn(self, outputs: Any, rows: Any, hp: Any, columns: Any = None) -> Any:
-        value = -torch.inf if any(term.divergence.tempered for term in self.terms) else 0.0
+        value = -1e4 if any(term.divergence.tempered for term in self.terms) else 0.0
         index = torch.arange(outputs["student"].shape[1], device=outputs["student"].device)
         filled = {name: z.masked_fill(index == rows["own"][:, None], value) for name, z in outputs.items()}
         return super().loss_fn(filled, rows, hp, columns)  # type: ignore[misc]

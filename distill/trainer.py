@@ -186,7 +186,7 @@ class DistillTrainer(Distilling, Trainer):
 
     The loss is the mean over the tokens of a step, whatever the micro-batches and processes that they come in. Logged,
     in training and (``eval_*``) in evaluation: each term of the loss, ``student_entropy`` and ``teacher_agreement``, as
-    means over tokens.
+    means over tokens; ``eval_loss`` is ``Trainer``'s, the mean over batches.
 
     Args:
         model: the student, a causal language model of transformers, or one with adapters of PEFT.

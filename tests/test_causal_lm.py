@@ -147,3 +147,28 @@ def test_check_finds_what_a_model_does_to_its_logits() -> None:
     with pytest.raises(ValueError, match="does something to its logits"):
         causal_lm.check(model, inputs)
     assert model.training and model.lm_head.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_check_finds_a_mask_of_part_of_the_vocabulary(dtype: torch.dtype) -> None:
+    """It moves all log-probabilities by a little, which rounding in bfloat16 would hide."""
+    model = make("Llama").to(dtype)
+    causal_lm.check(model, {"input_ids": IDS, "attention_mask": MASK})
+    forward = model.forward
+
+    def masked(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        if hasattr(out, "logits"):
+            out.logits[..., -8:] = torch.finfo(dtype).min
+        return out
+
+    model.forward = masked
+    with pytest.raises(ValueError, match="does something to its logits"):
+        causal_lm.check(model, {"input_ids": IDS, "attention_mask": MASK})
+
+
+def test_a_model_that_lost_its_forward_is_attached_again() -> None:
+    model = make("Llama")
+    del model.forward  # as unpickling does
+    causal_lm.attach(model)
+    assert model(input_ids=IDS, head_fn=logps).value.shape == (2, 5)

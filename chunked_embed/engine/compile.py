@@ -8,6 +8,7 @@ that changes is made dynamic by dynamo the second time.
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import warnings
 from collections.abc import Callable, Hashable
@@ -24,6 +25,11 @@ _BROKEN: set[str] = set()  # device types on which nothing can be compiled: no C
 _WARNED: set[str] = set()
 
 BACKEND = "inductor"
+# How torch says that nothing can be compiled here; other errors are of one step, whatever names occur in them.
+NO_COMPILER = re.compile(
+    r"InvalidCxxCompiler|TritonMissing|No working C\+\+ compiler|[Cc]annot find a working triton"
+    r"|Failed to find C compiler|No module named '?triton|No such file or directory: '?(gcc|g\+\+|cc|clang)"
+)
 # On a GPU a step is bound by memory: forming an element again is cheaper than a tensor of the outputs' size to keep it
 # in. Inductor keeps from 30 operations or 4 reads on; these are about what the longest divergence has.
 RECOMPUTE = {"realize_opcount_threshold": 400, "realize_reads_threshold": 32, "realize_acc_reads_threshold": 32}
@@ -118,9 +124,7 @@ class Step:
         told = f"{error.__cause__ or ''}\n{error}"  # the cause, where there is one, says more
         lines = [line.strip() for line in told.splitlines() if line.strip()]
         reason = " ".join(lines[:2]) or type(error).__name__
-        if any(
-            word in f"{type(error).__name__} {error}" for word in ("Cxx", "C++ compiler", "Triton", "triton", "gcc")
-        ):
+        if NO_COMPILER.search(f"{type(error).__name__}: {told}"):
             _BROKEN.add(self.device_type)
             warn_once(
                 f"torch.compile does not work on this machine's {self.device_type} device ({reason}): chunk steps run "

@@ -19,7 +19,7 @@ import trl_parts as parts  # noqa: E402
 from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralConfig, MixtralForCausalLM  # noqa: E402
 from trl_zoo import assert_same_training, make, trained  # noqa: E402
 
-from alignment import IRPOLoss, KTOLoss, SimPOLoss, TDPOLoss  # noqa: E402
+from alignment import DPOLoss, IRPOLoss, KTOLoss, SimPOLoss, TDPOLoss  # noqa: E402
 from alignment.trl import BCO_STATE, LOSS_TYPES  # noqa: E402
 
 pytestmark = [
@@ -229,6 +229,22 @@ def test_logits_that_do_something_unknown_are_refused(tmp_path: Path) -> None:
 def doubled(out: Any) -> Any:
     out.logits = 2 * out.logits
     return out
+
+
+def test_a_reference_with_another_scale_has_no_joint_walk(tmp_path: Path) -> None:
+    reference = parts.model()
+    reference.config.logit_scale = 0.5  # which this model does not apply: the check finds it, or the scales differ
+    with pytest.raises(ValueError, match=r"LM head|logit scale"):
+        trained("dpo", True, tmp_path, loss=TDPOLoss(compiled=False), ref_model=reference)
+
+
+def test_stored_reference_logps_are_those_of_the_temperature(tmp_path: Path) -> None:
+    """TRL keeps them in a file by the data and the reference; the temperature is ours."""
+    args = {"precompute_ref_log_probs": True}
+    makes = [make("dpo", True, tmp_path, args=args, loss=DPOLoss(temperature=t, compiled=False)) for t in (1.0, 2.0)]
+    assert makes[0]._precompute_model_hash != makes[1]._precompute_model_hash
+    first, second = (torch.tensor(list(trainer.train_dataset["ref_chosen_logps"])) for trainer in makes)
+    assert not torch.allclose(first, second)
 
 
 @pytest.mark.parametrize(

@@ -558,3 +558,25 @@ def test_a_label_beyond_a_student_that_is_longer_than_its_teacher_is_refused():
 
 def test_learning_is_what_the_tests_think():
     assert len(learning(make())) == 3
+
+
+def test_numbers_and_names_of_composites():
+    """weight_soft counts on top of the terms' own weights; a user's names do not cover what is there already."""
+    x = make()
+    loss = DistillLoss([("ce", 0.5), ("kl", 0.5)], compiled=False)
+    whole = loss(**x).loss
+    loss.weight_soft = 0.0
+    hard = loss(**x).loss
+    loss.weight_soft = 0.1
+    torch.testing.assert_close(loss(**x).loss, hard + 0.1 * (whole - hard))
+
+    def ce(student, teacher):
+        return -(teacher.softmax(1) * student.log_softmax(1)).sum(1)
+
+    assert set(DistillLoss([("ce", 0.5), (ce, 0.5)], compiled=False)(**x).metrics) == {"ce", "ce_2"}
+
+    def penalty(student, teacher, *, weight=0.1):
+        return weight * student.square().sum(1)
+
+    with pytest.raises(ValueError, match="penalty_weight"):
+        DistillLoss([(penalty, 0.5)])

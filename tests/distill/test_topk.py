@@ -193,3 +193,13 @@ def test_wrong_arguments_are_refused(change, kind, message):
     x = make()
     with pytest.raises(kind, match=message):
         run(x, *change(*offline(x)))
+
+
+def test_renorm_wants_something_to_scale():
+    ids, logprobs = torch.zeros(3, 2, dtype=torch.long), torch.full((3, 2), -1.0)
+    ids[:, 1], logprobs[1] = 1, -torch.inf
+    hidden, weight = torch.randn(3, 4), torch.randn(9, 4)
+    with pytest.raises(ValueError, match="an entry or more for each token that counts, got 1 without"):
+        TopKLoss(tail="renorm", compiled=False)(hidden, weight, ids, logprobs)
+    target = torch.tensor([1, -100, 2])  # unless it does not count
+    assert TopKLoss(tail="renorm", compiled=False)(hidden, weight, ids, logprobs, target).loss.isfinite()
