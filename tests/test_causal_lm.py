@@ -140,7 +140,7 @@ def test_models_without_such_a_head_are_refused(model: Callable[[], Any], messag
 
 def test_check_finds_what_a_model_does_to_its_logits() -> None:
     model = make("Llama")
-    model.lm_head.register_forward_hook(lambda module, args, out: 1.5 * out if out.shape[-1] == 64 else out)
+    model.lm_head.register_forward_hook(lambda module, args, out: 1.5 * out)
     model.train()
     inputs = {"input_ids": IDS, "attention_mask": MASK}
     causal_lm.check(make("Llama"), {"input_ids": IDS, "attention_mask": torch.zeros_like(MASK)})  # nothing to compare
