@@ -96,6 +96,18 @@ class _Chunked:
     _loss_base: ClassVar[type[PreferenceLoss]] = PairLoss
     _trl_module: ClassVar[Any] = None
     """Where TRL's constructor finds the fused head that ours replaces."""
+    # What is TRL's, in the class behind this one.
+    args: Any
+    model: Any
+    ref_model: Any
+    accelerator: Any
+    processing_class: Any
+    aux_loss_enabled: bool
+    router_aux_loss_coef: float
+    _metrics: Any
+    _precompute_model_hash: Any
+    _total_train_tokens: Any
+    _tp_size: int
 
     def __init__(
         self, *args: Any, loss: PreferenceLoss | None = None, loss_options: Mapping[str, Any] | None = None, **kw: Any
@@ -110,9 +122,8 @@ class _Chunked:
         self._hashed = False
         with _our_head(self._trl_module):
             super().__init__(*args, **kw)  # precomputes reference log-probabilities if asked to
-        model: Any = self.model  # type: ignore[attr-defined]
-        causal_lm.attach(model)
-        parallel = self.accelerator.parallelism_config  # type: ignore[attr-defined]
+        causal_lm.attach(self.model)
+        parallel = self.accelerator.parallelism_config
         if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
             raise ValueError("expected whole sequences on each process, got context or sequence parallelism")
         self.chunked_loss.check()  # now, rather than at the first batch
@@ -120,7 +131,7 @@ class _Chunked:
     @cached_property
     def chunked_loss(self) -> Any:
         """The loss that this trainer computes."""
-        return self._make_loss(self.args, self._loss_options) if self._given_loss is None else self._given_loss  # type: ignore[attr-defined]
+        return self._make_loss(self.args, self._loss_options) if self._given_loss is None else self._given_loss
 
     def _make_loss(self, args: Any, options: dict[str, Any]) -> PreferenceLoss:
         raise NotImplementedError
@@ -137,11 +148,10 @@ class _Chunked:
 
     def _precompute_ref_logps(self, *args: Any) -> Any:
         """TRL keeps what it computed by the reference and the data; here it also depends on numbers of the loss."""
-        trainer: Any = self
         if not self._hashed:
             self._hashed = True
             numbers = self.chunked_loss.temperature, getattr(self.chunked_loss, "ld_alpha", None)
-            trainer._precompute_model_hash = Hasher.hash((trainer._precompute_model_hash, numbers))
+            self._precompute_model_hash = Hasher.hash((self._precompute_model_hash, numbers))
         return super()._precompute_ref_logps(*args)  # type: ignore[misc]
 
     def _loss(
@@ -171,44 +181,40 @@ class _Chunked:
 
     @property
     def _reference_model(self) -> nn.Module:
-        trainer: Any = self
-        return trainer.model if trainer.ref_model is None else trainer.ref_model
+        return self.model if self.ref_model is None else self.ref_model
 
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[nn.Module]:
         """The model that is the reference, as it is one: its adapters off, no gradients, under autocast."""
-        trainer: Any = self
         adapters: Any = contextlib.nullcontext()
-        if trainer.ref_model is None and is_peft_model(trainer.model):
-            peft = trainer.accelerator.unwrap_model(trainer.model)
+        if self.ref_model is None and is_peft_model(self.model):
+            peft = self.accelerator.unwrap_model(self.model)
             adapters = use_adapter(peft, adapter_name="ref" if "ref" in peft.peft_config else None)
-        checkpointing = disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), checkpointing, adapters, trainer.accelerator.autocast():
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), checkpointing, adapters, self.accelerator.autocast():
             yield self._reference_model
 
     def _means(self, sums: Means) -> dict[str, float]:
         """Means over the tokens or sequences of all processes, where there are any: one gather, one transfer."""
         table = torch.stack([torch.stack([total.float(), weight.float()]) for total, weight in sums.values()])
-        gathered = self.accelerator.gather(table[None]).sum(0)  # type: ignore[attr-defined]
+        gathered = self.accelerator.gather(table[None]).sum(0)
         return {name: total / weight for name, (total, weight) in zip(sums, gathered.tolist(), strict=True) if weight}
 
     def _store(self, mode: str, means: Mapping[str, float], attention_mask: Tensor) -> None:
         """Into what TRL's ``log`` averages."""
-        trainer: Any = self
         if mode == "train":
-            tokens = trainer.accelerator.gather_for_metrics(attention_mask.sum()).sum().item()
-            trainer._total_train_tokens += tokens // trainer._tp_size
-        trainer._metrics[mode]["num_tokens"] = [trainer._total_train_tokens]
+            tokens = self.accelerator.gather_for_metrics(attention_mask.sum()).sum().item()
+            self._total_train_tokens += tokens // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         for name, mean in means.items():
-            trainer._metrics[mode][name].append(mean)
+            self._metrics[mode][name].append(mean)
 
     def _with_aux(self, loss: Tensor, aux_loss: Tensor | None, sums: Means) -> Tensor:
-        trainer: Any = self
-        if not trainer.aux_loss_enabled:
+        if not self.aux_loss_enabled:
             return loss
         assert aux_loss is not None
         sums["aux_loss"] = aux_loss.detach(), torch.ones_like(aux_loss.detach())
-        return loss + trainer.router_aux_loss_coef * aux_loss
+        return loss + self.router_aux_loss_coef * aux_loss
 
     def _with_outputs(self, model: nn.Module, inputs: Mapping[str, Any], loss: Tensor, wanted: bool) -> Any:
         """TRL hands logits to ``compute_metrics``: by another forward."""
@@ -476,8 +482,8 @@ class ChunkedBCOTrainer(ChunkedKTOTrainer):
 class _Concatenated(_Chunked):
     """CPO and ORPO: chosen and rejected sequences as one batch."""
 
-    args: Any
-    accelerator: Any
+    concatenated_inputs: Any
+    aux_loss_coef: float
 
     def _nll_target(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         return None
@@ -485,20 +491,20 @@ class _Concatenated(_Chunked):
     def get_batch_loss_metrics(
         self, model: nn.Module, batch: Mapping[str, Any], train_eval: str = "train"
     ) -> tuple[Tensor, dict[str, float]]:
-        trainer: Any = self
-        both = trainer.concatenated_inputs(
-            batch, padding_value=trainer.processing_class.pad_token_id, device=self.accelerator.device
+        both = self.concatenated_inputs(
+            batch, padding_value=self.processing_class.pad_token_id, device=self.accelerator.device
         )
         both = {name.removeprefix("concatenated_"): value for name, value in both.items()}
         arguments = {name: both[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False}
-        if trainer.aux_loss_enabled:
+        if self.aux_loss_enabled:
             arguments["output_router_logits"] = True
         keywords = {"nll_target": self._nll_target(both)} if self.chunked_loss.takes_nll_target else {}
         out, aux_loss = self._loss(model, arguments, both["labels"][:, 1:], {}, **keywords)
         sums = _pair_sums(out)
         loss = out.loss
-        if trainer.aux_loss_enabled:
-            loss = loss + trainer.aux_loss_coef * aux_loss
+        if self.aux_loss_enabled:
+            assert aux_loss is not None
+            loss = loss + self.aux_loss_coef * aux_loss
         means = {"logits/chosen": 0.0, "logits/rejected": 0.0} | self._means(sums)
         prefix = "eval_" if train_eval == "eval" else ""
         return loss, {f"{prefix}{name}": mean for name, mean in means.items()}

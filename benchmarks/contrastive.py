@@ -9,7 +9,7 @@ one matrix), twelve for the four directions of GTE. Inputs are unit vectors, so 
 under "from raw embeddings" they are normalised inside. Peers that are not installed are left out.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from measure import FLOOR, OURS, PEER, Benchmark, Candidate, once, relative_error, value_and_gradients
+from measure import FLOOR, OURS, PEER, Benchmark, Candidate, as_candidates, once, relative_error, value_and_gradients
 from torch import Tensor, nn
 
 from chunked_embed import FlexChunkLoss, Projection
@@ -179,10 +179,6 @@ def inf_cl(a: Tensor, b: Tensor, target: Tensor, both: bool = False) -> dict[str
             )
         }
     return {"Inf-CL": lambda: cal_flash_loss(a, b, target, SCALE).mean()}
-
-
-def as_candidates(losses: dict[str, Loss], leaves: Sequence[Tensor], role: str, bound: float) -> Iterable[Candidate]:
-    return (Candidate(name, role, value_and_gradients(loss, leaves), bound) for name, loss in losses.items())
 
 
 # --- cases -----------------------------------------------------------------------------------------------------------

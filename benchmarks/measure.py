@@ -221,7 +221,7 @@ def trl_kernel(module: str, name: str) -> Any:
     utilities = "trl.trainer.utils"
     try:
         import_module(utilities)
-    except Exception:
+    except (ImportError, RuntimeError):  # the latter from TRL's lazy imports
         stub = ModuleType(utilities)
         stub.maybe_gather_lm_head_ctx = lambda *parameters: nullcontext()  # type: ignore[attr-defined]
         sys.modules[utilities] = stub

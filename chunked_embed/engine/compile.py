@@ -31,7 +31,7 @@ NO_COMPILER = re.compile(
     r"|Failed to find C compiler|No module named '?triton|No such file or directory: '?(gcc|g\+\+|cc|clang)"
 )
 # On a GPU a step is bound by memory: forming an element again is cheaper than a tensor of the outputs' size to keep it
-# in. Inductor keeps from 30 operations or 4 reads on; these are about what the longest divergence has.
+# in. Inductor keeps from 30 operations or 4 reads on; these are far beyond what a divergence has.
 RECOMPUTE = {"realize_opcount_threshold": 400, "realize_reads_threshold": 32, "realize_acc_reads_threshold": 32}
 
 

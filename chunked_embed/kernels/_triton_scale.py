@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chunked_embed.kernels._triton_token_scores import _device
+
 BLOCK, WARPS = 8192, 8
 
 
@@ -20,4 +22,7 @@ def scale_(x: Tensor, factor: Tensor, out: Tensor) -> None:
     n = x.numel()
     if n:
         factor = factor.to(torch.float32)
-        _scale_kernel[(triton.cdiv(n, BLOCK),)](x, factor, out, n, BLOCK=BLOCK, num_warps=WARPS)
+        with _device(x):
+            _scale_kernel[(triton.cdiv(n, BLOCK),)](
+                x, factor, out, n, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
+            )
