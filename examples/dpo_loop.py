@@ -194,6 +194,9 @@ def main(
         tokenizer.save_pretrained(output)
         with open(output / "log.csv", "w", newline="") as file:
             csv.writer(file).writerows([LOGGED, *log])
+    # A DDP model that outlives its processes' group may hang while both go.
+    policy = None
+    accelerator.free_memory()
     accelerator.end_training()
 
 

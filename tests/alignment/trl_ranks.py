@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from pathlib import Path
@@ -37,6 +38,7 @@ def run_trainers(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     found = {(kind, ours): train(kind, ours, folder, WORLD) for kind in KINDS for ours in (False, True)}
     torch.save(found, Path(folder) / f"trained-{rank}.pt")
+    gc.collect()  # a DDP model that outlives its group destroys it holding the GIL, for which gloo's thread may wait
     dist.destroy_process_group()
 
 

@@ -5,6 +5,7 @@ Also what each of two gloo processes runs.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Callable, Mapping
@@ -185,9 +186,12 @@ def run(rank: int, folder: str) -> None:
     ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     os.environ.update({name: str(value) for name, value in ours.items()})  # accelerate looks for them
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    found = {}
-    for name, split in SPLITS.items():
+
+    def trained(split: dict[str, Any]) -> dict[str, Any]:
         made = distributed(folder, split)
-        found[name] = {"logs": made.state.log_history, "weights": made.model.state_dict()}
-    torch.save(found, f"{folder}/rank-{rank}.pt")
+        return {"logs": made.state.log_history, "weights": made.model.state_dict()}
+
+    torch.save({name: trained(split) for name, split in SPLITS.items()}, f"{folder}/rank-{rank}.pt")
+    # Before the group: a DDP model that outlives it destroys it holding the GIL, for which gloo's thread may wait.
+    gc.collect()
     dist.destroy_process_group()

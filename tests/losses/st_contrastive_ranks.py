@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from itertools import product
@@ -298,5 +299,6 @@ def run_trainer(rank: int, world: int, port: int, folder: str, scratch: str) -> 
         "ACCELERATE_USE_CPU": "true",
     }
     torch.save({case: train(case, folder, scratch, world) for case in TRAINED}, f"{scratch}/trained-{rank}.pt")
+    gc.collect()  # a DDP model that outlives its group destroys it holding the GIL, for which gloo's thread may wait
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -37,6 +38,7 @@ def _run(
             outcome[name] = traceback.format_exc()
         dist.barrier()
     torch.save(outcome, f"{scratch}/outcome-{rank}.pt")
+    gc.collect()  # a DDP model that outlives its group destroys it holding the GIL, for which gloo's thread may wait
     dist.destroy_process_group()
 
 
