@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chunked_embed import ChunkPlan, FlexChunkLoss, LossOutput, Projection, TokenStatistics
+from chunked_embed.engine.types import is_number
 
 from .functional import mean_logps, wpo_weight
 
@@ -148,7 +148,7 @@ FINITE = Range(-math.inf, math.inf, "a finite number")
 
 
 def check_number(name: str, value: Any, allowed: Range) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not allowed.holds(float(value)):
+    if not is_number(value) or not allowed.holds(float(value)):
         raise ValueError(f"expected {name} to be {allowed.text}, got {value!r}")
 
 
@@ -188,7 +188,6 @@ class Arguments:
     rows: Named
     groups: Named
     segments: Tensor
-    any_token: Tensor  # (), bool
 
     def as_keywords(self) -> dict[str, Any]:
         return {"rows": self.rows, "groups": self.groups, "segments": self.segments}
@@ -338,7 +337,7 @@ class PreferenceLoss(nn.Module):
     def _run(self, arguments: Arguments) -> LossOutput:
         out = arguments.engine(arguments.projections, **arguments.as_keywords())
         # A batch without a token has no loss; the product keeps it differentiable.
-        loss = out.loss * arguments.any_token.to(out.loss.dtype)
+        loss = out.loss * (arguments.segments >= 0).any()
         return LossOutput(loss, self._report(dict(out.metrics)))
 
     def _report(self, metrics: Named) -> Named:
@@ -492,7 +491,7 @@ class PairLoss(PreferenceLoss):
             groups["ref_logps"] = ref_logps.detach().double().view(2, pairs).t()
         groups |= {name: vector.to(dtype) for name, vector in vectors.items()}
         engine = self._make(self._engine())
-        return Arguments(engine, projections, {"target": ids}, groups, segments, (segments >= 0).any())
+        return Arguments(engine, projections, {"target": ids}, groups, segments)
 
     def _segments(self, target: Tensor, nll_target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """-> the segment of each token, its id, and how many tokens the NLL has.
@@ -500,25 +499,24 @@ class PairLoss(PreferenceLoss):
         Segments of a pair: 0 chosen, 1 chosen of another kind, 2 rejected, 3. With a tail weight the odd ones hold the
         tails. Else 1 holds chosen tokens that the NLL leaves out, and 3 those of the NLL alone.
         """
-        used = target != self.ignore_index
-        pairs = len(target) // 2
-        pair = torch.arange(pairs, device=target.device).repeat(2)[:, None]
-        rejected = torch.arange(2 * pairs, device=target.device)[:, None] >= pairs
-        kind = 2 * rejected.long().expand_as(target)
+        used, pairs = target != self.ignore_index, len(target) // 2
+        first = torch.arange(0, 4 * pairs, 4, device=target.device)
+        segments = torch.cat([first, first + 2])[:, None]
         if self._tail_weight() is not None:
             lengths = used.sum(1).view(2, pairs).amin(0).repeat(2)[:, None]
-            kind = kind + (used.cumsum(1) > lengths)
-        ids = torch.where(used, target, 0)
-        any_use, in_nll = used, used & ~rejected
-        if nll_target is not None:
-            in_nll = (nll_target != self.ignore_index) & ~rejected
-            if bool((in_nll & used & (nll_target != target)).any()):
-                raise ValueError("expected nll_target and target to agree where both have a token, got other ids")
-            kind = torch.where(rejected, kind, torch.where(used, (~in_nll).long(), 3))
-            ids = torch.where(in_nll, nll_target, ids)
-            any_use = used | in_nll
-        segments = torch.where(any_use, 4 * pair + kind, -1)
-        return segments, ids, in_nll.sum()
+            segments = segments + (used.cumsum(1) > lengths)
+        if nll_target is None:
+            # What is not used is dropped, whatever its id.
+            return torch.where(used, segments, -1), target, used[:pairs].sum()
+        chosen, ids, nll_ids = used[:pairs], target[:pairs], nll_target[:pairs]
+        in_nll = nll_ids != self.ignore_index
+        if bool((in_nll & chosen & (nll_ids != ids)).any()):
+            raise ValueError("expected nll_target and target to agree where both have a token, got other ids")
+        kind = torch.where(chosen, (~in_nll).long(), 3)
+        of_chosen = torch.where(chosen | in_nll, first[:, None] + kind, -1)
+        of_rejected = torch.where(used[pairs:], segments[pairs:], -1)
+        ids = torch.cat([torch.where(in_nll, nll_ids, ids), target[pairs:]])
+        return torch.cat([of_chosen, of_rejected]), ids, in_nll.sum()
 
     # --- behind it ---
 
@@ -678,14 +676,13 @@ class SequenceLoss(PreferenceLoss):
         reference = (ref_hidden, ref_weight, ref_bias, ref_extra, ref_logps)
         projections = self._projections(hidden, weight, bias, extra, *reference)
         dtype = _wide(hidden.dtype)
-        used = target != self.ignore_index
-        segments = torch.where(used, torch.arange(size, device=target.device)[:, None], -1)
+        of_rows = torch.arange(size, device=target.device)[:, None]
+        segments = torch.where(target != self.ignore_index, of_rows, -1)
         groups = {"desirable": preference_labels}
         if ref_logps is not None:
             groups["ref_logps"] = ref_logps.detach().double()
         groups |= {name: vector.detach().to(dtype) for name, vector in given.items()}
-        rows = {"target": torch.where(used, target, 0)}
-        return Arguments(self._make(self._engine()), projections, rows, groups, segments, used.any())
+        return Arguments(self._make(self._engine()), projections, {"target": target}, groups, segments)
 
     def _from_scores(self, scores: Any, groups: Named) -> tuple[Tensor, Named]:
         policy = {name: value[:, 0] for name, value in scores["policy"].items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chunked_embed import ChunkPlan, FlexChunkLoss, LossOutput, Projection
+from chunked_embed.engine.types import is_number
 
 from .divergences import DIVERGENCES, FLOOR, Divergence, LogProbs, nll, normalized
 
@@ -335,7 +335,7 @@ class DistillationLoss(FlexChunkLoss):
             ours, theirs = sides["common"]
             metrics["teacher_agreement"] = (ours.z.detach().argmax(1) == theirs.z.argmax(1)).to(total.dtype)
         if self.hard:
-            metrics["ce"] = nll(student.softmax().raw, rows["target"])
+            metrics["ce"] = nll(student.softmax(), rows["target"])
             total = total + hp.weight_hard * metrics["ce"]
         if "student_entropy" in self.report:
             q = student.softmax()
@@ -402,7 +402,7 @@ def _times(z: Tensor, factor: Tensor) -> Tensor:
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def _items(num_items: float | Tensor, like: Tensor) -> float | Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections import namedtuple
 from collections.abc import Callable, Mapping
-from functools import cache
-from numbers import Real
+from functools import cache, lru_cache
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -19,7 +18,7 @@ from .plan import ChunkPlan, Settings, make_plan
 from .problem import Problem, build
 from .select import select
 from .steps import Elements, Function, Named, PlainScore, RowLoss, RowStep, Score, split_metrics, weighted
-from .types import LossOutput, Projections, Tensors
+from .types import LossOutput, Projections, Tensors, is_number
 from .walk import Call, GroupLoss, Unit, make_runner
 
 ENGINE_OPTIONS = ("chunk_size", "max_chunk_bytes", "compiled")
@@ -406,15 +405,20 @@ class FlexChunkLoss(nn.Module):
 
     def _changes(self, name: str, value: Any) -> bool:
         """A number that goes to ``hp`` and recompiles nothing, or a static option."""
-        return _is_number(value) and name not in self.static_numbers
+        return is_number(value) and name not in self.static_numbers
 
     def _numbers(self, further: Mapping[str, Tensor] | None) -> NamedTuple:
         values: dict[str, Tensor] = {}
         for name, value in self._attributes().items():
-            if _is_number(value) and math.isnan(value):
+            if not is_number(value):
+                continue
+            if math.isnan(value):
                 raise ValueError(f"expected {type(self).__name__}.{name} to be a number, got NaN")
-            if self._changes(name, value):
-                values[name] = torch.tensor(float(value), dtype=torch.float64, device="cpu")
+            if name not in self.static_numbers:
+                if _number(float(value))._version:
+                    _number.cache_clear()
+                    raise RuntimeError(f"expected loss_fn and score_fn to leave hp alone, got {name} changed in place")
+                values[name] = _number(float(value))
         for name, tensor in (further or {}).items():
             if not isinstance(tensor, Tensor) or tensor.dim() or tensor.requires_grad:
                 raise ValueError(
@@ -449,8 +453,11 @@ def _refuse_learnable_closure(name: str, function: Callable | None) -> None:
             )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+@lru_cache(maxsize=1024)
+def _number(value: float) -> Tensor:
+    """A number of ``hp``. Kept: a loss with ten of them would spend a tenth of a millisecond a call on making them."""
+    with torch.inference_mode(False):  # else it would be no good outside of the first caller's inference mode
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def _hashable(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,20 +63,23 @@ def select(
         return _by_segment(problem, index_rows, segments, n_groups, segments_per_group)
     if row_weight is not None:
         return _by_weight(problem, index_rows, row_weight)
-    _raise_on_indices(problem, index_rows, _fetch([_out_of_range(problem, name, None) for name in index_rows]))
+    _raise_on_indices(problem, index_rows, _fetch(_ranges(problem, index_rows, None)))
     return Selection(n_rows=problem.n_rows, n_groups=problem.n_rows)
+
+
+# Few and plain operations: until the first product is on its way, a GPU that has nothing else to do waits for these.
 
 
 def _by_weight(problem: Problem, index_rows: Sequence[str], weight: Tensor) -> Selection:
     used = weight != 0
-    broken = ~torch.isfinite(weight).all()
-    checks = [used.sum(), broken, *(_out_of_range(problem, name, used) for name in index_rows)]
-    n_used, bad_weights, *bad = _fetch(checks)
-    if bad_weights:
+    total = weight.sum(dtype=torch.float64)  # finite if all are
+    n_used, total, *ranges = _fetch([used.sum(), total, *_ranges(problem, index_rows, used)])
+    if not math.isfinite(total):
         raise ValueError("expected finite row weights, got NaN or infinity")
-    _raise_on_indices(problem, index_rows, bad)
-    order = None if n_used == problem.n_rows else torch.argsort((~used).to(torch.int8), stable=True)[:n_used]
-    return Selection(n_rows=n_used, order=order, n_groups=problem.n_rows)
+    _raise_on_indices(problem, index_rows, ranges)
+    n = int(n_used)
+    order = None if n == problem.n_rows else torch.nonzero_static(used, size=n)[:, 0]
+    return Selection(n_rows=n, order=order, n_groups=problem.n_rows)
 
 
 def _by_segment(
@@ -84,56 +88,56 @@ def _by_segment(
     # Without a number of groups the largest id tells: the one case that costs a second sync.
     n_groups = int(segments.max()) // per_group + 1 if given_groups is None else given_groups
     n_segments = n_groups * per_group
-    used = segments >= 0
-    inside = torch.where(used & (segments < n_segments), segments, n_segments)
-    counts = torch.zeros(n_segments + 1, dtype=torch.int64, device=problem.device)
-    counts.scatter_add_(0, inside, torch.ones_like(inside))
-    in_order = used.all() & (segments[1:] >= segments[:-1]).all()
-    overrun = (segments >= n_segments).sum()
-    checks = [overrun, in_order, *(_out_of_range(problem, name, used) for name in index_rows)]
-    fetched = _fetch([*checks, counts[:-1]])
-    n_over, sorted_already, *bad = fetched[: len(checks)]
-    lengths = torch.tensor(fetched[len(checks) :], dtype=torch.int64, device="cpu")
+    place = segments.clamp(-1, n_segments) + 1  # the first is of unused rows, the last of those that overrun
+    counts = torch.zeros(n_segments + 2, dtype=torch.int64, device=problem.device)
+    counts.scatter_add_(0, place, torch.ones_like(place))
+    in_order = (segments[1:] >= segments[:-1]).all()
+    used = segments >= 0 if index_rows else None
+    ranges = _ranges(problem, index_rows, used)
+    fetched = _fetch([in_order, *ranges, counts])
+    n_unused, *per_segment, n_over = map(int, fetched[1 + len(ranges) :])
+    lengths = torch.tensor(per_segment, dtype=torch.int64, device="cpu")
     if n_over:
         raise ValueError(
             f"expected segment ids below {n_segments} ({n_groups} groups of {per_group}), "
             f"got {int(segments.max())} among others"
         )
-    _raise_on_indices(problem, index_rows, bad)
-    empty = (lengths.view(-1, per_group).sum(1) == 0).nonzero()
-    if given_groups is None and len(empty):
+    _raise_on_indices(problem, index_rows, fetched[1 : 1 + len(ranges)])
+    empty = (lengths.view(-1, per_group).sum(1) == 0).nonzero() if given_groups is None else ()
+    if len(empty):
         raise ValueError(
             f"expected segment ids without gaps, got no row for group {int(empty[0])} of {n_groups}; where a group may "
             "be empty, say how many there are by group arguments or a group_weight"
         )
-    n_used = int(lengths.sum())
-    order = None if sorted_already else torch.argsort(inside, stable=True)[:n_used]
+    order = None if fetched[0] and not n_unused else torch.argsort(place, stable=True)[n_unused:]
     segment = segments if order is None else segments.index_select(0, order)
-    return Selection(n_used, order, segment, lengths, n_groups, per_group)
+    return Selection(problem.n_rows - n_unused, order, segment, lengths, n_groups, per_group)
 
 
-def _fetch(values: Sequence[Tensor]) -> list[int]:
+def _fetch(values: Sequence[Tensor]) -> list[float]:
     """All of them on the host, in one transfer."""
     if not values:
         return []
-    return torch.cat([v.reshape(-1).to(torch.int64) for v in values]).tolist()
+    return torch.cat([v.reshape(-1) for v in values]).tolist()
 
 
 def _columns(problem: Problem) -> int:
     return min(p.width for p in problem.projections.values())
 
 
-def _out_of_range(problem: Problem, name: str, used: Tensor | None) -> Tensor:
-    index = problem.tensors[problem.rows[name]]
-    bad = (index < 0) | (index >= _columns(problem))
-    return (bad if used is None else bad & used).sum()
+def _ranges(problem: Problem, names: Sequence[str], used: Tensor | None) -> list[Tensor]:
+    """The least and the largest value of each of these row arguments on used rows (zero counts as there)."""
+    found: list[Tensor] = []
+    for name in names:
+        index = problem.tensors[problem.rows[name]]
+        found += torch.aminmax(index if used is None else torch.where(used, index, 0))
+    return found
 
 
-def _raise_on_indices(problem: Problem, names: Sequence[str], counts: Sequence[int]) -> None:
-    for name, count in zip(names, counts, strict=True):
-        if count:
-            index = problem.tensors[problem.rows[name]]
+def _raise_on_indices(problem: Problem, names: Sequence[str], ranges: Sequence[float]) -> None:
+    for name, least, most in zip(names, ranges[::2], ranges[1::2], strict=True):
+        if least < 0 or most >= _columns(problem):
             raise ValueError(
-                f"expected rows[{name!r}] in [0, {_columns(problem)}) on used rows, got {count} outside "
-                f"(values from {int(index.min())} to {int(index.max())})"
+                f"expected rows[{name!r}] in [0, {_columns(problem)}) on used rows, "
+                f"got values from {int(least)} to {int(most)}"
             )

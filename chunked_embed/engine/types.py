@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from numbers import Real
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -51,3 +52,9 @@ HALF = (torch.float16, torch.bfloat16)
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums of half-precision products are kept in float32; float32 and float64 are their own accumulators."""
     return torch.float32 if dtype in HALF else dtype
+
+
+def is_number(value: Any) -> bool:
+    """A real number that is no boolean. Asked of every attribute in every call: ``Real`` takes its time to answer."""
+    kind = type(value)
+    return kind is float or kind is int or (kind not in (bool, str, tuple, type(None)) and isinstance(value, Real))
