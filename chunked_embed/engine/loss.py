@@ -21,7 +21,9 @@ from .steps import Elements, Function, Named, PlainScore, RowLoss, RowStep, Scor
 from .types import LossOutput, Projections, Tensors, is_number
 from .walk import Call, GroupLoss, Unit, make_runner
 
-ENGINE_OPTIONS = ("chunk_size", "max_chunk_bytes", "compiled")
+NO_OPTIONS = frozenset(
+    ("chunk_size", "max_chunk_bytes", "compiled", "training", "call_super_init", "dump_patches")
+)  # attributes that a loss function does not see
 
 
 class FlexChunkLoss(nn.Module):
@@ -396,11 +398,10 @@ class FlexChunkLoss(nn.Module):
         return Function(getattr(twin, name), (type(self), name, statics), single, bool(problem.columns))
 
     def _attributes(self) -> dict[str, Any]:
-        hidden = (*ENGINE_OPTIONS, "training", "call_super_init", "dump_patches")
         return {
             name: value
             for name, value in self.__dict__.items()
-            if not (name.startswith("_") or name in hidden or isinstance(value, Tensor))
+            if not (name.startswith("_") or name in NO_OPTIONS or isinstance(value, Tensor))
         }
 
     def _changes(self, name: str, value: Any) -> bool:
