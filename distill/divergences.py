@@ -82,10 +82,8 @@ def _sum(values: Tensor, slope: Tensor, student: LogProbs, total: float | None =
     derivatives would cost more than everything else together.
     """
     slope = slope.detach()
-    if total is None:
-        moves = (slope * student.log).sum(1)
-    else:
-        moves = ((slope - total * student.p) * student.logits).sum(1)
+    moves = slope * student.log if total is None else (slope - total * student.p) * student.logits
+    moves = moves.sum(1)
     return values.detach().sum(1) + (moves - moves.detach())
 
 

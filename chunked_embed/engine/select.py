@@ -72,8 +72,9 @@ def select(
 
 def _by_weight(problem: Problem, index_rows: Sequence[str], weight: Tensor) -> Selection:
     used = weight != 0
-    total = weight.sum(dtype=torch.float64)  # finite if all are
-    n_used, total, *ranges = _fetch([used.sum(), total, *_ranges(problem, index_rows, used)])
+    # A sum is finite if all are.
+    counted = [used.sum(), weight.sum(dtype=torch.float64), *_ranges(problem, index_rows, used)]
+    n_used, total, *ranges = _fetch(counted)
     if not math.isfinite(total):
         raise ValueError("expected finite row weights, got NaN or infinity")
     _raise_on_indices(problem, index_rows, ranges)
@@ -103,11 +104,11 @@ def _by_segment(
             f"got {int(segments.max())} among others"
         )
     _raise_on_indices(problem, index_rows, fetched[1 : 1 + len(ranges)])
-    empty = (lengths.view(-1, per_group).sum(1) == 0).nonzero() if given_groups is None else ()
-    if len(empty):
+    of_group = lengths.view(-1, per_group).sum(1)
+    if given_groups is None and bool((of_group == 0).any()):
         raise ValueError(
-            f"expected segment ids without gaps, got no row for group {int(empty[0])} of {n_groups}; where a group may "
-            "be empty, say how many there are by group arguments or a group_weight"
+            f"expected segment ids without gaps, got no row for group {int(of_group.argmin())} of {n_groups}; where a "
+            "group may be empty, say how many there are by group arguments or a group_weight"
         )
     order = None if fetched[0] and not n_unused else torch.argsort(place, stable=True)[n_unused:]
     segment = segments if order is None else segments.index_select(0, order)
