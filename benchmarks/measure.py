@@ -408,6 +408,10 @@ def plot(path: Path, lines: Sequence[Line]) -> None:
     except ImportError:
         print("no matplotlib: no plot")
         return
+    timed = {line.case for line in lines if line.ms}
+    lines = [line for line in lines if line.case in timed]  # not the cases that are about errors alone
+    if not lines:
+        return
     shades = {OURS: "#1b6ca8", PEER: "#e08e45", FLOOR: "#b8b8b8"}
     position, y = [], 0.0
     for n, line in enumerate(lines):

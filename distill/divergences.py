@@ -104,13 +104,13 @@ def _log_mean(d: Tensor, beta: Number) -> Tensor:
         return torch.log1p(beta * torch.expm1(d))
     # On a GPU these two take longer than reading the logits does. A series does it as well where d is small: that of a
     # Bernoulli variable's cumulants, which converges below pi. Six terms are off by less than log's own error.
-    b = beta.to(d.dtype) if isinstance(beta, Tensor) else beta
-    v, skew = b * (1 - b), 1 - 2 * b
+    b, rest = (x.to(d.dtype) if isinstance(x, Tensor) else x for x in (beta, 1 - beta))
+    v, skew = b * rest, rest - b
     cumulants = b, v, v * skew, v * (1 - 6 * v), v * skew * (1 - 12 * v), v * (1 - 30 * v * (1 - 4 * v))
     series: Tensor | float = 0.0
     for n in range(len(cumulants), 0, -1):
         series = d * (cumulants[n - 1] * (1 / math.factorial(n)) + series)
-    return torch.where(d.abs() < 0.5, series, torch.log(1 - b + b * _exp(d)))
+    return torch.where(d.abs() < 0.5, series, torch.log(rest + b * _exp(d)))
 
 
 def _excess(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
