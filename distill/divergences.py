@@ -343,6 +343,8 @@ class Divergence:
         limits: values of a number at which the function takes another formula, (name, value) pairs.
         bounds: name -> the least and the largest value of a number.
         choices: name -> the values that an option may have.
+        supplied: keywords that a loss fills in.
+        not_all_zero: numbers of which one or more must not be zero.
         needs_support: infinite or undefined where the teacher's probability is zero: True, or at which (name, value).
         shared_vocabulary: the two rows are over the same tokens.
         workspace_bytes: bytes per output that it needs beside them (a sort: 12).
@@ -353,6 +355,8 @@ class Divergence:
     limits: tuple[tuple[str, float], ...] = ()
     bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
     choices: dict[str, tuple] = field(default_factory=dict)
+    supplied: tuple[str, ...] = ()
+    not_all_zero: tuple[str, ...] = ()
     needs_support: bool | tuple[str, Any] = False
     shared_vocabulary: bool = True
     workspace_bytes: int = 0
@@ -368,7 +372,7 @@ class Divergence:
         return {
             p.name: p.default
             for i, p in enumerate(given)
-            if (i > 1 or p.kind is p.KEYWORD_ONLY) and p.default is not empty
+            if (i > 1 or p.kind is p.KEYWORD_ONLY) and p.default is not empty and p.name not in self.supplied
         }
 
     @property
@@ -389,7 +393,11 @@ DIVERGENCES: dict[str, Divergence] = {
     "jsd": Divergence(jsd, limits=(("beta", 0.0), ("beta", 1.0)), bounds={"beta": UNIT}, needs_support=("beta", 1.0)),
     "skew_kl": Divergence(skew_kl, limits=(("skew", 0.0),), bounds={"skew": BELOW_ONE}),
     "skew_reverse_kl": Divergence(
-        skew_reverse_kl, limits=(("skew", 0.0),), bounds={"skew": BELOW_ONE}, needs_support=("skew", 0.0)
+        skew_reverse_kl,
+        limits=(("skew", 0.0),),
+        bounds={"skew": BELOW_ONE},
+        choices={"detach_mixture": (True, False)},
+        needs_support=("skew", 0.0),
     ),
     "tvd": Divergence(tvd),
     "alpha_beta": Divergence(
@@ -397,12 +405,15 @@ DIVERGENCES: dict[str, Divergence] = {
         limits=(("ab_alpha", 0.0), ("ab_beta", 0.0)),
         bounds={"ab_alpha": (0.0, 10.0), "ab_beta": (0.0, 10.0)},
         needs_support=("ab_alpha", 0.0),
+        not_all_zero=("ab_alpha", "ab_beta"),
     ),
     "adaptive_kl": Divergence(adaptive_kl, bounds={"head": UNIT}, needs_support=True, workspace_bytes=12),
     "taid": Divergence(taid, limits=(("t", 0.0), ("t", 1.0)), bounds={"t": UNIT}),
     "cosine": Divergence(cosine, tempered=False, needs_support=True),
     "mse": Divergence(mse, tempered=False, needs_support=True),
     "earth_mover": Divergence(earth_mover, choices={"p": (1, 2)}),
-    "kvd": Divergence(kvd, choices={"kernel": ("linear", "delta")}, needs_support=("kernel", "linear")),
+    "kvd": Divergence(
+        kvd, choices={"kernel": ("linear", "delta")}, supplied=("embedding",), needs_support=("kernel", "linear")
+    ),
     "uld": Divergence(uld, shared_vocabulary=False, workspace_bytes=24),
 }

@@ -35,6 +35,10 @@ class Term(NamedTuple):
     weight: str | None = None
 
 
+def as_report(report: Sequence[str] | str | None) -> tuple[str, ...]:
+    return (report,) if isinstance(report, str) else tuple(report or ())
+
+
 def make_term(
     label: str, divergence: str | Divergence | Callable, keywords: Mapping[str, Any], prefix: str = ""
 ) -> tuple[Term, dict[str, float]]:
@@ -105,7 +109,7 @@ class DistillationLoss(FlexChunkLoss):
         teacher_logit_scale: float = 1.0,
         teacher_softcap: float | None = None,
         vocabulary: str = "cut",
-        report: Sequence[str] = (),
+        report: Sequence[str] | str | None = (),
         float32_outputs: bool = True,
         **options: Any,
     ) -> None:
@@ -123,7 +127,7 @@ class DistillationLoss(FlexChunkLoss):
         self.ignore_index = ignore_index
         self.scale_by_t2 = bool(scale_by_t2)
         self.vocabulary = vocabulary
-        self.report = (report,) if isinstance(report, str) else tuple(report)
+        self.report = as_report(report)
         self.float32_outputs = bool(float32_outputs)
         self.terms = tuple(terms)
         self.workspace_bytes = max((term.divergence.workspace_bytes for term in self.terms), default=0)
@@ -311,12 +315,24 @@ class DistillationLoss(FlexChunkLoss):
                 raise ValueError(f"expected {attribute} in [{least:g}, {most:g}], got {value!r}")
             if (name, value) in term.divergence.limits:
                 pinned.append((attribute, value))
+        for term in self.terms:
+            some = [attribute for name, attribute in term.numbers if name in term.divergence.not_all_zero]
+            if some and not any(getattr(self, attribute) for attribute in some):
+                raise ValueError(f"expected {' or '.join(some)} above zero, got 0 for all")
         for name in ("temperature", "student_logit_scale", "teacher_logit_scale"):
             if getattr(self, name) == 1:  # all terms then share a softmax
                 pinned.append((name, 1.0))
         self.pinned = tuple(pinned)
         self.hard = self.weight_hard != 0
         self.soft = bool(self.terms) and self.weight_soft != 0
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The attributes that may change from call to call, by a schedule for one. Logit scales and soft-caps are the
+        models'."""
+        of_terms = [attribute for term in self.terms for _, attribute in term.numbers]
+        weights = [term.weight for term in self.terms if term.weight]
+        return ("temperature", "weight_hard", "weight_soft", *weights, *of_terms)
 
     # --- a chunk ---
 
@@ -326,6 +342,9 @@ class DistillationLoss(FlexChunkLoss):
         sides = self._sides(student, outputs, rows, hp) if self.soft else {}
         for term in self.terms if self.soft else ():
             value = self._term(term, sides, hp, columns)
+            if not isinstance(value, Tensor) or value.shape != total.shape:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"expected {term.label!r} to give a value a row, {tuple(total.shape)}, got {got}")
             metrics[term.label] = value
             if term.divergence.tempered and self.scale_by_t2:
                 value = value * hp.temperature**2
@@ -552,11 +571,6 @@ class AlphaBetaLoss(DistillationLoss):
         term = _single("alpha_beta", ab_alpha=ab_alpha, ab_beta=ab_beta)
         super().__init__(*term, temperature, weight_hard, weight_soft, **options)
 
-    def _settle(self) -> None:
-        super()._settle()
-        if self.ab_alpha == self.ab_beta == 0:
-            raise ValueError("expected ab_alpha or ab_beta above zero, got 0 for both")
-
 
 class AdaptiveKLLoss(DistillationLoss):
     """Adaptive KL: ``w KL(p|q) + (1-w) KL(q|p)`` with ``w = gap_head / (gap_head + gap_tail)``, detached.
@@ -710,9 +724,11 @@ class DistillLoss(DistillationLoss):
             raise TypeError("expected weights with the terms, got weight_hard or weight_soft")
         if (terms is None) == (loss_fn is None):
             raise TypeError("expected either terms or a loss_fn")
-        terms = [(loss_fn, 1.0)] if terms is None else terms
-        if isinstance(terms, (str, Mapping)) or not terms:
+        if isinstance(terms, (str, Mapping)):
             raise ValueError(f"expected terms [(name, weight), ...], got {terms!r}")
+        terms = [(loss_fn, 1.0)] if terms is None else list(terms)
+        if not terms:
+            raise ValueError("expected terms [(name, weight), ...], got none")
         made: list[Term] = []
         numbers: dict[str, float] = {}
         hard: float | None = None
@@ -720,6 +736,8 @@ class DistillLoss(DistillationLoss):
             if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
                 raise ValueError(f"expected a term (name or function, weight[, keywords]), got {given!r}")
             kind, weight, keywords = (*given, {}) if len(given) == 2 else given
+            if not isinstance(keywords, Mapping):
+                raise TypeError(f"expected the keywords of {kind!r} as a dict, got {keywords!r}")
             if not _finite(weight):
                 raise ValueError(f"expected the weight of {kind!r} to be a finite number, got {weight!r}")
             if kind == "ce":
@@ -782,11 +800,16 @@ class TopKLoss(DistillationLoss):
             raise ValueError(f'expected tail to be "bucket", "renorm" or "zero", got {tail!r}')
         if tail == "zero" and divergence != "kl":
             raise ValueError(f'expected divergence "kl" with tail="zero", got {divergence!r}')
+        if not isinstance(divergence, str):
+            raise TypeError(f"expected the name of a divergence, got {divergence!r}")
+        for name in ("vocabulary", "teacher_logit_scale", "teacher_softcap"):
+            if name in options:
+                raise TypeError(f"expected no {name}: the teacher is what was kept of it")
         terms, numbers = _single(divergence, **(divergence_options or {}))
         kind = terms[0].divergence
         if not (kind.shared_vocabulary and kind.tempered) or divergence in ("kvd", "earth_mover"):
             raise ValueError(f"expected a divergence of probabilities token by token, got {divergence!r}")
-        if "teacher_agreement" in options.get("report", ()):
+        if "teacher_agreement" in as_report(options.get("report")):
             raise ValueError("expected report without teacher_agreement, which needs the teacher's logits")
         attributes = numbers | {"tail": tail, "teacher_temperature": teacher_temperature}
         super().__init__(terms, attributes, temperature, weight_hard, weight_soft, **options)
@@ -852,12 +875,20 @@ class TopKLoss(DistillationLoss):
                 f"expected teacher_ids and teacher_logprobs of shape {(*student_hidden.shape[:-1], 'K')}, "
                 f"got {tuple(ids.shape)} and {tuple(logprobs.shape)}"
             )
-        counts = (call["row_weight"] != 0)[..., None] & (logprobs > -torch.inf)
-        outside = counts & ((ids < 0) | (ids >= len(student_weight)))
-        if bool(outside.any()):
-            raise ValueError(f"expected teacher_ids in [0, {len(student_weight)}), got {int(outside.sum())} outside")
+        used = call["row_weight"] != 0
+        outside = used[..., None] & (logprobs > -torch.inf) & ((ids < 0) | (ids >= len(student_weight)))
+        # A twentieth more than one: what half precision may round up to.
+        wrong = used & ~(logprobs.to(call["row_weight"].dtype).exp().sum(-1) < 1.05)
+        n_outside, n_wrong = torch.stack([outside.sum(), wrong.sum()]).tolist()
+        if n_outside:
+            raise ValueError(f"expected teacher_ids in [0, {len(student_weight)}), got {n_outside} outside")
+        if n_wrong:
+            raise ValueError(
+                "expected teacher_logprobs to be logarithms of probabilities, which sum to one at most, "
+                f"got others for {n_wrong} tokens"
+            )
         if self.tail == "renorm":
-            empty = (call["row_weight"] != 0) & (logprobs == -torch.inf).all(-1)
+            empty = used & (logprobs == -torch.inf).all(-1)
             if bool(empty.any()):
                 raise ValueError(
                     f"expected an entry or more for each token that counts, got {int(empty.sum())} without"

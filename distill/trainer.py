@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -36,13 +35,15 @@ except ImportError as missing:
     ) from missing
 
 from chunked_embed import causal_lm
+from chunked_embed.engine.types import is_number
 
 from .divergences import DIVERGENCES
-from .losses import REPORTS, DistillationLoss, DistillLoss, TopKLoss
+from .losses import REPORTS, DistillationLoss, DistillLoss, TopKLoss, as_report
 
 __all__ = ["DistillCollator", "DistillTrainer"]
 
 OFFLINE = ("teacher_ids", "teacher_logprobs")
+MASKS = ("completion_mask", "assistant_masks")  # of the tokens to learn
 COLUMNS = ("input_ids", "attention_mask", "labels", *OFFLINE)
 Schedule = Mapping[str, Callable[[float], float]]
 
@@ -65,7 +66,7 @@ class Distilling:
                 f"expected a loss with ignore_index=-100, as trainers count labels, got {loss.ignore_index}"
             )
         possible = REPORTS[:1] if isinstance(loss, TopKLoss) else REPORTS
-        loss.report = possible if report is None else tuple(report)
+        loss.report = possible if report is None else as_report(report)
         if unknown := [name for name in loss.report if name not in possible]:
             raise ValueError(f"expected report of {type(loss).__name__} among {list(possible)}, got {unknown}")
         self.loss = loss
@@ -96,11 +97,17 @@ class Distilling:
             raise ValueError(f"expected labels in what data_collator returns, got {sorted(inputs)}")
         arguments = {**self._arguments(inputs), "use_cache": False}
         length = inputs["input_ids"].shape[1]
+        if length < 2:
+            raise ValueError(
+                f"expected sequences of two tokens or more, got input_ids {(len(inputs['labels']), length)}"
+            )
         target = inputs["labels"][:, 1:]
         if self._unchecked:
             self._unchecked = False
+            _check_ids(model, "the model", inputs["input_ids"])
             causal_lm.check(model, arguments)
             if self.teacher_model is not None:
+                _check_ids(self.teacher_model, "the teacher_model", inputs["input_ids"])
                 with self.accelerator.autocast():
                     causal_lm.check(self.teacher_model, arguments)
         teacher, options = self._teach(inputs, arguments)
@@ -196,10 +203,12 @@ class DistillTrainer(Distilling, Trainer):
             half. By default "kl". Its logit scales and soft-caps are set to the models', its ``report`` to ``report``.
         data_collator: by default ``DistillCollator()``.
         train_dataset, eval_dataset: with ``input_ids``, and perhaps ``attention_mask`` and ``labels`` (aligned with
-            ``input_ids``; -100 is ignored; by default the ids themselves, without padding); or with ``text``, which
-            ``processing_class`` turns into at most ``max_length`` ids. For ``TopKLoss`` also ``teacher_ids`` and
-            ``teacher_logprobs``, (tokens, K) each: entry t is the teacher's distribution of the token after t.
-        schedule: attributes of the loss as functions of progress, which is 0 at the first step and 1 at the last:
+            ``input_ids``; -100 is ignored; by default the ids themselves, without padding and where ``completion_mask``
+            or ``assistant_masks`` is zero); or with ``text``, which ``processing_class`` turns into at most
+            ``max_length`` ids (a text of one token, which has nothing to predict, is left out). For ``TopKLoss`` also
+            ``teacher_ids`` and ``teacher_logprobs``, (tokens, K) each: entry t is the teacher's distribution of the
+            token after t.
+        schedule: ``loss.numbers`` as functions of progress, which is 0 at the first step and 1 at the last:
             ``{"t": lambda progress: 0.4 + 0.6 * progress}``.
         report: which of "student_entropy" and "teacher_agreement" to log. By default both, if the loss can.
         check: at the first batch, compare each model's log-probabilities through its head with its own logits'.
@@ -234,12 +243,18 @@ class DistillTrainer(Distilling, Trainer):
             raise TypeError(f"expected model to be a module, got {type(model).__name__}")
         if trainer_options.get("compute_loss_func") is not None:
             raise TypeError("expected no compute_loss_func: the loss is the argument loss")
+        if args is not None and not isinstance(args, TrainingArguments):
+            raise TypeError(f"expected args to be TrainingArguments, got {type(args).__name__}")
+        if max_length is not None and (
+            isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2
+        ):
+            raise ValueError(f"expected max_length to be an integer of two or more, or None, got {max_length!r}")
         if args is not None and args.label_smoothing_factor != 0:
             raise ValueError(f"expected label_smoothing_factor=0, got {args.label_smoothing_factor}")
         self._open(_loss(loss), report, check)
         self.offline = isinstance(self.loss, TopKLoss)
         schedule = _schedule(schedule, self.loss)
-        self._check_teacher(model, teacher_model)
+        self._check_teacher(model, teacher_model, "weight_soft" in schedule)
         self.teacher_model = teacher_model
         self.max_length = max_length
         self._own_collator = data_collator is None
@@ -269,9 +284,9 @@ class DistillTrainer(Distilling, Trainer):
         if schedule:
             self.add_callback(_Scheduled(self.loss, schedule))
 
-    def _check_teacher(self, model: nn.Module, teacher: nn.Module | None) -> None:
+    def _check_teacher(self, model: nn.Module, teacher: nn.Module | None, soft_later: bool) -> None:
         if teacher is None:
-            if self.loss.terms and self.loss.weight_soft != 0 and not self.offline:
+            if self.loss.terms and (self.loss.weight_soft != 0 or soft_later) and not self.offline:
                 raise ValueError(f"expected a teacher_model for {type(self.loss).__name__}, got None")
             return
         if self.offline:
@@ -281,6 +296,9 @@ class DistillTrainer(Distilling, Trainer):
         trained = {id(p) for p in model.parameters() if p.requires_grad}
         if teacher is model or any(id(p) in trained for p in teacher.parameters()):
             raise ValueError("expected a teacher_model apart from the model, got one that would be trained with it")
+        ours, theirs = _width(model), _width(teacher)
+        if ours is not None and theirs is not None:
+            self.loss._compared(ours, theirs)
         causal_lm.attach(teacher)
 
     # --- the data ---
@@ -294,16 +312,18 @@ class DistillTrainer(Distilling, Trainer):
             if "text" not in columns or self.offline:
                 wanted = "input_ids" if self.offline else "input_ids or text"
                 raise ValueError(f"expected a dataset with a column {wanted}, got {sorted(columns)}")
-            if self.processing_class is None:
-                raise ValueError("expected a processing_class (a tokenizer) for a dataset of text, got None")
+            if not callable(self.processing_class):
+                got = type(self.processing_class).__name__
+                raise ValueError(f"expected a processing_class (a tokenizer) for a dataset of text, got {got}")
             options = {"truncation": self.max_length is not None, "max_length": self.max_length}
             tokenizer = self.processing_class
-            return dataset.map(lambda rows: tokenizer(rows["text"], **options), batched=True, remove_columns=columns)
+            rows = dataset.map(lambda rows: tokenizer(rows["text"], **options), batched=True, remove_columns=columns)
+            return rows.filter(lambda row: len(row["input_ids"]) > 1)
         if self.offline and (lacking := [name for name in OFFLINE if name not in columns]):
             raise ValueError(f"expected a dataset with {list(OFFLINE)} for TopKLoss, got none of {lacking}")
         if self._own_collator:
             self._set_signature_columns_if_needed()
-            if unknown := sorted((set(columns) & set(self._signature_columns)) - set(COLUMNS)):
+            if unknown := sorted((set(columns) & set(self._signature_columns)) - {*COLUMNS, *MASKS}):
                 raise ValueError(
                     f"expected a data_collator for the columns {unknown}, which the default one leaves out"
                 )
@@ -317,7 +337,8 @@ class DistillTrainer(Distilling, Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *COLUMNS]))
+        masks = MASKS if self._own_collator else ()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *COLUMNS, *masks]))
 
     # --- the loss ---
 
@@ -349,12 +370,18 @@ class DistillCollator:
     """Rows of a dataset to a batch, padded on the right: ids with 0, labels with -100, what an offline teacher said
     with no entries.
 
-    Labels are the ids where none are given, without padding and what comes right behind it.
+    Labels are the ids where none are given, without padding and what comes right behind it, and where a mask of SFT
+    (``completion_mask``, ``assistant_masks``) is not zero. A batch has two tokens or more: the second is predicted.
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        given = [tuple(name for name in (*COLUMNS, *MASKS) if row.get(name) is not None) for row in rows]
+        if unlike := [names for names in given if names != given[0]]:
+            raise ValueError(f"expected rows with the same columns, got {list(given[0])} and {list(unlike[0])}")
         found = [self._row(row) for row in rows]
-        length = max(len(row["input_ids"]) for row in found)
+        if len({row[name].shape[1] for row in found for name in OFFLINE if name in row}) > 1:
+            raise ValueError("expected as many entries of the teacher for each token of a batch, got rows that differ")
+        length = max(2, *(len(row["input_ids"]) for row in found))
         filler = {"labels": -100, "teacher_logprobs": -math.inf}
         batch = {}
         for name in found[0]:
@@ -368,20 +395,29 @@ class DistillCollator:
     @staticmethod
     def _row(row: Mapping[str, Any]) -> dict[str, Tensor]:
         if row.get("input_ids") is None:
-            raise ValueError(f"expected rows with input_ids, got {sorted(row)}")
-        made = {name: torch.as_tensor(row[name]) for name in COLUMNS if row.get(name) is not None}
-        ids = made["input_ids"] = made["input_ids"].long()
+            raise ValueError(
+                f"expected rows with input_ids (text is tokenised in a datasets.Dataset that names its columns), got "
+                f"{sorted(row)}"
+            )
+        made = {name: torch.as_tensor(row[name]) for name in (*COLUMNS, *MASKS) if row.get(name) is not None}
+        ids = made["input_ids"]
+        if not ids.dim() or not len(ids) or ids.is_floating_point():
+            raise ValueError(f"expected input_ids of one integer or more, got {tuple(ids.shape)} {ids.dtype}")
+        ids = made["input_ids"] = ids.long()
         mask = made.setdefault("attention_mask", torch.ones_like(ids))
-        if "labels" not in made:
-            behind = F.pad(mask[:-1], (1, 0), value=1)
-            made["labels"] = torch.where((mask > 0) & (behind > 0), ids, -100)
         for name, value in made.items():
+            if not value.dim():
+                raise ValueError(f"expected {name} of {len(ids)} tokens, as input_ids has, got {value}")
             if len(value) != len(ids):
                 raise ValueError(f"expected {name} of {len(ids)} tokens, as input_ids has, got {len(value)}")
             if value.dim() != (2 if name in OFFLINE else 1):
                 raise ValueError(
                     f"expected {name} of shape (tokens{', K' * (name in OFFLINE)}), got {tuple(value.shape)}"
                 )
+        learned = (mask > 0) & (F.pad(mask[:-1], (1, 0), value=1) > 0)
+        for name in MASKS:
+            learned = learned & (made.pop(name, mask) > 0)
+        made.setdefault("labels", torch.where(learned, ids, -100))
         return made
 
 
@@ -394,7 +430,10 @@ class _Scheduled(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         progress = min(state.global_step / max(state.max_steps - 1, 1), 1.0)
         for name, function in self.schedule.items():
-            setattr(self.loss, name, float(function(progress)))
+            value = function(progress)
+            if not is_number(value):
+                raise TypeError(f"expected a number for {name!r} from the schedule at {progress:.3g}, got {value!r}")
+            setattr(self.loss, name, float(value))
 
     on_train_begin = on_step_begin  # for an evaluation before the first step
 
@@ -410,11 +449,30 @@ def _loss(loss: DistillationLoss | str | None) -> DistillationLoss:
     return DistillLoss([("ce", 0.5), (name, 0.5)])
 
 
+def _check_ids(model: Any, label: str, ids: Tensor) -> None:
+    """An id beyond the embeddings would be an IndexError, or on a GPU a dead process."""
+    rows = getattr(getattr(model, "module", model).get_input_embeddings(), "num_embeddings", None)
+    if rows is not None and int(ids.max()) >= rows:
+        raise ValueError(f"expected input_ids below {rows}, the embeddings of {label}, got {int(ids.max())}")
+
+
+def _width(model: Any) -> int | None:
+    """The rows of a model's head, where that can be seen from outside."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    return len(weight) if isinstance(weight, Tensor) and weight.dim() == 2 else None
+
+
 def _schedule(schedule: Schedule | None, loss: DistillationLoss) -> Schedule:
+    if schedule is not None and not isinstance(schedule, Mapping):
+        raise TypeError(f"expected schedule to be a dict of functions by name, got {type(schedule).__name__}")
     for name, function in (schedule or {}).items():
-        value = getattr(loss, name, None)
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise ValueError(f"expected schedule to name numbers of {type(loss).__name__}, got {name!r}")
+        if name not in loss.numbers:
+            raise ValueError(
+                f"expected schedule to name numbers of {type(loss).__name__}, {list(loss.numbers)}, got {name!r}"
+            )
+        if name == "temperature" and isinstance(loss, TopKLoss) and loss.tail != "renorm":
+            raise ValueError(f'expected no schedule for the temperature with tail="{loss.tail}", which has one')
         if not callable(function):
             raise TypeError(f"expected a function of progress for {name!r}, got {function!r}")
     return dict(schedule or {})

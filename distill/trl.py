@@ -70,7 +70,7 @@ class ChunkedGKDTrainer(Distilling, GKDTrainer):
         if teacher_model is None:
             raise ValueError("expected a teacher_model, got None")
         super().__init__(model, teacher_model, *args, **trainer_options)
-        self._open(JSDLoss(self.beta, **(loss_options or {})) if loss is None else loss, report, check)
+        self._open(JSDLoss(**{"beta": self.beta, **(loss_options or {})}) if loss is None else loss, report, check)
         self._attach()
         # TRL has wrapped its forward for autocast. What goes past that is called under autocast here.
         causal_lm.attach(self.accelerator.unwrap_model(self.teacher_model))

@@ -416,10 +416,10 @@ class FlexChunkLoss(nn.Module):
             if math.isnan(value):
                 raise ValueError(f"expected {type(self).__name__}.{name} to be a number, got NaN")
             if name not in self.static_numbers:
-                if _number(float(value))._version:
+                values[name] = _number(name, float(value))
+                if values[name]._version:
                     _number.cache_clear()
                     raise RuntimeError(f"expected loss_fn and score_fn to leave hp alone, got {name} changed in place")
-                values[name] = _number(float(value))
         for name, tensor in (further or {}).items():
             if not isinstance(tensor, Tensor) or tensor.dim() or tensor.requires_grad:
                 raise ValueError(
@@ -455,8 +455,11 @@ def _refuse_learnable_closure(name: str, function: Callable | None) -> None:
 
 
 @lru_cache(maxsize=1024)
-def _number(value: float) -> Tensor:
-    """A number of ``hp``. Kept: a loss with ten of them would spend a tenth of a millisecond a call on making them."""
+def _number(name: str, value: float) -> Tensor:
+    """A number of ``hp``. Kept: a loss with ten of them would spend a tenth of a millisecond a call on making them.
+
+    By name too: a tensor that is two arguments of a compiled step makes dynamo compile anew.
+    """
     with torch.inference_mode(False):  # else it would be no good outside of the first caller's inference mode
         return torch.tensor(value, dtype=torch.float64, device="cpu")
 

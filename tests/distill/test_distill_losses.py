@@ -485,6 +485,15 @@ def test_any_callable_has_a_label():
     assert set(loss(**x).metrics) == {"lambda", "lambda_2"}
 
 
+@pytest.mark.parametrize("shape", [lambda v: v.square(), lambda v: v.sum(1, keepdim=True), lambda v: v.sum()])
+def test_a_divergence_that_gives_no_value_a_row(shape):
+    def own(student, teacher):
+        return shape(student - teacher)
+
+    with pytest.raises(ValueError, match=r"expected 'own' to give a value a row, \(\d+,\), got"):
+        DistillLoss(loss_fn=own, compiled=False)(**make())
+
+
 # --- wrong input -----------------------------------------------------------------------------------------------------
 
 
@@ -519,6 +528,11 @@ def test_any_callable_has_a_label():
         (lambda: DistillLoss([("ce", 1.0), ("ce", 1.0)]), ValueError, "ce"),
         (lambda: DistillLoss([("kl", 1.0)], weight_hard=1.0), TypeError, "weight_hard"),
         (lambda: DistillLoss([(3, 1.0)]), TypeError, "function"),
+        (lambda: DistillLoss(iter([])), ValueError, "got none"),
+        (lambda: DistillLoss([("jsd", 1.0, 0.1)]), TypeError, "keywords of 'jsd'"),
+        (lambda: DistillLoss([("kvd", 1.0, {"embedding": torch.ones(3, 2)})]), TypeError, "embedding"),
+        (lambda: DistillLoss([("skew_reverse_kl", 1.0, {"detach_mixture": "no"})]), ValueError, "detach_mixture"),
+        (lambda: DistillLoss([("alpha_beta", 1.0, {"ab_alpha": 0.0, "ab_beta": 0.0})]), ValueError, "above zero"),
     ],
 )
 def test_wrong_options_are_refused(make_loss, kind, message):

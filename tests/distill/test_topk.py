@@ -171,10 +171,14 @@ def test_compiled_is_uncompiled(tail):
         ({"divergence": "mse"}, "token by token"),
         ({"divergence": "kvd"}, "token by token"),
         ({"report": ("teacher_agreement",)}, "teacher_agreement"),
+        ({"report": "teacher_agreement"}, "teacher_agreement"),
+        ({"divergence": torch.dist}, "name of a divergence"),
+        ({"vocabulary": "mask"}, "no vocabulary"),
+        ({"teacher_softcap": 3.0}, "no teacher_softcap"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         TopKLoss(**options)
 
 
@@ -186,6 +190,8 @@ def test_wrong_options_are_refused(options, message):
         (lambda ids, logprobs: (ids[..., 1:], logprobs), ValueError, "shape"),
         (lambda ids, logprobs: (ids[:, 1:], logprobs[:, 1:]), ValueError, "shape"),
         (lambda ids, logprobs: (ids + V, logprobs), ValueError, "teacher_ids in"),
+        (lambda ids, logprobs: (ids, logprobs.exp()), ValueError, "logarithms of probabilities"),
+        (lambda ids, logprobs: (ids, logprobs * math.nan), ValueError, "logarithms of probabilities"),
         (lambda ids, logprobs: (None, logprobs), TypeError, "teacher_ids"),
     ],
 )

@@ -439,8 +439,36 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"train_dataset": Dataset.from_dict({"input_ids": [[1, 2]], "position_ids": [[0, 1]]})},
         r"expected a data_collator for the columns \['position_ids'\]",
     ),
-    "schedule": ({"schedule": {"t": float}}, "expected schedule to name numbers of DistillLoss, got 't'"),
+    "schedule": ({"schedule": {"t": float}}, "expected schedule to name numbers of DistillLoss.* got 't'"),
     "schedule of a value": ({"schedule": {"temperature": 2.0}}, "expected a function of progress"),
+    "schedule of an option": (
+        {"schedule": {"ignore_index": float}},
+        "expected schedule to name numbers of DistillLoss",
+    ),
+    "schedule of a list": ({"schedule": ["temperature"]}, "expected schedule to be a dict of functions"),
+    "schedule of a bucket": (
+        {
+            "loss": TopKLoss(),
+            "teacher_model": None,
+            "train_dataset": Dataset.from_dict({}),
+            "schedule": {"temperature": float},
+        },
+        'no schedule for the temperature with tail="bucket"',
+    ),
+    "a teacher later": (
+        {
+            "loss": KLDivLoss(weight_hard=1.0, weight_soft=0.0),
+            "teacher_model": None,
+            "schedule": {"weight_soft": float},
+        },
+        "expected a teacher_model for KLDivLoss",
+    ),
+    "vocabularies": (
+        {"loss": KLDivLoss(vocabulary="refuse"), "teacher_model": teacher(vocab_size=80)},
+        "expected vocabularies of one size, got 64",
+    ),
+    "max_length": ({"max_length": 1}, "expected max_length to be an integer of two or more"),
+    "a string's letters": ({"report": "entropy"}, r"got \['entropy'\]"),
     "report": ({"report": ("entropy",)}, "expected report of DistillLoss among"),
     "report of an absent teacher": (
         {"loss": TopKLoss(), "teacher_model": None, "report": ("teacher_agreement",)},
@@ -459,6 +487,11 @@ def test_refusals(name: str, tmp_path: Path) -> None:
         parts.trainer(tmp_path, **options)
 
 
+def test_arguments_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="expected args to be TrainingArguments, got dict"):
+        DistillTrainer(student(), teacher(), args={})  # type: ignore[arg-type]
+
+
 def test_batches_without_what_is_needed(tmp_path: Path) -> None:
     trainer = parts.trainer(tmp_path, loss=HALF)
     ids = {"input_ids": torch.tensor([[5, 6, 7]])}
@@ -467,6 +500,48 @@ def test_batches_without_what_is_needed(tmp_path: Path) -> None:
     trainer = parts.trainer(tmp_path, loss=TopKLoss(compiled=False), teacher_model=None, train_dataset=offline())
     with pytest.raises(ValueError, match=r"expected \['teacher_ids', 'teacher_logprobs'\] in what"):
         trainer.compute_loss(trainer.model, ids | {"labels": ids["input_ids"]})
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [{"input_ids": [3, 4], "labels": [3, 4]}, {"input_ids": [3, 4], "labels": None}],
+            "rows with the same columns",
+        ),
+        ([{"input_ids": [3.5, 4.0]}], "expected input_ids of one integer or more"),
+        ([{"input_ids": []}], "expected input_ids of one integer or more"),
+        ([{"input_ids": [3, 4], "labels": 3}], "expected labels of 2 tokens"),
+        ([{"input_ids": [3, 4], "attention_mask": [1]}], "expected attention_mask of 2 tokens"),
+        ([{"text": "words"}], "text is tokenised in a datasets.Dataset"),
+    ],
+)
+def test_rows_that_make_no_batch(rows, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistillCollator()(rows)
+
+
+def test_masks_of_what_to_learn() -> None:
+    rows = [{"input_ids": [3, 4, 5, 6], "completion_mask": [0, 0, 1, 1]}, {"input_ids": [7], "completion_mask": [1]}]
+    batch = DistillCollator()(rows)
+    assert batch["labels"].tolist() == [[-100, -100, 5, 6], [7, -100, -100, -100]]
+    assert "completion_mask" not in batch
+
+
+def test_sequences_of_one_token(tmp_path: Path) -> None:
+    """A text may be that short; a batch of such has nothing to predict, and no loss."""
+    rows = Dataset.from_dict(
+        {"input_ids": [[3], [3, 4, 5], [4], [7, 8]], "completion_mask": [[1], [0, 1, 1], [1], [0, 1]]}
+    )
+    trainer = parts.trainer(tmp_path, loss=HALF, train_dataset=rows, args={"per_device_train_batch_size": 1})
+    assert math.isfinite(trainer.train().training_loss)
+
+
+def test_ids_that_a_model_does_not_have(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"input_ids": [[3, 70, 5]]})
+    trainer = parts.trainer(tmp_path, loss=HALF, model=student(vocab_size=80), train_dataset=rows)
+    with pytest.raises(ValueError, match="expected input_ids below 64, the embeddings of the teacher_model, got 70"):
+        trainer.train()
 
 
 def test_the_package_finds_it_when_asked() -> None:
