@@ -26,7 +26,8 @@ from chunked_embed.losses._compat import SentenceTransformer, callable_name, emb
 from chunked_embed.losses._learnable import averaged
 from chunked_embed.losses.gist import _MiniBatches
 
-from .losses import DistillationLoss, DistillLoss, Term, TopKLoss
+from .divergences import Divergence
+from .losses import DistillationLoss, DistillLoss, Term, TopKLoss, _finite
 
 
 class EmbedDistillLoss(ChunkedLoss, nn.Module):
@@ -44,8 +45,9 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
             reads other tokens than the student, and a function, get texts that were decoded from the student's tokens:
             truncated like them, and without prompts. Labels have none of these limits, and the teacher runs once.
         loss: The name of a divergence ("kl", "jsd", ...), terms of a :class:`~distill.DistillLoss`, a
-            :class:`~distill.DistillationLoss`, whose numbers may change during training, or None for ``hidden`` alone.
-            The hard loss ("ce") is InfoNCE: a row's own text in the second column is right.
+            :class:`~distill.DistillationLoss`, whose numbers may change during training, a function of yours as for
+            ``DistillLoss(loss_fn=...)``, or None for ``hidden`` alone. The hard loss ("ce") is InfoNCE: a row's own
+            text in the second column is right.
         scale: Factor on the cosine similarities.
         hidden: "cosine": ``mean(1 - cos(P student, teacher))``; "mse": ``mean((P student - teacher)^2)``.
         hidden_weight: Factor of it.
@@ -57,9 +59,11 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
             With ``gather_across_devices`` texts are compared with those of all processes.
 
     Inputs: one column of texts or more. Labels, without a teacher: (N, D), or (N, columns, D) for several columns.
+    With a teacher, labels of one number a row (classes, scores) are ignored; embeddings are refused.
 
     Raises:
-        ValueError: no teacher and no labels, shapes or numbers that do not fit.
+        TypeError, ValueError: what makes no sense, in the constructor as far as it shows there; neither or both of a
+            teacher and its embeddings as labels, shapes that do not fit.
 
     The name is that of a loss of sentence-transformers which does what ``hidden`` does, from labels.
 
@@ -70,7 +74,7 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
         self,
         model: SentenceTransformer,
         teacher: SentenceTransformer | Callable[[list[str]], Any] | None = None,
-        loss: str | Sequence[tuple] | DistillationLoss | None = "kl",
+        loss: str | Sequence[tuple] | DistillationLoss | Callable[..., Tensor] | None = "kl",
         scale: float = 20.0,
         hidden: Literal["cosine", "mse"] | None = None,
         hidden_weight: float = 1.0,
@@ -80,10 +84,22 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if teacher is not None and not callable(teacher):
+        if not hasattr(model, "get_embedding_dimension"):
+            raise TypeError(f"expected a SentenceTransformer as model, got {type(model).__name__}")
+        if teacher is not None and (not callable(teacher) or isinstance(teacher, type)):
             raise TypeError(f"expected a SentenceTransformer, a function or None as teacher, got {teacher!r}")
+        if isinstance(teacher, nn.Module):
+            trained = {id(p) for p in model.parameters() if p.requires_grad}
+            if teacher is model or any(id(p) in trained for p in teacher.parameters()):
+                raise ValueError("expected a teacher apart from the model, got one that would be trained with it")
         if isinstance(loss, TopKLoss):
             raise TypeError("expected a divergence of whole distributions, got a TopKLoss")
+        own = isinstance(loss, Divergence) or (callable(loss) and not isinstance(loss, (type, nn.Module)))
+        if not own and not isinstance(loss, (str, list, tuple, DistillationLoss, type(None))):
+            raise TypeError(
+                "expected loss to be the name of a divergence, terms, a DistillationLoss, a function or None, "
+                f"got {loss!r}"
+            )
         if isinstance(loss, DistillationLoss) and loss.ignore_index >= 0:
             raise ValueError(
                 f"expected a loss with a negative ignore_index, got {loss.ignore_index}: a row of the batch"
@@ -94,16 +110,16 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
             raise ValueError("expected a loss or hidden, got None for both")
         teacher_scale = scale if teacher_scale is None else teacher_scale
         for name, value in (("scale", scale), ("teacher_scale", teacher_scale), ("hidden_weight", hidden_weight)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"expected {name} to be positive and finite, got {value!r}")
+            if not _finite(value) or value <= 0:
+                raise ValueError(f"expected {name} to be a positive, finite number, got {value!r}")
         self._set_options(**options)
         self.gather_across_devices: bool
         self._given = loss
         self.model = model
         self.scale, self.teacher_scale = scale, teacher_scale
         self.hidden, self.hidden_weight = hidden, hidden_weight
-        terms = [(loss, 1.0)] if isinstance(loss, str) else loss
-        self.loss = DistillLoss(terms, **self._chunking) if isinstance(terms, Sequence) else terms
+        terms: Any = [(loss, 1.0)] if own or isinstance(loss, str) else loss
+        self.loss = DistillLoss(terms, **self._chunking) if isinstance(terms, (list, tuple)) else terms
         if isinstance(teacher, SentenceTransformer):
             teacher.requires_grad_(False).eval()
             self._same_tokens = _reads_the_same(model, teacher)
@@ -140,6 +156,10 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
         """The teacher's embeddings, which take the place of labels."""
         if self.teacher is None:
             return labels
+        if isinstance(labels, Tensor) and labels.dim() > 1:
+            raise ValueError(
+                f"expected a teacher or its embeddings as labels, got both: labels of shape {tuple(labels.shape)}"
+            )
         if isinstance(self.teacher, SentenceTransformer):
             if self._same_tokens and self.uses_gradient_cache:
                 return [_MiniBatches(self.teacher, self).embed(dict(column)) for column in features]
@@ -153,7 +173,7 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
                 ).clone()
                 for column in features
             ]
-        return [torch.as_tensor(self.teacher(self._texts(column))) for column in features]
+        return [_embeddings(self.teacher(self._texts(column))) for column in features]
 
     def _texts(self, column: dict[str, Tensor]) -> list[str]:
         if self._tokenizer is None or "input_ids" not in column:
@@ -174,12 +194,14 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
             raise ValueError("expected a teacher, or its embeddings as labels, got neither")
         if isinstance(labels, Tensor):
             labels = labels.unbind(1) if labels.dim() == 3 else [labels]
-        columns = [column.detach().to(embeddings[0]) for column in labels]
-        shapes = [tuple(column.shape) for column in columns]
-        if [shape[:1] for shape in shapes] != [column.shape[:1] for column in embeddings] or len(set(shapes)) != 1:
-            expected = f"{len(embeddings)} columns of {len(embeddings[0])} embeddings"
+        if not isinstance(labels, (list, tuple)) or not all(isinstance(column, Tensor) for column in labels):
+            raise TypeError(f"expected the teacher's embeddings as tensors, one a column, got {_kind(labels)}")
+        shapes = [tuple(column.shape) for column in labels]
+        rows = [len(column) for column in embeddings]
+        if len(set(shapes)) != 1 or len(shapes[0]) != 2 or [shape[0] for shape in shapes] != rows:
+            expected = f"{len(rows)} columns of {rows[0]} embeddings, ({rows[0]}, D) each"
             raise ValueError(f"expected the teacher's embeddings of {expected}, got shapes {shapes}")
-        return columns
+        return [column.detach().to(embeddings[0]) for column in labels]
 
     # ---- the loss
 
@@ -200,6 +222,11 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
         self, loss: DistillationLoss, student: list[Tensor], teacher: list[Tensor], processes: Any
     ) -> Tensor:
         alone = len(student) == 1
+        if alone and loss.weight_hard != 0:
+            raise ValueError(
+                'expected two columns of texts or more for the hard loss ("ce", or a weight_hard): the right text of a '
+                "row is its own in the second column, got one column"
+            )
         sides = []
         for columns, scale in ((student, self.scale), (teacher, self.teacher_scale)):
             query, *documents = (F.normalize(column, dim=1) for column in columns)
@@ -229,9 +256,11 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         given = self._given
-        name = type(given).__name__ if isinstance(given, DistillationLoss) else given
-        if isinstance(name, Sequence) and not isinstance(name, str):
-            name = [(kind if isinstance(kind, str) else callable_name(kind), *rest) for kind, *rest in name]
+        name: Any = type(given).__name__ if isinstance(given, DistillationLoss) else given
+        if isinstance(name, (list, tuple)):
+            name = [(_name_of(kind), *rest) for kind, *rest in name]
+        elif name is not None:
+            name = _name_of(name)
         return {
             "loss": name,
             "scale": self.scale,
@@ -252,6 +281,23 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
     url={https://arxiv.org/abs/2101.04731}
 }
 """
+
+
+def _name_of(kind: Any) -> str:
+    return kind if isinstance(kind, str) else callable_name(getattr(kind, "function", kind))  # of a Divergence
+
+
+def _embeddings(given: Any) -> Tensor:
+    """What a function gave for a column, as a tensor."""
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"expected a teacher that returns embeddings (N, D), got {_kind(given)}: {error}") from error
+
+
+def _kind(given: Any) -> str:
+    inside = f" of {sorted({type(item).__name__ for item in given})}" if isinstance(given, (list, tuple)) else ""
+    return type(given).__name__ + inside
 
 
 def _reads_the_same(model: SentenceTransformer, teacher: SentenceTransformer) -> bool:

@@ -91,8 +91,19 @@ def main(
         if len(train) < batch_size:
             raise ValueError(f"--batch-size {batch_size} is more than the {len(train)} training texts that there are")
         rated = load_sts(sts) if sts else None
-        big = load_model(teacher, max_seq_length)
+        big = load("--teacher", teacher, max_seq_length)
         small = make_student(student, layers, big, max_seq_length)
+        from distill.sentence_transformers import EmbedDistillLoss
+
+        objective = EmbedDistillLoss(
+            small,
+            loss=None if loss == "none" else loss,
+            scale=scale,
+            hidden=None if hidden is Hidden.none else hidden.value,
+            hidden_weight=hidden_weight,
+            teacher_dim=big.get_embedding_dimension(),
+            mini_batch_size=mini_batch_size,
+        )
     except ValueError as error:
         console.print(f"[red]Error:[/] {error}")
         raise typer.Exit(2) from error
@@ -106,20 +117,10 @@ def main(
         embeddings = big.encode(train["text"], batch_size=64, show_progress_bar=False)
         train = train.add_column("label", list(embeddings))
 
-    from distill.sentence_transformers import EmbedDistillLoss
-
     _, seconds = fit(
         small,
         train,
-        EmbedDistillLoss(
-            small,
-            loss=None if loss == "none" else loss,
-            scale=scale,
-            hidden=None if hidden is Hidden.none else hidden.value,
-            hidden_weight=hidden_weight,
-            teacher_dim=embeddings.shape[1],
-            mini_batch_size=mini_batch_size,
-        ),
+        objective,
         mini_batch_size,
         callbacks=[evaluator.callback(small, eval_every)],
         output_dir=str(output),
@@ -187,9 +188,16 @@ def load_sts(name: str) -> tuple[list[str], list[str], list[float]]:
     return first, second, [float(score) for score in scores]
 
 
+def load(option: str, name: str, max_seq_length: int) -> SentenceTransformer:
+    try:
+        return load_model(name, max_seq_length)
+    except OSError as error:  # no such folder, no such name, no network
+        raise ValueError(f"{option} {name}: {error}") from error
+
+
 def make_student(name: str, layers: int, teacher: SentenceTransformer, max_seq_length: int) -> SentenceTransformer:
     if name not in ("layers", "static"):
-        return load_model(name, max_seq_length)
+        return load("--student", name, max_seq_length)
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 

@@ -110,6 +110,9 @@ def main(
             read_size(name, text) for name, text in (("--teacher-size", teacher_size), ("--student-size", student_size))
         ]
         manifest, stored = teacher_topk.load(Path(offline)) if offline else (None, None)
+        # What is left of the vocabulary is known at the temperature alone that was stored.
+        kept = {"topk": manifest["temperature"]} if manifest else {}
+        losses = {name: build_loss(name, weight_hard, kept.get(name, temperature), compiled) for name in names}
         teacher = teacher or (manifest or {}).get("model", "")
         train, held_out, tokenizer = load_data(
             teacher, dataset, subset, split, column, characters, vocabulary, block, seed, stored
@@ -117,6 +120,8 @@ def main(
         big = load_lm(teacher) if teacher else llama(*sizes[0], tokenizer, block, seed)
         if manifest and manifest["weights"] != teacher_topk.fingerprint(big):
             raise ValueError(f"--offline {offline}: its teacher was another one, {manifest.get('model')}")
+        if "topk" in names and not manifest:
+            teacher_topk.check(big, k, temperature)
         small = load_lm(student) if student else llama(*sizes[1], tokenizer, block, seed + 1)
     except ValueError as error:
         console.print(f"[red]Error:[/] {error}")
@@ -138,7 +143,6 @@ def main(
     if not manifest:  # the students' rows: the same for all, in the same order
         train = train.shuffle(seed=seed).select(range(min(len(train), steps * batch_size)))
     if "topk" in names and not manifest:
-        manifest = {"model": teacher or str(output / "teacher"), "temperature": temperature}
         shutil.rmtree(output / "topk", ignore_errors=True)
         stored = teacher_topk.write(
             output / "topk",
@@ -147,19 +151,18 @@ def main(
             k=k,
             temperature=temperature,
             batch_size=batch_size,
-            told={"model": manifest["model"]},
+            told={"model": teacher or str(output / "teacher")},
         )
     seconds = {}
     for name in names:
         model = copy.deepcopy(small)
-        made = build_loss(name, weight_hard, temperature, compiled, manifest)
 
         def evaluate(step: int, name: str = name, model: nn.Module = model) -> None:
             history.append({"loss": name, "step": step, **measure(model, big, held_out, batch_size)})
 
         data = stored if name == "topk" else train
         seconds[name] = fit(
-            name, model, data, made, setting, steps, learning_rate,
+            name, model, data, losses[name], setting, steps, learning_rate,
             teacher=big if name not in ("ce", "topk") else None, evaluate=evaluate, eval_every=eval_every,
         )  # fmt: skip
         for part in (model, tokenizer):
@@ -273,18 +276,15 @@ def millions(model: nn.Module) -> str:
 # ---- training
 
 
-def build_loss(
-    name: str, weight_hard: float, temperature: float, compiled: bool, manifest: dict[str, Any] | None = None
-) -> DistillationLoss:
+def build_loss(name: str, weight_hard: float, temperature: float, compiled: bool) -> DistillationLoss:
     from distill import DistillLoss, TopKLoss
 
     if name == "ce":
         return DistillLoss([("ce", 1.0)], compiled=compiled)
     options: dict[str, Any] = {"scale_by_t2": True, "compiled": compiled}
-    if name == "topk" and manifest is not None:
-        stored = manifest["temperature"]  # what is left of the vocabulary is known at this temperature alone
+    if name == "topk":
         hard = {"weight_hard": weight_hard, "weight_soft": 1 - weight_hard}
-        return TopKLoss("kl", temperature=stored, teacher_temperature=stored, **hard, **options)
+        return TopKLoss("kl", temperature=temperature, teacher_temperature=temperature, **hard, **options)
     return DistillLoss([("ce", weight_hard), (name, 1 - weight_hard)], temperature, **options)
 
 

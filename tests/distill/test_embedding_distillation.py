@@ -145,6 +145,20 @@ def test_the_hard_loss_is_info_nce() -> None:
     torch.testing.assert_close(both, soft + 0.5 * expected)
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_function_is_a_loss(columns: int) -> None:
+    student, teacher = embeddings(ROWS, columns), embeddings(ROWS, columns, seed=1)
+    loss = make(squared_probabilities)
+    expected = logits(student, 20.0).softmax(1) - logits(teacher, 20.0).softmax(1)
+    value = loss.compute_loss_from_embeddings(student, teacher)
+    torch.testing.assert_close(value, expected.square().sum(1).mean())
+    assert loss.get_config_dict()["loss"] == "squared_probabilities"
+
+
+def squared_probabilities(student: Tensor, teacher: Tensor) -> Tensor:
+    return (student.softmax(1) - teacher.softmax(1)).square().sum(1)
+
+
 def test_a_single_text_has_nothing_to_learn() -> None:
     student = embeddings(1, 1)
     value = make("kl").compute_loss_from_embeddings(student, embeddings(1, 1, seed=1))
@@ -352,7 +366,10 @@ def test_two_processes_are_one_with_the_whole_batch(name: str, outcomes: Outcome
         ({"loss": "kld"}, ValueError, "expected a divergence among"),
         ({"loss": TopKLoss()}, TypeError, "TopKLoss"),
         ({"hidden": "l2"}, ValueError, "hidden"),
-        ({"scale": 0.0}, ValueError, "scale"),
+        *(({"scale": scale}, ValueError, "scale") for scale in (0.0, -1.0, None, "20", float("nan"))),
+        *(({"loss": loss}, TypeError, "expected loss") for loss in (KLDivLoss, nn.KLDivLoss(), {"kl": 1.0}, 3)),
+        ({"teacher_scale": "20"}, ValueError, "teacher_scale"),
+        *(({"model": model}, TypeError, "a SentenceTransformer as model") for model in ("a", nn.Linear(2, 2), None)),
         ({"hidden_weight": float("nan")}, ValueError, "hidden_weight"),
         ({"teacher": "a name"}, TypeError, "teacher"),
         ({"mini_batch_size": 0}, ValueError, "mini_batch_size"),
@@ -360,7 +377,39 @@ def test_two_processes_are_one_with_the_whole_batch(name: str, outcomes: Outcome
 )
 def test_wrong_options_are_refused(options: dict, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
-        EmbedDistillLoss(Idle(), **options)
+        EmbedDistillLoss(**{"model": Idle()} | options)
+
+
+def test_a_teacher_that_would_be_trained_is_refused(student_dir: str) -> None:
+    model = build(student_dir)
+    for teacher in (model, SentenceTransformer(modules=[model[0]], device="cpu")):
+        with pytest.raises(ValueError, match="a teacher apart from the model"):
+            make("kl", model, teacher)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        (None, TypeError, r"returns embeddings \(N, D\), got NoneType"),
+        ([torch.ones(4)] * ROWS, TypeError, r"got list of \['Tensor'\]"),
+        (torch.ones(ROWS), ValueError, r"\(7, D\) each, got shapes \[\(7,\)\]"),
+        (torch.ones(ROWS, 2, 2), ValueError, r"got shapes \[\(7, 2, 2\)\]"),
+    ],
+)
+def test_what_a_function_gives_is_checked(given: Any, kind: type[Exception], message: str, student_dir: str) -> None:
+    model = build(student_dir)
+    with pytest.raises(kind, match=message):
+        make("kl", model, lambda texts: given)(features(model, ROWS, 1))
+
+
+def test_labels_beside_a_teacher(student_dir: str) -> None:
+    model = build(student_dir)
+    loss, batch = make("kl", model, guide := build(student_dir, dense())), features(model, ROWS, 1)
+    assert guide.training is False
+    torch.testing.assert_close(loss(batch, torch.arange(ROWS)), loss(batch))
+    with pytest.raises(ValueError, match="got both"):
+        loss(batch, torch.ones(ROWS, OUT))
 
 
 @pytest.mark.parametrize(
@@ -372,10 +421,18 @@ def test_wrong_options_are_refused(options: dict, kind: type[Exception], message
         ("kl", {}, embeddings(ROWS, 1), embeddings(ROWS - 1, 1), "1 columns of 7"),
         ([("kl", 0.5), ("mse", 0.5)], {}, embeddings(ROWS, 1), embeddings(ROWS, 1), "all take a softmax"),
         (TAIDLoss(student_softcap=9.0), {}, embeddings(ROWS, 1), embeddings(ROWS, 1), "soft-cap"),
-        (TAIDLoss(weight_hard=1.0), {}, embeddings(ROWS, 1), embeddings(ROWS, 1), "weight_hard"),
+        (TAIDLoss(weight_hard=1.0), {}, embeddings(ROWS, 1), embeddings(ROWS, 1), "two columns .*weight_hard"),
+        ([("ce", 0.5), ("kl", 0.5)], {}, embeddings(ROWS, 1), embeddings(ROWS, 1), 'two columns .*"ce"'),
+        ("kl", {}, embeddings(ROWS, 1), [torch.ones(ROWS)], r"got shapes \[\(7,\)\]"),
         (None, {"hidden": "mse"}, embeddings(ROWS, 1), embeddings(ROWS, 1, width=9), "teacher_dim"),
     ],
 )
 def test_wrong_embeddings_are_refused(loss: Any, options: dict, student: list, teacher: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(loss, **options).compute_loss_from_embeddings(student, teacher)
+
+
+@pytest.mark.parametrize("teacher", [[[1.0] * 6] * ROWS, "text", [None]])
+def test_embeddings_are_tensors(teacher: Any) -> None:
+    with pytest.raises(TypeError, match="as tensors, one a column"):
+        make().compute_loss_from_embeddings(embeddings(ROWS, 1), teacher)
