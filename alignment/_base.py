@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chunked_embed import ChunkPlan, FlexChunkLoss, LossOutput, Projection, TokenStatistics
-from chunked_embed.engine.types import is_number
 
 from .functional import mean_logps, wpo_weight
 
@@ -148,7 +148,7 @@ FINITE = Range(-math.inf, math.inf, "a finite number")
 
 
 def check_number(name: str, value: Any, allowed: Range) -> None:
-    if not is_number(value) or not allowed.holds(float(value)):
+    if isinstance(value, bool) or not isinstance(value, Real) or not allowed.holds(float(value)):
         raise ValueError(f"expected {name} to be {allowed.text}, got {value!r}")
 
 

@@ -40,9 +40,15 @@ class LogProbs(NamedTuple):
 
 def normalized(logits: Tensor) -> LogProbs:
     wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    finite = wide.clamp(FLOOR, -FLOOR)
-    log = finite.log_softmax(-1)
+    finite = floored(wide)
+    log = finite.log_softmax(-1).clamp_min(FLOOR)
     return LogProbs(finite, log, _exp(log.detach()))
+
+
+def floored(logits: Tensor) -> Tensor:
+    """``FLOOR`` for -inf, which is a token that cannot occur. NaN and inf stay and reach the gradient, where scalers of
+    mixed precision look for them."""
+    return torch.where(logits == -torch.inf, FLOOR, logits)
 
 
 def _exp(x: Tensor) -> Tensor:
@@ -82,7 +88,10 @@ def _sum(values: Tensor, slope: Tensor, student: LogProbs, total: float | None =
     derivatives would cost more than everything else together.
     """
     slope = slope.detach()
-    moves = slope * student.log if total is None else (slope - total * student.p) * student.logits
+    if total is None:
+        moves = slope * student.log
+    else:
+        moves = (slope - total * student.p) * (student.logits - student.logits.detach())
     moves = moves.sum(1)
     return values.detach().sum(1) + (moves - moves.detach())
 
@@ -110,7 +119,7 @@ def _log_mean(d: Tensor, beta: Number) -> Tensor:
     series: Tensor | float = 0.0
     for n in range(len(cumulants), 0, -1):
         series = d * (cumulants[n - 1] * (1 / math.factorial(n)) + series)
-    return torch.where(d.abs() < 0.5, series, torch.log(rest + b * _exp(d)))
+    return torch.where(d.abs() < 0.35, series, torch.log(rest + b * _exp(d)))
 
 
 def _excess(a: Tensor, b: Tensor, r: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -16,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chunked_embed import ChunkPlan, FlexChunkLoss, LossOutput, Projection
-from chunked_embed.engine.types import is_number
 
-from .divergences import DIVERGENCES, FLOOR, Divergence, LogProbs, nll, normalized
+from .divergences import DIVERGENCES, FLOOR, Divergence, LogProbs, floored, nll, normalized
 
 Extra = tuple[tuple[Tensor, Tensor], ...]
 REPORTS = ("student_entropy", "teacher_agreement")
@@ -417,7 +417,11 @@ Sides: TypeAlias = dict[str, tuple[Logits, Logits]]
 
 def _times(z: Tensor, factor: Tensor) -> Tensor:
     """``z * factor``, in a form that inductor does not take for a scaled softmax: for that it would read z twice."""
-    return (z * factor).clamp_min(FLOOR)
+    return floored(z * factor)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _finite(value: object) -> bool:
@@ -902,11 +906,15 @@ class TopKLoss(DistillationLoss):
         there = log_p > -torch.inf
         index = rows["ids"].long().clamp(0, student.z.shape[1] - 1)
         z = student.z / hp.temperature
-        log_q = z.gather(1, index) - z.logsumexp(1, keepdim=True)
-        log_q = torch.where(there, log_q, -torch.inf)
+        total = z.logsumexp(1, keepdim=True)
+        log_q = torch.where(there, z.gather(1, index) - total, -torch.inf)
         if self.tail == "zero":
             return {"common": (Logits(log_q), Logits(log_p))}
-        log_q_tail = _log_rest(log_q)
+        # The sum of the others, not what the few leave of one: that would have few digits, or none. What is not there
+        # takes a column behind the last.
+        others = F.pad(z, (0, 1), value=FLOOR).scatter(1, torch.where(there, index, z.shape[1]), FLOOR)
+        log_q_tail = others.logsumexp(1, keepdim=True) - total
+        log_q_tail = log_q_tail.clamp_min(math.log(torch.finfo(z.dtype).tiny))
         if self.tail == "renorm":
             log_p = log_p * (hp.teacher_temperature / hp.temperature)
             log_p_tail = torch.full_like(log_q_tail, -torch.inf)

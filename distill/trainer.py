@@ -35,10 +35,9 @@ except ImportError as missing:
     ) from missing
 
 from chunked_embed import causal_lm
-from chunked_embed.engine.types import is_number
 
 from .divergences import DIVERGENCES
-from .losses import REPORTS, DistillationLoss, DistillLoss, TopKLoss, as_report
+from .losses import REPORTS, DistillationLoss, DistillLoss, TopKLoss, as_report, is_number
 
 __all__ = ["DistillCollator", "DistillTrainer"]
 

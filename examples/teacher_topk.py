@@ -183,11 +183,13 @@ def top_k(
 
     extra, found = head.extra, []
     step = max(1, chunk_bytes // (4 * len(head.weight)))
+    wide = head.weight.float()
     for start in range(0, len(head.hidden), step):
         part = slice(start, start + step)
-        logits = (head.hidden[part] @ head.weight.T).float()
+        # Widened first: logits in half precision would be off by their rounding, and so would who is among the k.
+        logits = head.hidden[part].float() @ wide.T
         for x, weight in extra:
-            logits += x[part] @ weight.T
+            logits += x[part].float() @ weight.float().T
         if head.bias is not None:
             logits += head.bias
         logits *= head.logit_scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import namedtuple
 from collections.abc import Callable, Mapping
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -418,7 +418,7 @@ class FlexChunkLoss(nn.Module):
             if name not in self.static_numbers:
                 values[name] = _number(name, float(value))
                 if values[name]._version:
-                    _number.cache_clear()
+                    _NUMBERS.clear()
                     raise RuntimeError(f"expected loss_fn and score_fn to leave hp alone, got {name} changed in place")
         for name, tensor in (further or {}).items():
             if not isinstance(tensor, Tensor) or tensor.dim() or tensor.requires_grad:
@@ -454,14 +454,23 @@ def _refuse_learnable_closure(name: str, function: Callable | None) -> None:
             )
 
 
-@lru_cache(maxsize=1024)
+_NUMBERS: dict[tuple[str, float], Tensor] = {}
+
+
 def _number(name: str, value: float) -> Tensor:
     """A number of ``hp``. Kept: a loss with ten of them would spend a tenth of a millisecond a call on making them.
 
     By name too: a tensor that is two arguments of a compiled step makes dynamo compile anew.
     """
-    with torch.inference_mode(False):  # else it would be no good outside of the first caller's inference mode
-        return torch.tensor(value, dtype=torch.float64, device="cpu")
+    if (name, value) not in _NUMBERS:
+        if len(_NUMBERS) >= 1024:
+            _NUMBERS.clear()
+        with torch.inference_mode(False):  # else it would be no good outside of the first caller's inference mode
+            made = torch.tensor(value, dtype=torch.float64, device="cpu")
+        if type(made) is not Tensor:  # of a mode that fakes tensors
+            return made
+        _NUMBERS[name, value] = made
+    return _NUMBERS[name, value]
 
 
 def _hashable(value: object) -> bool:

@@ -63,7 +63,7 @@ def select(
         return _by_segment(problem, index_rows, segments, n_groups, segments_per_group)
     if row_weight is not None:
         return _by_weight(problem, index_rows, row_weight)
-    _raise_on_indices(problem, index_rows, _fetch(_ranges(problem, index_rows, None)))
+    _raise_on_indices(problem, index_rows, _fetch(_ranges(problem, index_rows, None)), None)
     return Selection(n_rows=problem.n_rows, n_groups=problem.n_rows)
 
 
@@ -77,7 +77,7 @@ def _by_weight(problem: Problem, index_rows: Sequence[str], weight: Tensor) -> S
     n_used, total, *ranges = _fetch(counted)
     if not math.isfinite(total):
         raise ValueError("expected finite row weights, got NaN or infinity")
-    _raise_on_indices(problem, index_rows, ranges)
+    _raise_on_indices(problem, index_rows, ranges, used)
     n = int(n_used)
     order = None if n == problem.n_rows else torch.nonzero_static(used, size=n)[:, 0]
     return Selection(n_rows=n, order=order, n_groups=problem.n_rows)
@@ -103,7 +103,7 @@ def _by_segment(
             f"expected segment ids below {n_segments} ({n_groups} groups of {per_group}), "
             f"got {int(segments.max())} among others"
         )
-    _raise_on_indices(problem, index_rows, fetched[1 : 1 + len(ranges)])
+    _raise_on_indices(problem, index_rows, fetched[1 : 1 + len(ranges)], used)
     of_group = lengths.view(-1, per_group).sum(1)
     if given_groups is None and bool((of_group == 0).any()):
         raise ValueError(
@@ -135,10 +135,14 @@ def _ranges(problem: Problem, names: Sequence[str], used: Tensor | None) -> list
     return found
 
 
-def _raise_on_indices(problem: Problem, names: Sequence[str], ranges: Sequence[float]) -> None:
+def _raise_on_indices(problem: Problem, names: Sequence[str], ranges: Sequence[float], used: Tensor | None) -> None:
+    columns = _columns(problem)
     for name, least, most in zip(names, ranges[::2], ranges[1::2], strict=True):
-        if least < 0 or most >= _columns(problem):
+        if least < 0 or most >= columns:
+            index = problem.tensors[problem.rows[name]]
+            index = index if used is None else index[used]
+            outside = int(((index < 0) | (index >= columns)).sum())
             raise ValueError(
-                f"expected rows[{name!r}] in [0, {_columns(problem)}) on used rows, "
-                f"got values from {int(least)} to {int(most)}"
+                f"expected rows[{name!r}] in [0, {columns}) on used rows, got {outside} outside "
+                f"(values from {int(index.min())} to {int(index.max())})"
             )

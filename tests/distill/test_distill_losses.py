@@ -485,6 +485,20 @@ def test_any_callable_has_a_label():
     assert set(loss(**x).metrics) == {"lambda", "lambda_2"}
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("name", ["kl", "reverse_kl", "jsd", "tvd"])
+def test_what_is_not_a_number_reaches_the_gradient(name, temperature, bad):
+    """A frozen head would not tell, and a scaler of mixed precision must skip the step."""
+    x = make()
+    x["student_weight"], x["student_bias"] = x["student_weight"].detach(), x["student_bias"].detach()
+    x["student_hidden"].data[0, 0, 0] = bad
+    out = DistillLoss([("ce", 0.5), (name, 0.5)], temperature, compiled=False)(**x)
+    out.loss.backward()
+    assert not torch.isfinite(out.loss)
+    assert not torch.isfinite(x["student_hidden"].grad[0, 0]).any()
+
+
 @pytest.mark.parametrize("shape", [lambda v: v.square(), lambda v: v.sum(1, keepdim=True), lambda v: v.sum()])
 def test_a_divergence_that_gives_no_value_a_row(shape):
     def own(student, teacher):

@@ -109,14 +109,14 @@ def test_close_rows_keep_their_digits(name):
 
 @pytest.mark.parametrize("beta", [1e-6, 0.1, 0.5, 0.9, 1 - 1e-6])
 def test_the_log_of_a_mixture_in_float32(beta):
-    """A series for small differences, plain exp and log for others; they meet at a half."""
+    """A series for small differences, plain exp and log for others; they meet at 0.35."""
     d = torch.cat([torch.linspace(-3, 3, 20001), torch.logspace(-12, 0, 500), torch.tensor([0.0, -80.0, 80.0])])
     d = d.double()
     b = torch.tensor(beta, dtype=torch.float64)
     exact = torch.log1p(b * torch.expm1(d))
     for given in (beta, torch.tensor(beta, dtype=torch.float64)):
         found = D._log_mean(d.float(), given).double()
-        for near, rtol, atol in ((d.abs() < 0.2, 1e-6, 0.0), (d.abs() < 0.5, 1e-5, 0.0), (d.abs() >= 0.5, 1e-6, 3e-7)):
+        for near, rtol, atol in ((d.abs() < 0.35, 2e-6, 0.0), (d.abs() >= 0.35, 1e-6, 3e-7)):
             torch.testing.assert_close(found[near], exact[near], rtol=rtol, atol=atol)
 
 

@@ -134,6 +134,25 @@ def test_edges(tail):
     assert output.loss == 0 and not any(g.any() for g in gradients(output.loss, x))
 
 
+def test_a_small_tail_of_the_student_keeps_its_digits():
+    """One minus the sum of a confident student's few would be zero in float32."""
+    torch.manual_seed(0)
+    z = torch.randn(5, 200, dtype=torch.float64)
+    ids = torch.arange(8).expand(5, 8)
+    z[:, :8] += 22
+    log_p = (0.3 * torch.randn(5, 209, dtype=torch.float64)).log_softmax(1)[:, :8]
+    values, gradients = [], []
+    for dtype in (torch.float64, torch.float32):
+        hidden = z.to(dtype).requires_grad_()
+        head = torch.eye(200, dtype=dtype)
+        loss = TopKLoss(compiled=False)(hidden, head, ids, log_p.to(dtype)).loss
+        values.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss, hidden)[0])
+    assert -(z.log_softmax(1)[:, 8:].logsumexp(1)).max() > 16  # beyond what one minus a float32 can say
+    torch.testing.assert_close(values[1].double(), values[0], rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(gradients[1].double(), gradients[0], rtol=1e-4, atol=1e-8)
+
+
 def test_an_equal_teacher_gives_zero():
     x = make()
     same = x | {f"teacher_{k}": x[f"student_{k}"].detach() for k in ("hidden", "weight", "bias")}
