@@ -438,5 +438,5 @@ def plot(path: Path, lines: Sequence[Line]) -> None:
     figure.suptitle(
         f"{where.device}, torch {where.torch}, {where.date}; blue: ours, orange: peers, grey: floor", fontsize=9
     )
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
     pyplot.close(figure)

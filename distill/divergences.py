@@ -33,7 +33,7 @@ TINY = 1e-30
 class LogProbs(NamedTuple):
     """One side's distribution: its logits behind a softmax."""
 
-    logits: Tensor  # finite, (R, V)
+    logits: Tensor  # (R, V), ``FLOOR`` for -inf
     log: Tensor  # log-softmax
     p: Tensor  # probabilities; their gradient is not followed
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -420,12 +420,12 @@ def _times(z: Tensor, factor: Tensor) -> Tensor:
     return floored(z * factor)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _finite(value: object) -> bool:
-    return is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
+    return is_number(value) and math.isfinite(value)
 
 
 def _items(num_items: float | Tensor, like: Tensor) -> float | Tensor:
@@ -817,6 +817,8 @@ class TopKLoss(DistillationLoss):
             raise ValueError("expected report without teacher_agreement, which needs the teacher's logits")
         attributes = numbers | {"tail": tail, "teacher_temperature": teacher_temperature}
         super().__init__(terms, attributes, temperature, weight_hard, weight_soft, **options)
+        if tail != "zero":
+            self.workspace_bytes += 8  # the student's others, padded and then scattered into
 
     def _settle(self) -> None:
         super()._settle()
