@@ -23,6 +23,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import docstrings
 import typer
 from common import BUNDLED_MODEL, console, fit, load_model, load_splits, quiet_and_offline, save_and_check, show_rows
 from rich.table import Table
@@ -59,7 +60,11 @@ def main(
     hidden: Annotated[Hidden, typer.Option(help="Compare each embedding with the teacher's, too.")] = Hidden.none,
     hidden_weight: Annotated[float, typer.Option(help="Of that part.")] = 1.0,
     dataset: Annotated[
-        str, typer.Option(help="A txt (a text a line), csv, json or parquet file, or a hub name; else docstrings.")
+        str,
+        typer.Option(
+            help="A txt (a text a line), csv, json or parquet file, a hub name, or a folder of Python code; "
+            "else docstrings."
+        ),
     ] = "",
     subset: Annotated[str, typer.Option(help="Configuration of a hub dataset.")] = "",
     column: Annotated[str, typer.Option(help="The dataset's column of texts.")] = "text",
@@ -151,12 +156,12 @@ def load_texts(name: str, subset: str, column: str, wanted: int, seed: int) -> t
     """(training, held out) with one column, "text". No text is in both, or comes twice."""
     from datasets import Dataset
 
-    if not name:
-        from docstrings import collect, is_held_out
-
+    if not name or docstrings.is_code(name):
         with console.status("Reading docstrings"):
-            functions = collect(wanted // 2, per_package=max(1000, wanted // 24))
-        sides = [[text for f in functions if is_held_out(f) is out for text in f[2:]] for out in (False, True)]
+            functions = docstrings.collect(wanted // 2, per_package=max(1000, wanted // 24), folder=name)
+        sides = [
+            [text for f in functions if docstrings.is_held_out(f) is out for text in f[2:]] for out in (False, True)
+        ]
     elif name.endswith(".txt"):
         if not Path(name).exists():
             raise ValueError(f"--dataset {name}: no such file")

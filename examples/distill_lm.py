@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import docstrings
 import teacher_topk
 import typer
 from common import console, quiet_and_offline
@@ -66,7 +67,8 @@ def main(
     dataset: Annotated[
         str,
         typer.Option(
-            help="A hub name; a csv, json, parquet or txt file; or a folder of txt and md files. Or docstrings."
+            help="A hub name; a csv, json, parquet or txt file; or a folder of txt and md files, or of Python code. "
+            "Or docstrings."
         ),
     ] = "",
     subset: Annotated[str, typer.Option(help="Configuration of a hub dataset.")] = "",
@@ -197,16 +199,14 @@ def load_data(
     from datasets import Dataset
 
     with console.status("Reading texts"):
-        if dataset:
+        if not teacher_topk.reads_docstrings(dataset):
             texts = teacher_topk.load_texts(dataset, subset, split, column, characters)
             if len(texts) < 12:
                 raise ValueError(f"--dataset {dataset}: expected 12 texts at least, got {len(texts)}")
             sides = texts.train_test_split(test_size=max(1, min(2000, len(texts) // 12)), seed=seed)
             train, held_out = sides["train"], sides["test"]
         else:
-            from docstrings import documents
-
-            train, held_out = (Dataset.from_dict({"text": side}) for side in documents(characters))
+            train, held_out = (Dataset.from_dict({"text": side}) for side in docstrings.documents(characters, dataset))
         tokenizer = teacher_topk.load_tokenizer(teacher) if teacher else train_tokenizer(train, vocabulary)
         train, held_out = (side.shuffle(seed=seed) for side in (train, held_out))
         rows = teacher_topk.tokenised(tokenizer, held_out, block, pack=True)

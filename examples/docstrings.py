@@ -1,5 +1,7 @@
 """Training text without a download: what the functions of installed packages are called, and what they say they do.
 
+Or the functions of a folder of Python code: each example's ``--dataset`` takes one.
+
 A function's name and parameters are a short query, the first sentence of its docstring is its answer. A pair is graded
 by how near its two functions live: one function, one module, or two packages. Sources are parsed, never imported.
 """
@@ -29,11 +31,17 @@ class Function(NamedTuple):
     summary: str  # "Return a JSON string representation of a Python data structure"
 
 
-def collect(wanted: int, per_package: int = MAX_PER_PACKAGE) -> list[Function]:
-    """At least `wanted` distinct functions where there are as many: the standard library's, then other packages'."""
+def is_code(folder: str) -> bool:
+    """Whether this is a folder of Python code."""
+    return bool(folder) and Path(folder).is_dir() and any(Path(folder).rglob("*.py"))
+
+
+def collect(wanted: int, per_package: int = MAX_PER_PACKAGE, folder: str = "") -> list[Function]:
+    """At least `wanted` distinct functions where there are as many: the folder's, or without a folder the standard
+    library's, then other packages'."""
     found: list[Function] = []
     seen: set[str] = set()
-    for package, files in _packages():
+    for package, files in _packages(folder):
         of_package = 0
         for function in (f for file in files for f in _functions(package, file)):
             if function.name in seen or function.summary.lower() in seen:
@@ -48,7 +56,7 @@ def collect(wanted: int, per_package: int = MAX_PER_PACKAGE) -> list[Function]:
     return found
 
 
-def documents(characters: int) -> tuple[list[str], list[str]]:
+def documents(characters: int, folder: str = "") -> tuple[list[str], list[str]]:
     """(training, held out): whole docstrings, each under what it is of, about so many characters where there are.
 
     None comes twice. Every twelfth is held out, by its text. A package gives an eighth of them at most.
@@ -56,7 +64,7 @@ def documents(characters: int) -> tuple[list[str], list[str]]:
     sides: tuple[list[str], list[str]] = ([], [])
     seen: set[str] = set()
     total = 0
-    for _, files in _packages():
+    for _, files in _packages(folder):
         most = min(characters, total + characters // 8)
         for name, docstring in (found for file in files for found in _docstrings(file)):
             if docstring in seen or len(docstring) < 80:
@@ -124,7 +132,15 @@ def _with_others(functions: list[Function], seed: int) -> Iterator[tuple[Functio
         yield function, others
 
 
-def _packages() -> Iterator[tuple[str, Iterable[Path]]]:
+def _packages(folder: str) -> Iterator[tuple[str, Iterable[Path]]]:
+    if folder:
+        of_entry = defaultdict(list)
+        for file in sorted(Path(folder).rglob("*.py")):
+            entry, *inside = file.relative_to(folder).parts
+            if not SKIPPED_FOLDERS & {entry, *inside}:
+                of_entry[entry.removesuffix(".py")].append(file)
+        yield from of_entry.items()
+        return
     roots = dict.fromkeys(Path(sysconfig.get_path(key)) for key in ("stdlib", "purelib", "platlib"))
     for root in roots:
         for entry in sorted(root.iterdir()):

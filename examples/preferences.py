@@ -33,12 +33,13 @@ VOCABULARY = 2000
 
 
 def load_pairs(name: str, subset: str, rows: int, held_out: int, seed: int) -> tuple[Dataset, Dataset]:
-    """(training, held out) of a file or a hub dataset, or of docstrings where none is named.
+    """(training, held out) of a file or a hub dataset, or of docstrings: a folder of code's, or where
+    nothing is named.
 
     ``chosen`` and ``rejected`` may be texts after a ``prompt``, or conversations, whose prompt may be a column of its
     own.
     """
-    if name:
+    if name and not docstrings.is_code(name):
         train, test = load_splits(name, subset, COLUMNS[1:], "preference training", held_out, seed, COLUMNS[:1])
         texts = isinstance(train[0]["chosen"], str)
         if texts and "prompt" not in train.column_names:
@@ -46,7 +47,7 @@ def load_pairs(name: str, subset: str, rows: int, held_out: int, seed: int) -> t
         if not texts and isinstance(train[0].get("prompt"), str):  # which the conversations begin with
             train, test = (split.remove_columns("prompt") for split in (train, test))
     else:
-        functions = docstrings.collect(round(1.25 * (rows + held_out)), per_package=1000)
+        functions = docstrings.collect(round(1.25 * (rows + held_out)), per_package=1000, folder=name)
         verbs = third_persons(functions)
         train = docstring_pairs([f for f in functions if not docstrings.is_held_out(f)], verbs, seed)
         test = docstring_pairs([f for f in functions if docstrings.is_held_out(f)], verbs, seed)

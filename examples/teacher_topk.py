@@ -26,6 +26,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import docstrings
 import typer
 from common import console, quiet_and_offline
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -56,7 +57,8 @@ def main(
     dataset: Annotated[
         str,
         typer.Option(
-            help="A hub name; a csv, json, parquet or txt file; or a folder of txt and md files. Or docstrings."
+            help="A hub name; a csv, json, parquet or txt file; or a folder of txt and md files, or of Python code. "
+            "Or docstrings."
         ),
     ] = "",
     subset: Annotated[str, typer.Option(help="Configuration of a hub dataset.")] = "",
@@ -120,19 +122,26 @@ def load_tokenizer(name: str) -> Any:
         raise ValueError(f"expected a model with its tokenizer, got {name!r}: {error}") from error
 
 
+def text_files(folder: Path) -> list[Path]:
+    return sorted(file for kind in ("*.txt", "*.md") for file in folder.rglob(kind))
+
+
+def reads_docstrings(name: str) -> bool:
+    """Of installed packages, or of a folder of Python code in which there are no texts."""
+    return not name or (docstrings.is_code(name) and not text_files(Path(name)))
+
+
 def load_texts(name: str, subset: str, split: str, column: str, characters: int) -> Dataset:
     """With a column `text`."""
     from datasets import Dataset, load_dataset
 
     path = Path(name)
-    if not name:
-        from docstrings import documents
-
-        return Dataset.from_dict({"text": documents(characters)[0]})
+    if reads_docstrings(name):
+        return Dataset.from_dict({"text": docstrings.documents(characters, name)[0]})
     if path.is_dir():
-        files = sorted(file for kind in ("*.txt", "*.md") for file in path.rglob(kind))
+        files = text_files(path)
         if not files:
-            raise ValueError(f"--dataset {name}: no txt or md file in this folder")
+            raise ValueError(f"--dataset {name}: no txt, md or py file in this folder")
         return Dataset.from_dict({"text": [file.read_text(encoding="utf-8", errors="replace") for file in files]})
     kind = {".jsonl": "json", ".txt": "text"}.get(path.suffix, path.suffix[1:])
     try:

@@ -24,6 +24,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
+import docstrings
 import typer
 from common import (
     BUNDLED_MODEL,
@@ -76,7 +77,9 @@ def main(
         ),
     ] = Loss.infonce,
     model: Annotated[str, typer.Option(help="A folder or hub name; by default the bundled MiniLM.")] = BUNDLED_MODEL,
-    dataset: Annotated[str, typer.Option(help="A csv, json or parquet file, or a hub name; else docstrings.")] = "",
+    dataset: Annotated[
+        str, typer.Option(help="A csv, json or parquet file, a hub name, or a folder of Python code; else docstrings.")
+    ] = "",
     subset: Annotated[str, typer.Option(help="Configuration of a hub dataset.")] = "",
     columns: Annotated[
         str, typer.Option(help="Query, document and, if there are any, hard negatives; a column 'negative' is found.")
@@ -226,14 +229,13 @@ def main(
 
 def load_data(name: str, subset: str, columns: str, loss: Loss, rows: int, seed: int) -> tuple[Dataset, Dataset]:
     """(training, held out): query, document, hard negatives. No held-out text is in a training row, or comes twice."""
-    if not name:
+    if not name or docstrings.is_code(name):
         from datasets import Dataset
-        from docstrings import collect, is_held_out, pairs
 
         with console.status("Reading docstrings"):
-            functions = collect(rows, per_package=max(1000, rows // 12))
-            train = pairs([f for f in functions if not is_held_out(f)], seed)
-            held_out = pairs([f for f in functions if is_held_out(f)], seed)
+            functions = docstrings.collect(rows, per_package=max(1000, rows // 12), folder=name)
+            train = docstrings.pairs([f for f in functions if not docstrings.is_held_out(f)], seed)
+            held_out = docstrings.pairs([f for f in functions if docstrings.is_held_out(f)], seed)
         return Dataset.from_dict(train), Dataset.from_dict(held_out)
 
     wanted = [column.strip() for column in columns.split(",")]

@@ -44,7 +44,9 @@ def main(
     ] = "sigmoid,ipo,sigmoid+sft,simpo",
     beta: Annotated[float, typer.Option(min=0, help="How strongly the policy is held to the reference.")] = 0.1,
     model: Annotated[str, typer.Option(help="A folder or hub name; else a small one is made.")] = "",
-    dataset: Annotated[str, typer.Option(help="A csv, json or parquet file, or a hub name; else docstrings.")] = "",
+    dataset: Annotated[
+        str, typer.Option(help="A csv, json or parquet file, a hub name, or a folder of Python code; else docstrings.")
+    ] = "",
     subset: Annotated[str, typer.Option(help="Configuration of a hub dataset.")] = "",
     pairs: Annotated[int, typer.Option(min=2, help="Training pairs, at most.")] = 6000,
     held_out: Annotated[int, typer.Option(min=1, help="Pairs to evaluate on, at most.")] = 600,

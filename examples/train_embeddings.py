@@ -16,6 +16,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import docstrings
 import typer
 from common import (
     BUNDLED_MODEL,
@@ -54,7 +55,9 @@ class Loss(str, Enum):
 def main(
     loss: Annotated[Loss, typer.Option(help="matryoshka is CoSENT at four widths.")] = Loss.cosent,
     model: Annotated[str, typer.Option(help="A folder or hub name; by default the bundled MiniLM.")] = BUNDLED_MODEL,
-    dataset: Annotated[str, typer.Option(help="A csv, json or parquet file, or a hub name; else docstrings.")] = "",
+    dataset: Annotated[
+        str, typer.Option(help="A csv, json or parquet file, a hub name, or a folder of Python code; else docstrings.")
+    ] = "",
     subset: Annotated[str, typer.Option(help="Configuration of a hub dataset.")] = "",
     batch_size: Annotated[int, typer.Option(min=2, help="Pairs (or triplets) that one loss sees.")] = 2048,
     mini_batch_size: Annotated[int, typer.Option(min=1, help="Rows that the model sees at a time.")] = 64,
@@ -124,16 +127,17 @@ def main(
 
 def load_data(name: str, subset: str, loss: Loss, rows: int, seed: int) -> tuple[Dataset, Dataset]:
     """(training, held out), with the columns that the loss takes and nothing else."""
-    if name:
+    if name and not docstrings.is_code(name):
         return load_splits(name, subset, loss.columns, f"--loss {loss.value}", 2 * EVALUATED, seed)
     from datasets import Dataset
-    from docstrings import collect, graded_pairs, is_held_out, triplets
 
     with console.status("Reading docstrings"):
-        make = triplets if loss is Loss.triplet else graded_pairs
-        functions = collect(max(rows // 2, 2000))  # each gives two or three rows, and a sixth is held out
-        train = make([f for f in functions if not is_held_out(f)], seed)
-        held_out = make([f for f in functions if is_held_out(f)], seed)
+        make = docstrings.triplets if loss is Loss.triplet else docstrings.graded_pairs
+        functions = docstrings.collect(
+            max(rows // 2, 2000), folder=name
+        )  # each gives two or three rows, and a sixth is held out
+        train = make([f for f in functions if not docstrings.is_held_out(f)], seed)
+        held_out = make([f for f in functions if docstrings.is_held_out(f)], seed)
     return Dataset.from_dict(train), Dataset.from_dict(held_out)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a download
 
+import corpus
 import pytest
 import torch
 
@@ -20,6 +22,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="sample",
         help=f"which slow tests to run; sample: of each slow test, every {SAMPLE}rd case, the first included",
     )
+
+
+@pytest.fixture(scope="session")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of Python code for the examples to learn from."""
+    return corpus.write(tmp_path_factory.mktemp("corpus") / "code")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

