@@ -1,0 +1,335 @@
+"""Checks of what a caller gives: every "expected ..., got ..." of the three packages is worded here.
+
+Shapes and values that do not fit are a ``ValueError``, types and dtypes a ``TypeError``. A check returns what it has
+checked. None of them waits for a device, but for those that say so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from types import EllipsisType
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+C = TypeVar("C", bound=Callable)
+Shape: TypeAlias = tuple[int | str | EllipsisType, ...]
+"""Numbers are exact; strings say what a dimension is, of any size; an ellipsis is any number of dimensions."""
+Kind: TypeAlias = Literal["floating", "integer", "bool", "real"]
+
+KINDS: Mapping[str, str] = {
+    "floating": "be floating point",
+    "integer": "hold integers",
+    "bool": "be bool",
+    "real": "hold real numbers",
+}
+
+PADDING = 0.05
+"""How much wider one head may be than another of the same vocabulary: sizes are rounded up to a multiple."""
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option may be: finite ones from ``low`` to ``high``, an open end left out."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        if self.low > -math.inf and self.high < math.inf:
+            return f"a number in {'[('[self.low_open]}{self.low:g}, {self.high:g}{'])'[self.high_open]}"
+        if self.low > -math.inf:
+            if self.low == 0:
+                return "a positive, finite number" if self.low_open else "a finite number, zero or more"
+            return f"a finite number {f'above {self.low:g}' if self.low_open else f'of {self.low:g} or more'}"
+        if self.high < math.inf:
+            return f"a finite number {f'below {self.high:g}' if self.high_open else f'of {self.high:g} or less'}"
+        return "a finite number"
+
+
+FINITE = Range()
+POSITIVE = Range(0, low_open=True)
+NOT_NEGATIVE = Range(0)
+SMOOTHING = Range(0, 0.5, high_open=True)
+UNIT = Range(0, 1)
+
+
+def is_number(value: object) -> bool:
+    """A real number, of Python or NumPy, that is no boolean."""
+    kind = type(value)
+    return kind is float or kind is int or (kind is not bool and isinstance(value, Real))
+
+
+def number(name: str, value: Any, allowed: Range = FINITE) -> float:
+    """A number that stays one: what learns, or lives on a device, is an argument and not an option."""
+    return _number(name, value, allowed, "")
+
+
+def number_or_none(name: str, value: Any, allowed: Range = FINITE) -> float | None:
+    return None if value is None else _number(name, value, allowed, ", or None")
+
+
+def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    return _integer(name, value, low, high, "")
+
+
+def integer_or_none(name: str, value: Any, low: int | None = None, high: int | None = None) -> int | None:
+    return None if value is None else _integer(name, value, low, high, " or None")
+
+
+def _number(name: str, value: Any, allowed: Range, or_none: str) -> float:
+    if not is_number(value):
+        raise TypeError(f"expected {name} to be {allowed}{or_none}, got {_told(value)}")
+    try:
+        found = float(value)
+    except OverflowError:  # a whole number beyond all floats
+        found = math.inf
+    if found not in allowed:
+        raise ValueError(f"expected {name} to be {allowed}{or_none}, got {value!r}")
+    return found
+
+
+def _integer(name: str, value: Any, low: int | None, high: int | None, or_none: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"expected {name} to be {_integers(low, high)}{or_none}, got {_told(value)}")
+    found = int(value)
+    if (low is not None and found < low) or (high is not None and found > high):
+        raise ValueError(f"expected {name} to be {_integers(low, high)}{or_none}, got {found}")
+    return found
+
+
+def scalar(name: str, value: Any, allowed: Range = FINITE) -> float | Tensor:  # -> a number, or ()
+    """A number, or a tensor of one element that may learn.
+
+    A tensor on the CPU that does not learn is a number. One on another device is not looked at: a value outside of
+    ``allowed`` goes on to the loss.
+    """
+    if not isinstance(value, Tensor):
+        return number(name, value, allowed)
+    tensor(name, value, kind="floating")
+    if value.numel() != 1:
+        raise ValueError(f"expected {name} to be a number or a tensor of one element, got {tuple(value.shape)}")
+    if value.device.type != "cpu":
+        return value.reshape(())
+    found = value.item()
+    if found not in allowed:
+        raise ValueError(f"expected {name} to be {allowed}, got {found!r}")
+    return value.reshape(()) if value.requires_grad else found
+
+
+def scalar_tensor(  # -> ()
+    name: str, value: Any, allowed: Range = FINITE, *, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The same as a tensor of that dtype, where it is needed."""
+    found = scalar(name, value, allowed)
+    if isinstance(found, Tensor):
+        return found.to(device=device, dtype=dtype)
+    return torch.tensor(found, dtype=dtype, device=device)
+
+
+# --- names, switches, functions --------------------------------------------------------------------------------------
+
+
+def choice(name: str, value: Any, choices: Collection[str | None]) -> Any:
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        raise ValueError(f"expected {name} to be one of {_listed(choices)}, got {_told(value)}")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"expected {name} to be True or False, got {_told(value)}")
+    return value
+
+
+def flag_or_none(name: str, value: Any) -> bool | None:
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"expected {name} to be True, False or None, got {_told(value)}")
+    return value
+
+
+def function(name: str, value: C) -> C:
+    if not callable(value):
+        raise TypeError(f"expected {name} to be callable, got {_told(value)}")
+    return value
+
+
+def function_or_none(name: str, value: C | None) -> C | None:
+    if value is not None and not callable(value):
+        raise TypeError(f"expected {name} to be callable or None, got {_told(value)}")
+    return value
+
+
+def instance(name: str, value: Any, kind: type[T]) -> T:
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {name} to be {_article(kind.__name__)}, got {_kind_of(value)}")
+    return value
+
+
+def named(name: str, value: Any, of: str = "tensors") -> Mapping[str, Any]:
+    """A dict by name, such as rows and columns are."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"expected {name} to be a dict of {of} by name, got {type(value).__name__}")
+    for key in value:
+        if not isinstance(key, str):
+            raise TypeError(f"expected {name} to be a dict of {of} by name, got the key {key!r}")
+    return value
+
+
+def sequence(name: str, value: Any, of: str = "tensors") -> list[Any]:
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise TypeError(f"expected {name} to be a sequence of {of}, got {_told(value)}")
+    return list(value)
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def tensor(
+    name: str,
+    value: Any,
+    shape: Shape | None = None,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    kind: Kind | None = None,
+    grad: bool | None = None,
+) -> Tensor:
+    """A dense tensor in memory. ``grad=False``: one that does not learn."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected {name} to be a tensor, got {_kind_of(value)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"expected {name} on {device}, got {value.device}")
+    if value.is_meta:
+        raise ValueError(f"expected {name} in memory, got a tensor on the meta device")
+    if value.layout is not torch.strided or value.is_nested:
+        kinds = "nested" if value.is_nested else str(value.layout).removeprefix("torch.").strip("_")
+        raise TypeError(f"expected {name} to be a dense tensor, got a tensor of layout {kinds}")
+    if shape is not None and not _fits(shape, value.shape):
+        raise ValueError(f"expected {name} of shape {_shape_text(shape)}, got {tuple(value.shape)}")
+    if dtype is not None and value.dtype != dtype:
+        raise TypeError(f"expected {name} to be {dtype}, got {value.dtype}")
+    if kind is not None and not _is_kind(kind, value.dtype):
+        raise TypeError(f"expected {name} to {KINDS[kind]}, got {value.dtype}")
+    if grad is False and value.requires_grad:
+        raise ValueError(f"expected {name} without gradient, got a tensor that requires grad")
+    return value
+
+
+def one_dtype(what: str, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    """``what`` is of one dtype, such as "the embeddings"."""
+    if len(set(dtypes.values())) > 1:
+        each = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise TypeError(f"expected {what} to have one dtype (or autocast to make it one), got {each}")
+    return next(iter(dtypes.values()))
+
+
+def one_shape(what: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        each = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"expected {what} of one shape, got {each}")
+    return next(iter(shapes.values()))
+
+
+def one_vocabulary(who: str, ours: int, theirs: int) -> int:
+    """The tokens that two heads have in common, such as those of "policy and reference"; padding may differ."""
+    few, many = sorted((ours, theirs))
+    if many > few * (1 + PADDING):
+        raise ValueError(
+            f"expected {who} of one vocabulary, but for {PADDING:.0%} of padding, got {ours} and {theirs} tokens: cut "
+            f"the wider head to the ids that both share (weight[:{few}], or head.cut({few}))"
+        )
+    return few
+
+
+def all_finite(name: str, value: Tensor) -> Tensor:
+    """Waits for the device."""
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"expected {name} to be finite, got NaN or infinity")
+    return value
+
+
+def no_nan(name: str, value: Tensor) -> Tensor:
+    """Waits for the device."""
+    if value.is_floating_point() and bool(value.isnan().any()):
+        raise ValueError(f"expected {name} without NaN, got {int(value.isnan().sum())} of {value.numel()}")
+    return value
+
+
+# --- how things are told ---------------------------------------------------------------------------------------------
+
+
+def _told(value: Any) -> str:
+    """What came, in a few words."""
+    if isinstance(value, Tensor):
+        found = f"{_article(type(value).__name__.lower())} of shape {tuple(value.shape)}"
+        if value.requires_grad:
+            return f"{found} that requires grad: what learns must be an argument of the call"
+        return found if value.numel() != 1 else f"{found}: item() makes a number of it"
+    if value is None or isinstance(value, (str, bool, int, float, complex)):
+        return repr(value)
+    return type(value).__name__
+
+
+def _kind_of(value: Any) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+def _article(word: str) -> str:
+    return f"{'an' if word[:1] in 'AEIOU' else 'a'} {word}"
+
+
+def _listed(choices: Collection[str | None]) -> list[str | None]:
+    """In an order of its own: a set has none."""
+    return sorted(choices, key=str) if isinstance(choices, (set, frozenset)) else list(choices)
+
+
+def _integers(low: int | None, high: int | None) -> str:
+    if low is not None and high is not None:
+        return f"an integer in [{low}, {high}]"
+    if high is not None:
+        return f"an integer of {high} or less"
+    if low is None:
+        return "an integer"
+    return {0: "an integer, zero or more", 1: "a positive integer"}.get(low, f"an integer of {low} or more")
+
+
+def _is_kind(kind: Kind, dtype: torch.dtype) -> bool:
+    if kind == "floating":
+        return dtype.is_floating_point
+    if kind == "bool":
+        return dtype == torch.bool
+    if kind == "real":
+        return not dtype.is_complex
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
+def _fits(shape: Shape, found: tuple[int, ...]) -> bool:
+    if ... in shape:
+        cut = shape.index(...)
+        behind = len(shape) - cut - 1
+        if len(found) < cut + behind:
+            return False
+        return _fits(shape[:cut], found[:cut]) and _fits(shape[cut + 1 :], found[len(found) - behind :])
+    return len(shape) == len(found) and all(type(want) is str or want == got for want, got in zip(shape, found))
+
+
+def _shape_text(shape: Shape) -> str:
+    text = ", ".join("..." if size is ... else str(size) for size in shape)
+    return f"({text},)" if len(shape) == 1 and shape[0] is not ... else f"({text})"
