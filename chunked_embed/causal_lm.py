@@ -5,9 +5,11 @@ whatever wraps it: DDP then leaves gradients unsynchronised, FSDP and ZeRO-3 hol
 missed. Here the loss runs where the head would, so all of them see an ordinary forward::
 
     causal_lm.attach(model)
+    causal_lm.check(model, {"input_ids": ids, "attention_mask": mask})  # once: the head is all that makes its logits
     model = DistributedDataParallel(model)  # or accelerate, FSDP, PEFT, ...
-    out = model(input_ids=ids, attention_mask=mask, head_fn=lambda head: loss_of(head.shifted(), labels[:, 1:]))
-    out.value.backward()
+    loss = CPOLoss()  # of ``alignment`` and ``distill``, each takes a head
+    out = model(input_ids=ids, attention_mask=mask, head_fn=lambda head: loss(head.shifted(), target=ids[:, 1:]))
+    out.value.loss.backward()
 
 Works on models of transformers by their attributes; imports none of it.
 """
@@ -17,17 +19,19 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .engine import linear_logps
+from . import checks
+from .head import Head
 
-HeadFn = Callable[["Head"], Any]
+__all__ = ["Head", "HeadOutput", "attach", "capture", "check", "logit_transform"]
+
+HeadFn = Callable[[Head], Any]
 
 
 class HeadOutput(NamedTuple):
@@ -39,56 +43,11 @@ class HeadOutput(NamedTuple):
     """The load-balancing loss of a mixture of experts, if router logits were asked for."""
 
 
-@dataclass(frozen=True, eq=False)
-class Head:
-    """Hidden states, and what turns them into logits.
-
-    With ``y = logit_scale * (hidden @ weight.T + bias + adapters)``: y, or ``softcap * tanh(y / softcap)``.
-    """
-
-    hidden: Tensor  # (B, T, H)
-    weight: Tensor  # (V, H)
-    bias: Tensor | None = None  # (V,)
-    adapters: tuple[Callable[[Tensor], tuple[Tensor, Tensor]], ...] = ()
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
-
-    @property
-    def extra(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Further ``(input, weight)`` terms of the logits: adapters on the head."""
-        return tuple(adapter(self.hidden) for adapter in self.adapters)
-
-    def shifted(self, length: int | None = None) -> Head:
-        """The states that predict tokens 1 ... of the last ``length`` (all by default): all but the last state.
-
-        Prompt tuning puts virtual tokens in front of the ``length`` real ones.
-        """
-        start = 0 if length is None else self.hidden.shape[1] - length
-        return replace(self, hidden=self.hidden[:, start:-1])
-
-    def detach(self) -> Head:
-        """For a frozen model."""
-        adapters = tuple(functools.partial(_detached, adapter) for adapter in self.adapters)
-        bias = None if self.bias is None else self.bias.detach()
-        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias, adapters=adapters)
-
-    def logps(self, target: Tensor, **options: Any) -> Tensor:  # (B, T) -> (B, T)
-        """``linear_logps`` of these states."""
-        transform: dict[str, Any] = {"logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
-        found = linear_logps(self.hidden, self.weight, target, self.bias, extra=self.extra, **transform, **options)
-        assert found.logps is not None
-        return found.logps
-
-
-def _detached(adapter: Callable[[Tensor], tuple[Tensor, Tensor]], hidden: Tensor) -> tuple[Tensor, Tensor]:
-    x, weight = adapter(hidden)
-    return x.detach(), weight.detach()
-
-
 def attach(model: Any) -> None:
     """Let ``model(**inputs, head_fn=fn)`` return ``HeadOutput(fn(head))`` instead of logits; else nothing changes.
 
-    Before the model is wrapped, except by PEFT. Attaching twice is attaching once.
+    Before the model is wrapped, except by PEFT. Attaching twice is attaching once. A model that is not attached may
+    swallow ``head_fn`` and return logits; ``check`` finds that, too.
 
     Raises:
         TypeError: not a causal language model with a linear head.
@@ -142,19 +101,32 @@ def _forward(model: Any, head_fn: HeadFn, *args: Any, **kwargs: Any) -> HeadOutp
 
 
 def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Head:
-    """The head and hidden states of a frozen model: a teacher, or a reference. No gradients, nothing kept of them."""
+    """The head and hidden states of a frozen model to which ``attach`` was applied: a teacher, or a reference.
+
+    No gradients; nothing is kept of them.
+    """
     found: list[Head] = []
 
     def keep(head: Head) -> Tensor:
         head = head.detach()
         if any(hasattr(module, "unshard") for module in model.modules()):  # FSDP
-            head = replace(head, weight=head.weight.clone())  # it goes back to shards behind the forward
+            bias = None if head.bias is None else head.bias.clone()
+            head = replace(head, weight=head.weight.clone(), bias=bias)  # they go back to shards behind the forward
         found.append(head)
         return head.hidden[:0].sum()
 
     with torch.no_grad():
         model(**inputs, head_fn=keep)
+    _refuse_unattached(model, found)
     return found[0]
+
+
+def _refuse_unattached(model: nn.Module, found: list[Any]) -> None:
+    """A model of transformers takes any argument, and does nothing with those that it does not know."""
+    if not found:
+        raise ValueError(
+            f"expected a model to which causal_lm.attach was applied, got {type(model).__name__} as it was"
+        )
 
 
 # --- what a head is --------------------------------------------------------------------------------------------------
@@ -194,7 +166,8 @@ def _head(module: Any, hidden: Tensor, scale: float, softcap: float | None) -> H
     assert weight is not None
     if weight.is_meta:
         raise ValueError("expected an LM head in memory, got one on the meta device (offloaded)")
-    return Head(hidden.to(weight.device), weight, bias, _lora(module, weight.dtype), scale, softcap)
+    hidden = hidden.to(weight.device)
+    return Head(hidden, weight, bias, _lora(module, hidden, weight.dtype), scale, softcap)
 
 
 def _whole(parameter: Tensor) -> Tensor:
@@ -210,8 +183,8 @@ def _whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
-def _lora(module: Any, dtype: torch.dtype) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], ...]:
-    """LoRA adapters on the head, as functions of the hidden states: ``hidden -> (hidden @ A.T, scale * B)``."""
+def _lora(module: Any, hidden: Tensor, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], ...]:
+    """LoRA adapters on the head, as further terms of its product: ``(hidden @ A.T, scale * B)``."""
     if not hasattr(module, "base_layer") or module.disable_adapters or module.merged:
         return ()
     if not hasattr(module, "lora_A"):
@@ -223,15 +196,9 @@ def _lora(module: Any, dtype: torch.dtype) -> tuple[Callable[[Tensor], tuple[Ten
         down, up = module.lora_A[name], module.lora_B[name]
         if name in getattr(module, "lora_variant", {}) or up.bias is not None or type(down) is not nn.Linear:
             raise ValueError(f"expected plain LoRA without bias on the LM head, got another kind: adapter {name!r}")
-        found.append(functools.partial(_low_rank, module.lora_dropout[name], down, up, module.scaling[name], dtype))
+        x = down(module.lora_dropout[name](hidden.to(down.weight.dtype)))
+        found.append((x.to(hidden.dtype), (module.scaling[name] * up.weight).to(dtype)))
     return tuple(found)
-
-
-def _low_rank(
-    dropout: nn.Module, down: nn.Linear, up: nn.Linear, scale: float, dtype: torch.dtype, hidden: Tensor
-) -> tuple[Tensor, Tensor]:
-    x = down(dropout(hidden.to(down.weight.dtype)))
-    return x.to(hidden.dtype), (scale * up.weight).to(dtype)
 
 
 def _aux_loss(model: Any, backbone: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -260,6 +227,8 @@ def check(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     Raises:
         ValueError: they differ by more than rounding.
     """
+    if "input_ids" not in checks.named("inputs", inputs):
+        raise ValueError(f"expected input_ids among the inputs, got {list(inputs)}")
     if {k for k, v in inputs.items() if isinstance(v, Tensor)} <= {"input_ids", "attention_mask"}:  # may be cut
         inputs = {k: v[:SAMPLE_ROWS, :SAMPLE_TOKENS] if isinstance(v, Tensor) else v for k, v in inputs.items()}
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -271,20 +240,15 @@ def check(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     def describe(head: Head) -> Tensor:
         device = head.hidden.device.type
         dtypes.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.hidden.dtype)
-        head = replace(head, hidden=head.hidden[:, -ids.shape[1] :][used.to(head.hidden.device)])
-        x = F.linear(head.hidden, head.weight, head.bias)
-        for more, weight in head.extra:
-            x = x + F.linear(more, weight)
-        x = head.logit_scale * x
-        cap = head.logit_softcap
-        described.append(x if cap is None else cap * torch.tanh(x / cap))
-        return x.new_zeros(())
+        described.append(head[:, -ids.shape[1] :][used.to(head.hidden.device)].logits())
+        return described[0].new_zeros(())
 
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             model(**inputs, head_fn=describe)
+            _refuse_unattached(model, described)
             logits = model(**inputs).logits[:, -ids.shape[1] :]
     finally:
         for module, training in modes:

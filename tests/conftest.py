@@ -23,6 +23,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"which slow tests to run; sample: of each slow test, every {SAMPLE}rd case, the first included",
     )
 
+    parser.addoption(
+        "--examples", type=int, help="how many random calls each test of tests/engine/test_random.py draws, anew"
+    )
+
 
 @pytest.fixture(scope="session")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chunked_embed import causal_lm
+from alignment import CPOLoss
+from chunked_embed import Head, LossOutput, causal_lm
 
 transformers = pytest.importorskip("transformers")
 SIZES = {
@@ -47,7 +48,7 @@ def expected_logps(model: Any) -> Tensor:
     return logits.log_softmax(-1).gather(-1, IDS[:, 1:, None])[..., 0]
 
 
-def logps(head: causal_lm.Head) -> Tensor:
+def logps(head: Head) -> Tensor:
     return head.shifted().logps(IDS[:, 1:], compiled=False)
 
 
@@ -61,6 +62,27 @@ def test_log_probabilities_and_gradients_are_the_models_own(name: str) -> None:
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
     causal_lm.check(model, {"input_ids": IDS, "attention_mask": MASK})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_loss_of_a_head_is_that_of_the_models_logits(name: str) -> None:
+    """What ``check`` compared is what the loss computes on: scale and cap come with the head, nobody sets them."""
+    model, loss = make(name), CPOLoss(0.3, compiled=False)
+    causal_lm.check(model, {"input_ids": IDS, "attention_mask": MASK})
+    target = torch.where(MASK[:, 1:] > 0, IDS[:, 1:], -100)
+
+    def of(head: Head) -> LossOutput:
+        return loss(head.shifted(), target=target)
+
+    out = model(input_ids=IDS, attention_mask=MASK, head_fn=of).value
+    picked = expected_logps(model) * (target != -100)
+    chosen, rejected = picked.sum(1)
+    nll = -chosen / (target[0] != -100).sum()
+    expected = nll - torch.nn.functional.logsigmoid(0.3 * (chosen - rejected))
+    torch.testing.assert_close(out.loss, expected, rtol=1e-9, atol=1e-9)
+    ours, theirs = (torch.autograd.grad(v, list(model.parameters())) for v in (out.loss, expected))
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
 
 
 def test_everything_else_is_as_before() -> None:
@@ -172,3 +194,11 @@ def test_a_model_that_lost_its_forward_is_attached_again() -> None:
     del model.forward  # as unpickling does
     causal_lm.attach(model)
     assert model(input_ids=IDS, head_fn=logps).value.shape == (2, 5)
+
+
+@pytest.mark.parametrize("use", [causal_lm.check, causal_lm.capture])
+def test_a_model_that_is_not_attached_is_refused(use):
+    config = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=16, **config))
+    with pytest.raises(ValueError, match="attach was applied, got LlamaForCausalLM"):
+        use(model, {"input_ids": torch.arange(6).view(2, 3)})

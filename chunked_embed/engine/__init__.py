@@ -1,8 +1,12 @@
-"""The engine: one loop over chunks of the outputs, two shapes of loss. See docs/design.md."""
+"""The engine: one loop over chunks of the outputs, and the contract of a step. See docs/design.md.
 
-from .logps import TokenLogps, TokenStatistics, linear_logps
-from .loss import FlexChunkLoss
+``call`` reads arguments, ``layout`` checks and lays out calls of one key, ``pack`` and ``plan`` decide on chunks,
+``sweep`` is the loop, ``functions`` the step of plain functions, ``losses`` and ``autograd`` what surrounds it.
+"""
+
+from .chunk import Chunk, Into
 from .plan import ChunkPlan
+from .step import LOSS, Needs, Shape, Step
 from .types import LossOutput, Projection
 
-__all__ = ["ChunkPlan", "FlexChunkLoss", "LossOutput", "Projection", "TokenLogps", "TokenStatistics", "linear_logps"]
+__all__ = ["LOSS", "Chunk", "ChunkPlan", "Into", "LossOutput", "Needs", "Projection", "Shape", "Step"]

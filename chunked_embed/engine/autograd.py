@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from .formula import is_users
 from .gradients import scaled
-from .passes import grouped, in_user_order, power_of_two, row_wise, segment_sums, to_rows
-from .steps import Named
-from .walk import Call, Scored, Walk, pull_chunks, score_chunks
+from .losses import GroupLoss, RowLoss, by_segment, in_user_order, power_of_two, to_rows
+from .sweep import Call, Scored, Sweep
+from .types import Named
+from .values import frozen
 
 
 def once_only(backward: Callable) -> Callable:
@@ -30,98 +32,138 @@ def once_only(backward: Callable) -> Callable:
     return checked
 
 
+ScoreName = tuple[str | None, str]
+"""The unit of a score (None: of columns), and its name."""
+
+
+class Watch:
+    """What backward reads again beside saved tensors: the loss's own tensors and containers, and segment ids. Changed
+    in place since forward, they would give the gradient of another loss."""
+
+    def __init__(self, call: Call) -> None:
+        own = call.loss.__dict__
+        named = {**own, **own.get("_buffers", {}), **own.get("_parameters", {})}
+        self.call = call
+        self.tensors = [(name, value, value._version) for name, value in named.items() if _counts_versions(value)]
+        self.containers = [(n, v, frozen(v)) for n, v in own.items() if type(v) in CONTAINERS and is_users(n)]
+        segment = call.selection.segment
+        self.segment = (segment, segment._version) if _counts_versions(segment) else None
+
+    def check(self) -> None:
+        changed = [name for name, tensor, version in self.tensors if tensor._version != version]
+        changed += [name for name, value, before in self.containers if frozen(value) != before]
+        loss = type(self.call.loss).__name__
+        read = [f"{loss}.{name}" for name in changed if any(step.reads(name) for step in self.call.steps.values())]
+        if self.segment is not None and self.segment[0]._version != self.segment[1]:
+            read.append("segments")
+        if read:
+            raise RuntimeError(
+                f"expected {read[0]} to stay as it was in the forward pass until backward has run, got it changed in "
+                "place: assign a new one instead, or change it after backward"
+            )
+
+
+CONTAINERS = (list, dict, set)
+
+
+def _counts_versions(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and not value.is_inference()
+
+
 class ChunkedLoss(torch.autograd.Function):
-    """Gradients in forward, scaled in backward; or, where no product can be saved by that, both in backward.
+    """Gradients in forward, scaled in backward. ``metrics`` are put into the dict that it is given.
 
     Half-precision weight gradients stay in their float32 sums until backward scales and rounds them, once.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor) -> Tensor:
-        wanted = call.problem.any_grad or bool(call.group_loss and call.group_loss.wanted)
-        ctx.call = call
+    def forward(ctx: Any, call: Call, loss: RowLoss | GroupLoss, metrics: Named, *tensors: Tensor) -> Tensor:
+        wanted = call.layout.any_grad
         ctx.dtypes = [t.dtype for t in tensors]
-        with torch.autocast(call.problem.device.type, enabled=False):
-            if call.row_loss is not None:
-                assert call.row_weight is not None
-                loss, grads, ctx.scale = row_wise(call, tensors, call.row_weight, wanted and not call.plan.deferred)
-            else:
-                loss, grads, ctx.scale = grouped(call, tensors, wanted)
+        with torch.autocast(call.layout.device.type, enabled=False):
+            value, found, grads, ctx.scale = loss.run(call, tensors, wanted)
+        metrics.update(found)
         if wanted:
-            ctx.save_for_backward(*(tensors if call.plan.deferred else grads))
-        return loss
+            ctx.save_for_backward(*grads)
+        return value
 
     @staticmethod
     @once_only
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        call = ctx.call
-        if call.plan.deferred:
-            with torch.autocast(call.problem.device.type, enabled=False):
-                _, grads, factor = row_wise(call, ctx.saved_tensors, call.row_weight * grad_loss, True)
-        else:
-            # Out of place: a second backward over a retained graph must not see scaled gradients.
-            grads, factor = ctx.saved_tensors, grad_loss if ctx.scale is None else grad_loss * ctx.scale
-        return (None, *_cast(grads, factor, ctx.dtypes))
-
-
-def _cast(
-    grads: Sequence[Tensor | None], factor: Tensor | None, dtypes: Sequence[torch.dtype]
-) -> Iterator[Tensor | None]:
-    return (None if g is None else scaled(g, factor, dtype) for g, dtype in zip(grads, dtypes, strict=True))
+        # Out of place: a second backward over a retained graph must not see scaled gradients.
+        factor = grad_loss if ctx.scale is None else grad_loss * ctx.scale
+        return (None, None, None, *_cast(ctx.saved_tensors, factor, ctx.dtypes))
 
 
 class ChunkedScores(torch.autograd.Function):
-    """Differentiable scores: sums of a segment ``(G, segments)``, or one per row ``(M,)``, and column scores ``(V,)``.
+    """Differentiable scores: one per row ``(M,)``, sums of a segment ``(G, segments)``, and column scores ``(V,)``.
+    Their ``names`` are put into the list that it is given.
 
     Nothing but the scores is kept for backward, which walks over the chunks again; except for outputs that are no
     larger than the inputs, which autograd holds anyway.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: Call, names: list[ScoreName], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)  # what nothing depends on has no upstream
         (block,) = call.plan.blocks
-        ctx.kept = {} if call.plan.keeps_outputs and call.problem.any_grad else None
-        with torch.autocast(call.problem.device.type, enabled=False):
-            scored = score_chunks(Walk(call, tensors, with_grad=False), block.chunks, ctx.kept)
-        ctx.call, ctx.scored = call, Scored({}, scored.columns, scored.saved)
-        if call.problem.any_grad:
-            ctx.save_for_backward(*tensors)
-        results = []
-        call.layout = []
-        for unit in call.units:
-            for name, value in scored.rows[unit.key].items():
-                call.layout.append((unit.key, name))
-                by_segment = call.selection.lengths is not None
+        keep = call.plan.keeps_outputs and call.layout.any_grad
+        with torch.autocast(call.layout.device.type, enabled=False):
+            scored = Sweep(call, tensors, holds=keep).score(block.spans, keep)
+        results, rowlike = [], []
+        for label, named in scored.rows.items():
+            for name, value in named.items():
+                names.append((label, name))
+                whole = call.layout.unit(label).needs.rows == "whole segments"
+                by_row = call.selection.lengths is None and (value.dim() == 1 or not whole)
+                rowlike.append(by_row)
                 # A copy: what is kept for backward must not hold a result, which holds what is kept.
-                value = segment_sums(value, call.selection, block) if by_segment else value.clone()
-                results.append(value if by_segment else in_user_order(call, value, flat=True))
+                found = (
+                    in_user_order(call, value.clone(), flat=True) if by_row else by_segment(value, call, block, label)
+                )
+                results.append(found.clone() if found is value else found)
         for name, value in scored.columns.items():
-            call.layout.append((None, name))
+            names.append((None, name))
             results.append(value.clone())
+        ctx.call, ctx.names, ctx.rowlike = call, tuple(names), (*rowlike, *(False for _ in scored.columns))
+        ctx.watched = Watch(call) if call.layout.any_grad else None
+        ctx.scored = Scored({}, scored.columns, scored.parts, scored.chunks)
+        if call.layout.any_grad:
+            ctx.save_for_backward(*tensors)
         return tuple(results)
 
     @staticmethod
     @once_only
-    def backward(ctx: Any, *grad_scores: Tensor) -> tuple[Tensor | None, ...]:
-        call, scored = ctx.call, ctx.scored
-        problem, selection = call.problem, call.selection
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, scored, tensors = ctx.call, ctx.scored, ctx.saved_tensors  # saved tensors can be read once
+        ctx.watched.check()
+        layout, selection = call.layout, call.selection
         (block,) = call.plan.blocks
         scale = None
-        if problem.has_float16:
-            scale = power_of_two(torch.stack([g.abs().amax() for g in grad_scores]))
-            grad_scores = tuple(g / scale for g in grad_scores)
-        upstream: dict[str, Named] = {unit.key: {} for unit in call.units}
-        columns: Named = {}
-        for (key, name), grad in zip(call.layout, grad_scores, strict=True):
-            if key is None:
-                columns[name] = grad.to(problem.dtype)
-            elif selection.lengths is not None:
-                upstream[key][name] = to_rows(grad, selection, block, call.problem.dtype)
+        if layout.has_float16:
+            scale = power_of_two(torch.stack([g.abs().amax() for g in grads if g is not None]))
+            grads = tuple(None if g is None else g / scale for g in grads)
+        upstream: dict[str, Named] = {unit.label: {} for unit in layout.units}
+        of_columns: Named = {}
+        for (label, name), by_row, grad in zip(ctx.names, ctx.rowlike, grads):
+            if grad is None:
+                continue
+            if label is None:
+                of_columns[name] = grad.to(layout.dtype)
+            elif by_row:
+                upstream[label][name] = grad if selection.order is None else grad.index_select(0, selection.order)
             else:
-                upstream[key][name] = grad if selection.order is None else grad.index_select(0, selection.order)
-        with torch.autocast(problem.device.type, enabled=False):
-            walk = Walk(call, ctx.saved_tensors, with_grad=True)
-            kept, ctx.kept = ctx.kept, None  # gradients take the outputs' place: a second backward forms them again
-            pull_chunks(walk, block.chunks, scored, upstream, columns, kept)
-            del kept
-            return (None, *_cast(walk.finish(), scale, [t.dtype for t in ctx.saved_tensors]))
+                upstream[label][name] = to_rows(grad, call, block)
+        with torch.autocast(layout.device.type, enabled=False):
+            sweep = Sweep(call, tensors, holds=True)
+            sweep.pull(block.spans, scored, upstream, of_columns)
+            # Gradients took the outputs' place: a second backward forms them again.
+            ctx.scored = Scored({}, scored.columns, scored.parts, [{} for _ in scored.chunks])
+            del scored
+            return (None, None, *_cast(sweep.finish(), scale, [t.dtype for t in tensors]))
+
+
+def _cast(
+    grads: Sequence[Tensor | None], factor: Tensor | None, dtypes: Sequence[torch.dtype]
+) -> Iterator[Tensor | None]:
+    return (None if g is None else scaled(g, factor, dtype) for g, dtype in zip(grads, dtypes))

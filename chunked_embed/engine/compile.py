@@ -1,28 +1,38 @@
-"""The compile cache: one compiled step for each loss, its static options and a row count, for the whole process.
+"""Compiled functions, and where nothing can be compiled.
 
-Dynamo counts recompiles per *code object* and silently runs eager past a limit, so every entry gets a code object of
-its own. A changing number (beta, scale, temperature) is a 0-d tensor argument and recompiles nothing; a column count
-that changes is made dynamic by dynamo the second time.
+Dynamo counts recompilations per *code object* and silently runs uncompiled past a limit, so every function gets a code
+object of its own. A column count that changes is made dynamic by dynamo the second time.
+
+Uncompiled, for one call alone: under a dispatch mode (a counter of FLOPs, fake tensors), where dynamo is disabled, and
+in a first call under saved-tensor hooks. Where nothing can be compiled at all, uncompiled after one warning.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import sys
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 import torch
 
+from .recent import Recent
+
 F = TypeVar("F", bound=Callable)
 
 _INSIDE: ContextVar[bool] = ContextVar("inside", default=False)
-_STEPS: dict[Hashable, Step] = {}
-_BROKEN: set[str] = set()  # device types on which nothing can be compiled: no C++ compiler, no Triton
+_PLAIN: Recent[Hashable, Compiled] = Recent()
+BROKEN: set[str] = set()  # device types on which nothing can be compiled: no C++ compiler, no Triton
 _WARNED: set[str] = set()
+_SERIAL = itertools.count()
+CACHES: list[Any] = [_PLAIN, BROKEN, _WARNED]
+"""All that the process keeps; ``specialize.py`` adds its own."""
+PLAIN = 512  # compiled functions of no loss that are kept
 
 BACKEND = "inductor"
 # How torch says that nothing can be compiled here; other errors are of one step, whatever names occur in them.
@@ -37,7 +47,7 @@ RECOMPUTE = {"realize_opcount_threshold": 400, "realize_reads_threshold": 32, "r
 
 def warn_once(message: str) -> None:
     """Say it the first time only: a training loop would repeat it every step."""
-    if message not in _WARNED:
+    if message not in _WARNED and len(_WARNED) < 1000:
         _WARNED.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
@@ -65,10 +75,19 @@ def outside_compile(function: F) -> F:
     return cast(F, door)
 
 
+def clear() -> None:
+    """Forget all compiled steps and warnings (for tests)."""
+    for kept in CACHES:
+        kept.clear()
+
+
+# --- a compiled function ---------------------------------------------------------------------------------------------
+
+
 def compiled_step(
     factory: Callable[..., Callable], bound: tuple, key: Hashable, device: torch.device, rows_vary: bool = False
-) -> Step:
-    """The step ``factory(*bound)``, compiled once for ``(factory, key)``.
+) -> Callable:
+    """The step ``factory(*bound)`` of no loss at all, compiled once for ``(factory, key)``.
 
     Args:
         factory: a module-level function that returns the step.
@@ -78,60 +97,137 @@ def compiled_step(
         rows_vary: the first dimension of its tensors is dynamic from the start: one graph instead of two.
     """
     entry = (factory, key, device.type)
-    if entry not in _STEPS:
-        _STEPS[entry] = Step(factory(*bound), device.type, rows_vary)
-    return _STEPS[entry]
+    return _PLAIN.found(entry) or _PLAIN.keep(entry, Compiled(factory(*bound), device.type, rows_vary), PLAIN)
 
 
-def clear() -> None:
-    """Forget all compiled steps and warnings (for tests)."""
-    _STEPS.clear()
-    _BROKEN.clear()
-    _WARNED.clear()
+class Failure(Exception):
+    """A step could not be compiled; ``cause`` says why. Nothing of it has run."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
 
 
-class Step:
-    """A compiled function that runs eagerly, after one warning, where it cannot be compiled."""
+class Compiled:
+    """A function, compiled on its first call. Called, it runs uncompiled, after one warning, where that fails."""
 
     def __init__(self, function: Callable, device_type: str, rows_vary: bool = False) -> None:
         code = function.__code__
-        function.__code__ = code.replace(co_name=f"{code.co_name}_{len(_STEPS)}")
-        self.eager = function
+        function.__code__ = code.replace(co_name=f"{code.co_name}_{next(_SERIAL)}")
+        self.function = function
         self.device_type = device_type
         self.rows_vary = rows_vary
         self.compiled: Callable | None = None
         self.failed = False
 
     def __call__(self, *args: Any) -> Any:
-        if self.failed or self.device_type in _BROKEN:
-            return self.eager(*args)
-        if self.compiled is None:
-            options = _inductor_options() if self.device_type == "cuda" and BACKEND == "inductor" else None
-            self.compiled = torch.compile(self.eager, fullgraph=True, backend=BACKEND, options=options)
-            if self.rows_vary:
-                _mark_rows(args)
+        if self.failed or self.device_type in BROKEN or hindered(fresh=self.compiled is None):
+            return self.function(*args)
         try:
-            return self.compiled(*args)
-        except _compile_errors() as error:
-            failure = error
-        # Run first, warn after: where the eager step fails too, the user reads that plain error alone.
-        result = self.eager(*args)
-        self.failed = True
-        self._explain(failure)
+            return self.attempt(args)
+        except Failure as failure:
+            cause = failure.cause
+        # Run first, warn after: where the uncompiled step fails too, the user reads that plain error alone.
+        result = self.function(*args)
+        if not hindered(fresh=True):
+            self.failed = True
+            explain(cause, self.device_type)
         return result
 
-    def _explain(self, error: BaseException) -> None:
-        told = f"{error.__cause__ or ''}\n{error}"  # the cause, where there is one, says more
-        lines = [line.strip() for line in told.splitlines() if line.strip()]
-        reason = " ".join(lines[:2]) or type(error).__name__
-        if NO_COMPILER.search(f"{type(error).__name__}: {told}"):
-            _BROKEN.add(self.device_type)
-            warn_once(
-                f"torch.compile does not work on this machine's {self.device_type} device ({reason}): chunk steps run "
-                "uncompiled, with the same numbers but slower and with more memory"
-            )
-        else:
-            warn_once(f"a chunk step could not be compiled and runs eagerly, slower ({reason})")
+    def attempt(self, args: tuple, dynamic: tuple[str, ...] = ()) -> Any:
+        """Run it compiled, or raise a Failure. ``dynamic``: sources of integers that become symbols."""
+        if self.compiled is not None:
+            try:
+                return self.compiled(*args)
+            except _errors() as error:
+                raise Failure(error) from None
+        try:
+            options = _inductor_options() if self.device_type == "cuda" and BACKEND == "inductor" else None
+            compiled = torch.compile(self.function, fullgraph=True, backend=BACKEND, options=options)
+            if self.rows_vary:
+                _mark_rows(args)
+            with _symbols(dynamic):
+                result = compiled(*args)
+        except _errors() as error:
+            raise Failure(error) from None
+        except OSError as error:  # a cache folder that cannot be made, raised as it is
+            raise Failure(error) from None
+        self.compiled = compiled
+        return result
+
+    def serves(self, frame: Mapping[str, Any]) -> bool:
+        """Whether what is compiled serves a frame with these local variables without compiling again."""
+        try:
+            from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+            found = _debug_get_cache_entry_list(cast(Any, self.function.__code__))
+            free = dict(zip(self.function.__code__.co_freevars, self.function.__closure__ or (), strict=True))
+            given = {**{name: cell.cell_contents for name, cell in free.items()}, **frame}
+            return not found or any(cast(Any, entry).guard_manager.check(given) for entry in found)
+        except (ImportError, AttributeError, TypeError, RuntimeError):
+            return True  # dynamo's own; if it is not so, its limit of recompilations says it later
+
+
+def hindered(fresh: bool) -> bool:
+    """Whether a step cannot be compiled, or run compiled, in this call. ``fresh``: it would be compiled first."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    if fresh and _hooked():
+        return True
+    config = _dynamo_config()
+    return config is None or config.disable
+
+
+def _hooked() -> bool:
+    """Saved-tensor hooks (offloading, checkpoints) are active: torch.func refuses those, in a trace as outside."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
+
+
+@functools.cache
+def _dynamo_config() -> Any:
+    """Dynamo's settings; None where it cannot even be imported, as where its cache folder cannot be made."""
+    try:
+        import torch._dynamo
+        import torch._inductor.exc
+    except Exception as error:
+        warn_once(
+            f"torch.compile does not work on this machine ({type(error).__name__}: {error}): chunk steps run "
+            "uncompiled, with the same numbers but slower and with more memory"
+        )
+        return None
+    return torch._dynamo.config
+
+
+def explain(error: BaseException, device_type: str) -> None:
+    told = f"{error.__cause__ or ''}\n{error}"  # the cause, where there is one, says more
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    reason = " ".join(lines[:2]) or type(error).__name__
+    causes = (error, error.__cause__, error.__context__, getattr(error, "inner_exception", None))
+    if NO_COMPILER.search(f"{type(error).__name__}: {told}") or any(isinstance(e, OSError) for e in causes):
+        BROKEN.add(device_type)
+        warn_once(
+            f"torch.compile does not work on this machine's {device_type} device ({reason}): chunk steps run "
+            "uncompiled, with the same numbers but slower and with more memory"
+        )
+    else:
+        warn_once(f"a chunk step could not be compiled and runs eagerly, slower ({reason})")
+
+
+def _symbols(sources: tuple[str, ...]) -> AbstractContextManager:
+    if not sources:
+        return nullcontext()
+    import torch.compiler.config as config
+
+    known = [known for known in config.dynamic_sources.split(",") if known]
+    return cast(Any, config).patch(dynamic_sources=",".join([*known, *sources]))
+
+
+@functools.cache
+def symbols_can_be_asked_for() -> bool:
+    import torch.compiler.config as config
+
+    return hasattr(config, "dynamic_sources")
 
 
 def _inductor_options() -> dict[str, Any]:
@@ -148,13 +244,10 @@ def _mark_rows(args: tuple[Any, ...]) -> None:
             dynamo.maybe_mark_dynamic(arg, 0)
 
 
-def _compile_errors() -> tuple[type[BaseException], ...]:
+@functools.cache
+def _errors() -> tuple[type[BaseException], ...]:
     import torch._dynamo.exc as dynamo
     import torch._inductor.exc as inductor
 
-    return (
-        dynamo.TorchDynamoException,
-        dynamo.FailOnRecompileLimitHit,
-        inductor.InductorError,
-        inductor.InvalidCxxCompiler,
-    )
+    names = ("TorchDynamoException", "FailOnRecompileLimitHit", "InductorError", "InvalidCxxCompiler")
+    return tuple(getattr(module, name) for module in (dynamo, inductor) for name in names if hasattr(module, name))

@@ -20,7 +20,7 @@ def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 def addmm_(accumulator: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``accumulator += a @ b``, in the accumulator's dtype."""
     if accumulator.dtype == a.dtype:
-        return accumulator.addmm_(a, b)
+        return torch.addmm(accumulator, a, b, out=accumulator)  # counters of FLOPs know it, and not the method
     if a.is_cuda and a.dtype in HALF:
         return torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, out=accumulator)
-    return accumulator.addmm_(a.to(accumulator.dtype), b.to(accumulator.dtype))
+    return torch.addmm(accumulator, a.to(accumulator.dtype), b.to(accumulator.dtype), out=accumulator)

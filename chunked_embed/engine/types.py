@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Real
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,17 +33,42 @@ class Projection:
 
 
 class LossOutput(NamedTuple):
-    """``loss``: a scalar that requires grad. ``metrics``: detached tensors by name, in the order of the user's rows.
+    """``loss``: a scalar that requires grad. ``metrics``: detached tensors by name, in the order of the user's rows,
+    zero where a row was dropped.
 
-    A tuple, so that DDP and FSDP find the loss in what a forward returns.
+    ``counts`` says by a metric's name how many units each of its entries stands for: tokens that are ignored count 0,
+    a mean over 40 tokens counts 40. Where a metric has none, each entry counts 1.
+
+    A tuple, so that DDP and FSDP find the loss in what a forward returns, and all three come out of their wrappers.
+
+    Example:
+        >>> kl, valid = torch.tensor([3.0, 0.0]), torch.tensor([1, 0])
+        >>> LossOutput(torch.tensor(2.0), {"kl": kl}, {"kl": valid}).means
+        {'kl': tensor(3.)}
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
+    counts: dict[str, Tensor] | None = None
+
+    @property
+    def sums(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each metric's sum over the units that count, and their number: what adds up over batches and processes."""
+        counts, found = self.counts or {}, {}
+        for name, value in self.metrics.items():
+            count = counts[name] if name in counts else torch.ones_like(value)
+            found[name] = (value * count).sum(), count.sum()
+        return found
+
+    @property
+    def means(self) -> dict[str, Tensor]:
+        """Each metric's mean over the units that count; zero where there are none."""
+        return {name: total / count.clamp_min(1) for name, (total, count) in self.sums.items()}
 
 
 Projections: TypeAlias = Projection | Mapping[str, Projection]
 Tensors: TypeAlias = Mapping[str, Tensor]
+Named: TypeAlias = dict[str, Tensor]
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -52,9 +76,3 @@ HALF = (torch.float16, torch.bfloat16)
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums of half-precision products are kept in float32; float32 and float64 are their own accumulators."""
     return torch.float32 if dtype in HALF else dtype
-
-
-def is_number(value: Any) -> bool:
-    """A real number that is no boolean. Asked of every attribute in every call: ``Real`` takes its time to answer."""
-    kind = type(value)
-    return kind is float or kind is int or (kind not in (bool, str, tuple, type(None)) and isinstance(value, Real))

@@ -166,7 +166,7 @@ def transform_logits(
     """z = t(x): scale, soft cap, temperature."""
     if softcap is None:
         scale = logit_scale / temperature
-        return x if isinstance(scale, float) and scale == 1.0 else x * scale
+        return x if type(scale) is float and scale == 1.0 else x * scale  # a tensor may be any number
     return torch.tanh(x * (logit_scale / softcap)) * (softcap / temperature)
 
 

@@ -42,14 +42,12 @@ def linear(x: Inputs, weight: str = "weight", hidden: str = "hidden") -> Tensor:
 
 
 class CrossEntropy(FlexChunkLoss):
-    index_rows = ("target",)
-
     def __init__(self, scale=2.0, **options):
         super().__init__(**options)
         self.scale = scale
 
-    def loss_fn(self, outputs, rows, hp):
-        values = F.cross_entropy(outputs * hp.scale, rows["target"], reduction="none")
+    def loss_fn(self, outputs, rows):
+        values = F.cross_entropy(outputs * self.scale, rows["target"], reduction="none")
         return values, {"nll": values}
 
 
@@ -79,10 +77,10 @@ class Divergence(FlexChunkLoss):
         super().__init__(**options)
         self.hard = hard
 
-    def loss_fn(self, outputs, rows, hp):
+    def loss_fn(self, outputs, rows):
         student, teacher = outputs["student"].log_softmax(1), outputs["teacher"].log_softmax(1)
         kl = (teacher.exp() * (teacher - student)).sum(1)
-        return kl - hp.hard * token_logps(outputs["student"], rows["target"]), {"kl": kl}
+        return kl - self.hard * token_logps(outputs["student"], rows["target"]), {"kl": kl}
 
 
 def call_divergence(loss, x):
@@ -99,7 +97,7 @@ def divergence_reference(x):
 class ScaledSigmoid(FlexChunkLoss):
     """SigLIP with a learnable scale per row and a bias per column."""
 
-    def loss_fn(self, outputs, rows, hp, columns):
+    def loss_fn(self, outputs, rows, columns):
         z = outputs * rows["scale"][:, None] + columns["shift"]
         sign = torch.where(torch.arange(z.shape[1], device=z.device) == rows["index"][:, None], 1.0, -1.0)
         return -F.logsigmoid(sign * z).sum(1)
@@ -134,14 +132,14 @@ def call_lora(loss, x):
 class CosineRegression(FlexChunkLoss):
     """Identity projections only: nothing to multiply, so gradients are taken in backward."""
 
-    def loss_fn(self, outputs, rows, hp):
+    def loss_fn(self, outputs, rows):
         return (F.cosine_similarity(outputs["a"], outputs["b"]) - rows["label"]).square()
 
 
 class Softplus(FlexChunkLoss):
     """Queries against themselves: one tensor is input and weight."""
 
-    def loss_fn(self, outputs, rows, hp):
+    def loss_fn(self, outputs, rows):
         return F.softplus(outputs).mean(1)
 
 
@@ -149,20 +147,17 @@ class Softplus(FlexChunkLoss):
 
 
 class Preference(FlexChunkLoss):
-    segments_per_group = 2
-    separate_outputs = True
-
     def __init__(self, beta=0.1, **options):
-        super().__init__(**options)
+        super().__init__(segments_per_group=2, separate_outputs=True, **options)
         self.beta = beta
 
-    def score_fn(self, outputs, rows, hp):
+    def score_fn(self, outputs, rows):
         return {"logps": token_logps(outputs, rows["target"])}
 
-    def loss_fn(self, scores, groups, hp):
+    def loss_fn(self, scores, groups):
         ratio = scores["policy"]["logps"] - scores["reference"]["logps"]
         margin = ratio[:, 0] - ratio[:, 1]
-        return -F.logsigmoid(hp.beta * margin - groups["shift"]), {"margin": margin}
+        return -F.logsigmoid(self.beta * margin - groups["shift"]), {"margin": margin}
 
 
 def segments(m: int) -> Tensor:
@@ -206,7 +201,7 @@ def preference_reference(x):
 class WeightedPreference(Preference):
     """The frozen projection's scores have a gradient too, through a row argument; and it comes first."""
 
-    def score_fn(self, outputs, rows, hp):
+    def score_fn(self, outputs, rows):
         return {"logps": rows["scale"] * token_logps(outputs, rows["target"])}
 
 
@@ -228,17 +223,17 @@ def weighted_reference(x):
 class LengthNormalised(FlexChunkLoss):
     """A mean over each segment, from its sum and its count; empty segments are zero. The normaliser is a row total."""
 
-    segments_per_group = 2
-    row_totals = {"lse": "logsumexp"}
+    def __init__(self, **options):
+        super().__init__(segments_per_group=2, row_totals={"lse": "logsumexp"}, **options)
 
-    def score_fn(self, outputs, rows, hp):
+    def score_fn(self, outputs, rows):
         own = torch.arange(outputs.shape[1], device=outputs.device) == rows["target"][:, None]
         return {"own": torch.where(own, outputs, 0).sum(1)}
 
-    def element_fn(self, outputs, rows, hp):
+    def element_fn(self, outputs, rows):
         return {"lse": outputs}
 
-    def loss_fn(self, scores, groups, hp):
+    def loss_fn(self, scores, groups):
         mean = (scores["own"] - scores["lse"]) / scores["count"].clamp_min(1)
         return F.softplus(mean[:, 1] - mean[:, 0])
 
@@ -262,11 +257,11 @@ def length_reference(x):
 class JointScores(FlexChunkLoss):
     """Both projections' outputs at once, a row argument with gradient, every row a group of its own."""
 
-    def score_fn(self, outputs, rows, hp):
+    def score_fn(self, outputs, rows):
         p, q = outputs["policy"].log_softmax(1), outputs["reference"].log_softmax(1)
         return {"kl": (p.exp() * (p - q)).sum(1) * rows["scale"], "top": outputs["policy"].amax(1)}
 
-    def loss_fn(self, scores, groups, hp):
+    def loss_fn(self, scores, groups):
         return torch.tanh(scores["kl"] - 0.1 * scores["top"]).sum(1)
 
 
@@ -287,12 +282,13 @@ def joint_reference(x):
 class Ranked(FlexChunkLoss):
     """CoSENT through a projection, as a class."""
 
-    couples_batch = True
+    def __init__(self, **options):
+        super().__init__(couples_batch=True, **options)
 
-    def score_fn(self, outputs, rows, hp):
+    def score_fn(self, outputs, rows):
         return {"cosine": F.cosine_similarity(outputs["a"], outputs["b"])}
 
-    def loss_fn(self, scores, groups, hp):
+    def loss_fn(self, scores, groups):
         return CF.cosent_from_scores(5 * scores["cosine"][:, 0], groups["label"]), {"largest": scores["cosine"].max()}
 
 
@@ -314,18 +310,18 @@ def ranked_reference(x):
 class TwoSided(FlexChunkLoss):
     """Symmetric InfoNCE: row and column normalisers of one similarity matrix."""
 
-    couples_batch = True
-    row_totals = {"row": "logsumexp"}
-    column_totals = {"column": "logsumexp", "mass": "sum"}
+    def __init__(self, **options):
+        column_totals = {"column": "logsumexp", "mass": "sum"}
+        super().__init__(couples_batch=True, row_totals={"row": "logsumexp"}, column_totals=column_totals, **options)
 
-    def score_fn(self, outputs, rows, hp):
+    def score_fn(self, outputs, rows):
         own = torch.arange(outputs.shape[1], device=outputs.device) == rows["index"][:, None]
         return {"own": torch.where(own, outputs, 0).sum(1)}
 
-    def element_fn(self, outputs, rows, hp):
+    def element_fn(self, outputs, rows):
         return {"row": outputs, "column": outputs, "mass": outputs.square()}
 
-    def loss_fn(self, scores, groups, hp):
+    def loss_fn(self, scores, groups):
         two_sided = scores["row"][:, 0] + scores["column"] - 2 * scores["own"][:, 0]
         return two_sided.mean() + 0.01 * scores["mass"].mean()
 
@@ -438,3 +434,9 @@ def make(name: str, m: int = 23, dtype: torch.dtype = torch.float64, seed: int =
 
 def learning(x: Inputs) -> list[Tensor]:
     return [t for t in x.values() if t.requires_grad]
+
+
+def gradients(loss: Tensor, x: Inputs) -> list[Tensor]:
+    """Zero where the loss does not depend on a tensor."""
+    found = torch.autograd.grad(loss, learning(x), allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, learning(x), strict=True)]

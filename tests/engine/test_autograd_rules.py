@@ -138,7 +138,7 @@ def test_groups_without_rows_stay_finite(name):
 def test_an_infinite_row_does_not_turn_into_nan():
     outputs = torch.full((3, 4), 1.0, dtype=torch.float64)
     outputs[2] = torch.inf
-    loss = FlexChunkLoss(lambda o, rows, hp: o.sum(1), compiled=False)(Projection(outputs)).loss
+    loss = FlexChunkLoss(lambda o, rows: o.sum(1), compiled=False)(Projection(outputs)).loss
     assert loss.item() == torch.inf
 
 
@@ -255,7 +255,7 @@ def test_float16_without_any_row_has_zero_gradients_under_a_large_scale():
 def test_metrics_stay_the_users_after_a_deferred_backward(monkeypatch):
     monkeypatch.setattr("chunked_embed.engine.plan.SMALL_BYTES", 0)
     x = torch.randn(5, 3, requires_grad=True)
-    output = FlexChunkLoss(lambda o, rows, hp: (o.sum(1), {"m": o[:, 0]}), compiled=False)(Projection(x))
+    output = FlexChunkLoss(lambda o, rows: (o.sum(1), {"m": o[:, 0]}), compiled=False)(Projection(x))
     output.metrics["m"] = output.metrics["m"].mean().item()
     output.loss.backward()
     assert isinstance(output.metrics["m"], float)
@@ -263,7 +263,7 @@ def test_metrics_stay_the_users_after_a_deferred_backward(monkeypatch):
 
 def test_evaluation_mode_is_seen_inside_a_step():
     class Mode(FlexChunkLoss):
-        def loss_fn(self, outputs, rows, hp):
+        def loss_fn(self, outputs, rows):
             return outputs.sum(1) if self.training else outputs.sum(1) * 0
 
     loss, x = Mode(compiled=False), Projection(torch.ones(2, 3))
@@ -275,22 +275,22 @@ def test_the_kernel_is_used_for_the_engines_own_score_only(monkeypatch):
     """A subclass that scores in its own way must not be answered by the kernel."""
 
     class Weighted(TokenStatistics):
-        def score_fn(self, outputs, rows, hp):
-            return {"logps": 3 * super().score_fn(outputs, rows, hp)["logps"]}
+        def score_fn(self, outputs, rows):
+            return {"logps": 3 * super().score_fn(outputs, rows)["logps"]}
 
-        def loss_fn(self, scores, groups, hp):
+        def loss_fn(self, scores, groups):
             return -scores["logps"][:, 0]
 
     hidden, weight, target = problem()
     expected = 3 * F.cross_entropy(hidden @ weight.T, target)
-    monkeypatch.setattr("chunked_embed.engine.logps.available", lambda device: True)
+    monkeypatch.setattr("chunked_embed.tokens.available", lambda device: True)
     monkeypatch.setattr("chunked_embed.engine.compile.BACKEND", "eager")
     torch.testing.assert_close(Weighted()(Projection(hidden, weight), {"target": target}).loss, expected)
 
 
 def test_the_kernel_path_on_its_plain_twins(monkeypatch):
-    """KernelScore with the twins in place of Triton: what is saved and reused, in place, in one chunk and several."""
-    monkeypatch.setattr("chunked_embed.engine.logps.available", lambda device: True)
+    """TokenKernel with the twins in place of Triton: what is saved and reused, in place, in one chunk and several."""
+    monkeypatch.setattr("chunked_embed.tokens.available", lambda device: True)
     for chunk_size in (None, 16):
         hidden, weight, target = problem()
         found = linear_logps(hidden, weight, target, outputs=("logps", "entropy"), chunk_size=chunk_size)

@@ -1,189 +1,383 @@
-"""One graph for a loss and a row count, in any number of ragged batches; changing numbers recompile nothing."""
+"""What is compiled, how often, and where it runs uncompiled: one graph for a loss and a row count, bounded caches."""
 
 from __future__ import annotations
 
+import gc
+import os
 import random
+import subprocess
+import sys
+import textwrap
+import threading
 import warnings
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from engine_zoo import CASES, CrossEntropy, make
-from torch._dynamo.utils import counters
+from engine_zoo import CASES, make
+from step_parts import Loss, call, check, compilations, forget
+from torch.utils.flop_counter import FlopCounterMode
 
-from chunked_embed import FlexChunkLoss, Projection
 from chunked_embed.engine import compile as cache
+from chunked_embed.engine import specialize
+from chunked_embed.functional.normalize import unit
 
 
 @pytest.fixture(autouse=True)
-def graphs(monkeypatch):
-    """A fresh cache, and a backend that traces but generates no code: what is counted is graphs."""
-    torch._dynamo.reset()
-    cache.clear()
-    counters.clear()
+def fresh(monkeypatch):
+    """A backend that traces and generates no code: what is counted is graphs."""
+    forget()
     monkeypatch.setattr(cache, "BACKEND", "eager")
-    yield lambda: counters["stats"]["unique_graphs"]
-    cache.clear()
+    yield
+    forget()
 
 
-def step(name, x, **options):
-    CASES[name].call(CASES[name].loss(**options), x).loss.backward()
+class Scaled(Loss):
+    def __init__(self, m=0.5):
+        super().__init__()
+        self.m = m
+
+    def loss_fn(self, outputs, rows):
+        return (outputs * self.m).sum(1)
+
+
+def outputs(rows=4, columns=6):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+
+
+def compiled():
+    """Of each step and its constants: whether it is compiled."""
+    return [
+        variant.compiled.compiled is not None and not variant.compiled.failed
+        for step in specialize._STEPS.values()
+        for layout in step.readings
+        for variant in layout.variants.values()
+    ]
+
+
+# --- graphs are counted ----------------------------------------------------------------------------------------------
+
+
+def test_rows_and_columns_that_change_turn_dynamic():
+    sizes = random.Random(0)
+    for _ in range(30):
+        check(Scaled(), outputs(sizes.randint(2, 120), sizes.randint(2, 50)), shape_key="narrow")
+    assert compilations() <= 3  # the first, with dynamic rows, with dynamic columns
+
+
+def test_each_shape_key_has_a_graph():
+    for _ in range(3):
+        for rows in (8, 16, 32):
+            check(Scaled(), outputs(rows))
+    assert compilations() == 3
+
+
+def test_steps_without_a_loss():
+    """Their first dimension is dynamic from the start."""
+    for rows in (5, 2, 9, 30):
+        x = outputs(rows)
+        torch.testing.assert_close(unit(x, compiled=True), torch.nn.functional.normalize(x, dim=1))
+    assert compilations() == 1
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["dynamic rows", "fixed sizes"])
-def test_twelve_losses_over_thirty_ragged_batches(graphs, monkeypatch, wide):
+@pytest.mark.parametrize("name", ["cross_entropy", "preference", "ranked", "identity"])
+def test_ragged_batches(name, wide, monkeypatch):
+    """A kind of loss each, through the whole engine: after a few batches hardly anything is compiled any more."""
     if wide:
         monkeypatch.setattr("chunked_embed.engine.plan.NARROW", 0)
-    assert len(CASES) >= 12
-    sizes = random.Random(0).choices(range(2, 120), k=30)
-    steps = 0
+    counts = []
+    for seed, size in enumerate((40, 90, 2, 7, 64, 33, 81, 119)):
+        before = compilations()
+        x = make(name, m=size, seed=seed, dtype=torch.float32)
+        CASES[name].call(CASES[name].loss(chunk_size=64, compiled=True), x).loss.backward()
+        counts.append(compilations() - before)
+    assert sum(counts) <= 12, counts
+    assert sum(counts[5:]) <= 1, counts
+
+
+# --- where it runs uncompiled ----------------------------------------------------------------------------------------
+
+
+def disabled():
+    import torch._dynamo.config
+
+    return torch._dynamo.config.patch(disable=True)
+
+
+HINDRANCES = {
+    "dispatch mode": lambda: FlopCounterMode(display=False),
+    "saved-tensor hooks": torch.autograd.graph.save_on_cpu,
+    "dynamo disabled": disabled,
+}
+
+
+@pytest.mark.parametrize("name", HINDRANCES)
+def test_a_hindrance_passes(name, monkeypatch):
+    """A first call, a new value and a new shape run uncompiled; afterwards they are compiled."""
+    monkeypatch.setattr(cache, "BACKEND", "aot_eager")  # whose graphs run under hooks, as generated code does
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # falling back to eager warns
-        for name, case in CASES.items():
-            counts = []
-            for batch, size in enumerate(sizes):
-                before = graphs()
-                step(name, make(name, m=size, seed=batch, dtype=torch.float32), chunk_size=64)
-                counts.append(graphs() - before)
-            # A grouped loss has two steps for each projection that it scores apart: scores, and their gradient.
-            loss = case.loss()
-            steps = 1 if loss._function("score_fn") is None else 3 if loss.separate_outputs else 2
-            if name == "identity":
-                steps = 2  # value in forward, gradient in backward
-            # In "self" and "two_sided" the columns are the batch, too, and turn dynamic on each rung.
-            coupled = name in ("self", "two_sided")
-            assert sum(counts) <= 3 * steps * (4 if coupled else 1), (name, counts)
-            assert coupled or sum(counts[20:]) == 0, (name, counts)
+        warnings.simplefilter("error")
+        with HINDRANCES[name]():
+            check(Scaled(), outputs())
+            unit(outputs(), compiled=True)
+        assert compiled() == [] and compilations() == 0
+        check(Scaled(), outputs())
+        unit(outputs(), compiled=True)
+        assert compiled() == [True] and compilations() == 2
+        with HINDRANCES[name]():
+            check(Scaled(), outputs())
+            check(Scaled(0.7), outputs())
+            check(Scaled(), outputs(4, 9), shape_key=4)
+            unit(outputs(), compiled=True)
+        assert compiled() == [True] and compilations() == 2
+        check(Scaled(0.7), outputs())
+        check(Scaled(0.9), outputs())
+        check(Scaled(), outputs(4, 9), shape_key=4)
+        assert compiled() == [True] and compilations() == 4
 
 
-def test_numbers_that_change_recompile_nothing(graphs):
-    x = make("cross_entropy", dtype=torch.float32)
-    for scale in (1.0, 2, 0.3, 17.0):
-        step("cross_entropy", x, scale=scale)
-    loss = CrossEntropy()
-    for scale in (3.0, 4.0):
-        loss.scale = scale
-        CASES["cross_entropy"].call(loss, x)
-    assert graphs() == 1
+def test_flops_are_counted():
+    class Product(Loss):
+        def loss_fn(self, outputs, rows):
+            return (outputs @ outputs.T).sum(1)
+
+    check(Product(), outputs())
+    with FlopCounterMode(display=False) as mode:
+        call(Product(), outputs())
+    assert mode.get_total_flops() > 0
 
 
-def test_a_changed_number_counts(graphs):
-    """The number is an argument of the step: no instance's value is baked into another's."""
-    x = make("cross_entropy", dtype=torch.float32)
-    first = CASES["cross_entropy"].call(CrossEntropy(1.0), x).loss
-    second = CASES["cross_entropy"].call(CrossEntropy(5.0), x).loss
-    logits = x["hidden"] @ x["weight"].T + x["bias"]
-    weight = x["used"] / x["used"].sum()
-    for loss, scale in ((first, 1.0), (second, 5.0)):
-        expected = (F.cross_entropy(scale * logits, x["target"], reduction="none") * weight).sum()
-        torch.testing.assert_close(loss, expected)
+SCRIPT = """
+import sys, warnings
+sys.path.insert(0, {folder!r})
+import torch
+from step_parts import Loss, check
+from chunked_embed.engine import compile as cache
+from chunked_embed.engine import specialize
+from chunked_embed.functional.normalize import unit
+cache.BACKEND = "eager"
+
+class Scaled(Loss):
+    def loss_fn(self, outputs, rows):
+        return (outputs * self.m).sum(1)
+
+loss = Scaled()
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for loss.m in (0.5, 0.7, 0.9):
+        check(loss, torch.randn(4, 6))
+        unit(torch.randn(4, 6))
+print(*[w.message for w in seen if "chunk step" in str(w.message)], sep="\\n")
+"""
 
 
-class Moody(FlexChunkLoss):
-    def __init__(self, power="one", margin=1.0, **options):
-        super().__init__(**options)
-        self.power = power
-        self.margin = margin
-
-    def loss_fn(self, outputs, rows, hp):
-        z = outputs if self.power == "one" else outputs.square()
-        return (z * hp.margin).sum(1)
+def in_a_new_process(tmp_path, **environment):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT).format(folder=str(Path(__file__).parent)))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()
 
 
-class Forgetful(FlexChunkLoss):
-    def __init__(self, margin=1.0, **options):
-        super().__init__(**options)
-        self.margin = margin
-
-    def loss_fn(self, outputs, rows, hp):
-        return outputs.sum(1) * self.margin
+def test_torch_compile_is_switched_off(tmp_path):
+    assert in_a_new_process(tmp_path, TORCH_COMPILE_DISABLE="1") == []
 
 
-class Listed(Moody):
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.layers = [1, 2]
+def test_a_cache_folder_that_cannot_be_made(tmp_path):
+    """Dynamo makes it on import."""
+    (tmp_path / "file").write_text("")
+    (warning,) = in_a_new_process(tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file"))
+    assert "does not work on this machine" in warning and "file" in warning
 
 
-def test_a_static_option_has_a_step_of_its_own(graphs):
-    x = Projection(torch.randn(4, 3), torch.randn(5, 3))
-    values = {power: Moody(power)(x).loss for power in ("one", "two")}
-    z = x.input @ x.weight.T
-    torch.testing.assert_close(values["one"], z.sum(1).mean())
-    torch.testing.assert_close(values["two"], z.square().sum(1).mean())
-    assert graphs() == 2
+def failing(error):
+    def compiled(*args):
+        raise error
+
+    return lambda *args, **kwargs: compiled
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_reading_a_number_from_self_is_refused(compiled):
-    with pytest.raises(AttributeError, match=r"hp\.margin"):
-        Forgetful(compiled=compiled)(Projection(torch.randn(4, 3)))
+def no_compiler():
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    return InvalidCxxCompiler()
 
 
-class Powered(FlexChunkLoss):
-    static_numbers = ("power",)
-
-    def __init__(self, power, **options):
-        super().__init__(**options)
-        self.power = power
-
-    def loss_fn(self, outputs, rows, hp):
-        assert not hasattr(hp, "power")
-        for _ in range(self.power):  # a loop that only a Python number can end
-            outputs = outputs * outputs
-        return outputs.sum(1)
-
-
-def test_a_static_number_is_read_from_self(graphs):
-    x = torch.full((3, 2), 2.0)
-    for power, value in ((1, 8.0), (2, 32.0), (1, 8.0)):
-        assert Powered(power)(Projection(x)).loss.item() == value
-    assert graphs() == 2
-    with pytest.raises(ValueError, match="NaN"):
-        Powered(float("nan"))(Projection(x))
-
-
-def test_unhashable_options_are_refused():
-    with pytest.raises(TypeError, match="layers"):
-        Listed()(Projection(torch.randn(4, 3)))
-
-
-def untraceable(outputs, rows, hp):
-    if float(outputs.detach().sum()) > 1e9:  # depends on data: cannot be traced in one graph
-        return outputs.sum(1)
-    return outputs.mean(1)
-
-
-def test_what_cannot_be_compiled_runs_eagerly_after_one_warning():
-    loss, x = FlexChunkLoss(untraceable), torch.randn(6, 5)
-    with pytest.warns(RuntimeWarning, match="could not be compiled") as seen:
-        values = [loss(Projection(x)).loss for _ in range(3)]
-    assert len([w for w in seen if "could not be compiled" in str(w.message)]) == 1
-    torch.testing.assert_close(values[0], x.mean())
-
-
-def test_without_a_compiler_the_numbers_are_the_same(monkeypatch):
-    def no_compiler(*args):
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        raise InvalidCxxCompiler
-
-    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: no_compiler)
-    x = make("cross_entropy")
-    with pytest.warns(RuntimeWarning, match="does not work on this machine") as seen:
-        for _ in range(2):
-            output = CASES["cross_entropy"].call(CrossEntropy(), x)
-        CASES["divergence"].call(CASES["divergence"].loss(), make("divergence"))
+@pytest.mark.parametrize("error", [no_compiler, lambda: PermissionError(13, "denied", "/cache")], ids=["C++", "folder"])
+def test_where_nothing_can_be_compiled(error, monkeypatch):
+    monkeypatch.setattr(torch, "compile", failing(error()))
+    with pytest.warns(RuntimeWarning, match="does not work on this machine's cpu device") as seen:
+        for m in (0.5, 0.7, 0.9):
+            check(Scaled(m), outputs())
+            unit(outputs(), compiled=True)
     assert len(seen) == 1
-    torch.testing.assert_close(output.loss, CASES["cross_entropy"].reference(x))
+
+
+class Untraceable(Loss):
+    def loss_fn(self, outputs, rows):
+        if float(outputs.detach().sum()) > 1e9:  # depends on data: cannot be traced in one graph
+            return outputs.sum(1)
+        return outputs.mean(1)
+
+
+def test_what_cannot_be_compiled_runs_uncompiled_after_one_warning():
+    with pytest.warns(RuntimeWarning, match="could not be compiled") as seen:
+        for _ in range(3):
+            check(Untraceable(), outputs())
+        check(Untraceable(), outputs(), in_place=True)
+    assert len([w for w in seen if "could not be compiled" in str(w.message)]) == 1
+
+
+def test_an_error_of_the_function_is_the_functions():
+    class Wrong(Loss):
+        def loss_fn(self, outputs, rows):
+            return outputs.sum(1) + rows["nothing"]
+
+    with warnings.catch_warnings(), pytest.raises(KeyError, match="nothing"):
+        warnings.simplefilter("error")
+        call(Wrong(), outputs())
+
+
+# --- bounds ----------------------------------------------------------------------------------------------------------
+
+
+def closure(mask):
+    return lambda outputs, rows: outputs.sum(1) + mask[0]
+
+
+def by_function(mask):
+    return Loss(closure(mask))
+
+
+def by_class(mask):
+    class Local(Loss):
+        def loss_fn(self, outputs, rows):
+            return outputs.sum(1) + mask[0]
+
+    return Local()
+
+
+class Transformed(Loss):
+    def loss_fn(self, outputs, rows):
+        return self.transform(outputs)
+
+
+def by_attribute(mask):
+    loss = Transformed()
+    loss.transform = lambda outputs: outputs.sum(1) + mask[0]
+    return loss
+
+
+@pytest.mark.parametrize("make", [by_function, by_class, by_attribute])
+def test_a_function_made_anew_in_each_call(make):
+    alive, few = [], specialize.MANY
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for i in range(3 * few):
+            mask = torch.full((4,), float(i))
+            alive.append(weakref.ref(mask))
+            check(make(mask), outputs())
+    del mask
+    gc.collect()
+    assert compilations() == few
+    assert sum(ref() is not None for ref in alive) <= few
+    (warning,) = seen
+    assert "once, at module level" in str(warning.message)
+    assert "test_compile_cache.py:" in str(warning.message)
+    cache.clear()
+    gc.collect()
+    assert not any(ref() for ref in alive)
+
+
+@pytest.mark.parametrize("make", [by_function, by_class, by_attribute])
+def test_uncompiled_calls_keep_nothing_alive(make):
+    alive = []
+    for i in range(5):
+        mask = torch.full((4,), float(i))
+        alive.append(weakref.ref(mask))
+        call(make(mask), outputs(), compiled=False)
+    del mask
+    gc.collect()
+    assert not any(ref() for ref in alive)
+
+
+class Named(Loss):
+    def loss_fn(self, outputs, rows):
+        return outputs.sum(1) * len(self.name)
+
+
+def test_a_string_that_changes_in_each_call():
+    loss = Named()
+    with pytest.warns(RuntimeWarning, match=r"Named\.name \(read at .*\) has taken 8 values") as seen:
+        for i in range(3 * specialize.MANY):
+            loss.name = "x" * i
+            check(loss, outputs())
+    assert len(seen) == 1 and compilations() == specialize.MANY
+
+
+def test_a_late_constant_is_compiled_when_it_is_asked_for_often(monkeypatch):
+    monkeypatch.setattr(specialize, "PATIENCE", 3)
+    loss = Named()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for i in range(specialize.MANY):
+            loss.name = "x" * i
+            check(loss, outputs())
+        loss.name = "x" * 20
+        counts = []
+        for _ in range(4):
+            check(loss, outputs())
+            counts.append(compilations() - specialize.MANY)
+    assert counts == [0, 0, 1, 1]
+
+
+def test_the_least_recently_used_go(monkeypatch):
+    monkeypatch.setattr(specialize, "KEPT", 2)
+    monkeypatch.setattr(specialize, "STEPS", 2)
+    loss = Named()
+    for name in ("", "x", "", "xx", ""):
+        loss.name = name
+        check(loss, outputs())
+    assert compilations() == 3
+    for rows in (8, 16, 8, 32, 8):
+        check(Scaled(), outputs(rows))
+    assert compilations() == 6 and len(specialize._STEPS) == 2
+    assert len(specialize._FAMILIES) <= 2
+
+
+def test_threads_share_steps():
+    failed = []
+
+    def work(m):
+        try:
+            for _ in range(3):
+                check(Scaled(m), outputs())
+        except BaseException as error:
+            failed.append(error)
+
+    check(Scaled(0.5), outputs())
+    check(Scaled(0.7), outputs())
+    threads = [threading.Thread(target=work, args=(0.1 * i,)) for i in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and compilations() == 2
+
+
+# --- an outer torch.compile, and what cannot go through --------------------------------------------------------------
 
 
 def test_outside_torch_compile():
+    case = CASES["cross_entropy"]
     x = make("cross_entropy", dtype=torch.float32)
-    loss = CrossEntropy(compiled=False)
+    loss = case.loss(compiled=False)
 
     def outer(hidden):
-        return CASES["cross_entropy"].call(loss, x | {"hidden": hidden * 2}).loss + 1
+        return case.call(loss, x | {"hidden": hidden * 2}).loss + 1
 
     expected = torch.autograd.grad(outer(x["hidden"]), x["hidden"])[0]
     with warnings.catch_warnings():
@@ -192,22 +386,22 @@ def test_outside_torch_compile():
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.jacrev])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
 def test_functional_transforms_are_refused(transform):
-    loss = CrossEntropy(compiled=False)
-    target, weight = torch.zeros(3, dtype=torch.long), torch.randn(5, 4)
-
-    def function(hidden):
-        return loss(Projection(hidden.reshape(3, 4), weight), {"target": target}).loss
-
+    case = CASES["cross_entropy"]
+    x = make("cross_entropy", dtype=torch.float32)
+    loss = case.loss(compiled=False)
     with pytest.raises(RuntimeError, match=r"torch\.func"):
-        transform(function)(torch.randn(3, 4) if transform is not torch.func.vmap else torch.randn(2, 3, 4))
+        transform(lambda hidden: case.call(loss, x | {"hidden": hidden}).loss)(x["hidden"].detach())
 
 
 def test_export_is_refused():
+    case = CASES["cross_entropy"]
+    x = make("cross_entropy", dtype=torch.float32)
+
     class Module(torch.nn.Module):
-        def forward(self, x):
-            return CrossEntropy(compiled=False)(Projection(x), {"target": torch.zeros(3, dtype=torch.long)}).loss
+        def forward(self, hidden):
+            return case.call(case.loss(compiled=False), x | {"hidden": hidden}).loss
 
     with pytest.raises(RuntimeError, match="exported"):
-        torch.export.export(Module(), (torch.randn(3, 4),))
+        torch.export.export(Module(), (x["hidden"].detach(),))

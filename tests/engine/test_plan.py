@@ -6,11 +6,9 @@ import pytest
 import torch
 from engine_zoo import CASES, CrossEntropy, make
 
-from chunked_embed import FlexChunkLoss, Projection
+from chunked_embed import FlexChunkLoss, Projection, TokenStatistics
 from chunked_embed import functional as CF
-from chunked_embed.engine.logps import TokenStatistics
-from chunked_embed.engine.plan import ladder, pack, tiles
-from chunked_embed.engine.select import Selection
+from chunked_embed.engine.plan import ladder, tiles
 
 
 def peak_on_cpu(function):
@@ -36,7 +34,7 @@ def peak_on_cuda(function):
 
 
 class NLL(TokenStatistics):
-    def loss_fn(self, scores, groups, hp):
+    def loss_fn(self, scores, groups):
         return -scores["logps"][:, 0]
 
 
@@ -102,7 +100,8 @@ def test_a_plan_can_be_printed_before_running():
     loss = CASES["preference"].loss(chunk_size=8)
     sides = {"policy": Projection(x["hidden"], x["weight"]), "reference": Projection(x["other"], x["other_weight"])}
     ids = torch.arange(23) // 3 * 2 + torch.arange(23) % 2
-    plan = loss.plan(sides, {"target": x["target"]}, segments=torch.where(ids > 13, -1, ids))
+    segments, groups = torch.where(ids > 13, -1, ids), {"shift": torch.zeros(7, dtype=torch.float64)}
+    plan = loss.plan(sides, {"target": x["target"]}, segments=segments, groups=groups)
     text = str(plan)
     assert plan.used_rows == 21 and plan.chunk_rows == 8
     assert plan.passes == 1 and plan.products == 4  # policy: outputs and two gradients; reference: outputs
@@ -140,7 +139,7 @@ def test_products_per_chunk(name, learns, products):
 
 def test_chunk_rows_follow_the_budget():
     x = Projection(torch.randn(100_000, 4), torch.randn(8192, 4))
-    loss = FlexChunkLoss(lambda o, r, hp: o.sum(1), max_chunk_bytes=8192 * 4 * 1024)
+    loss = FlexChunkLoss(lambda o, r: o.sum(1), max_chunk_bytes=8192 * 4 * 1024)
     assert loss.plan(x).chunk_rows == 1024
     assert loss.plan(x).chunk_bytes <= loss.max_chunk_bytes
     loss.max_chunk_bytes = 8192 * 4 * 2 * 15
@@ -169,8 +168,10 @@ def test_a_ladder_has_three_rungs_where_rows_are_wide():
 
 
 def test_groups_are_packed_whole():
-    lengths = torch.tensor([3, 4, 0, 9, 2, 2, 25, 1, 0])
-    blocks = pack(Selection(46, lengths=lengths, n_groups=9), 10, couples_batch=False)
+    segments = torch.arange(9).repeat_interleave(torch.tensor([3, 4, 0, 9, 2, 2, 25, 1, 0]))
+    loss = FlexChunkLoss(lambda scores, groups: scores["s"][:, 0], lambda o, rows: {"s": o.sum(1)}, chunk_size=10)
+    head = Projection(torch.randn(46, 2), torch.randn(3, 2))
+    blocks = loss.plan(head, segments=segments, group_weight=torch.ones(9)).blocks
     assert [(b.start, b.stop) for b in blocks] == [(0, 3), (3, 4), (4, 6), (6, 7), (7, 9)]
-    assert [len(b.chunks) for b in blocks] == [1, 1, 1, 3, 1]
-    assert all(chunk.rows <= 10 for block in blocks for chunk in block.chunks)
+    assert [len(b.spans) for b in blocks] == [1, 1, 1, 3, 1]
+    assert all(span.rows <= 10 for block in blocks for span in block.spans)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_zoo import CASES, learning, make
+from engine_zoo import CASES, gradients, learning, make
 
 from chunked_embed.engine import compile as cache
 
@@ -14,11 +14,6 @@ ALL = pytest.mark.parametrize("name", list(CASES))
 def run(name, x, **options):
     case = CASES[name]
     return case.call(case.loss(**{"compiled": False} | options), x)
-
-
-def gradients(loss, x):
-    found = torch.autograd.grad(loss, learning(x), allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, learning(x), strict=True)]
 
 
 def assert_same(name, x, output, factor=1.0, tolerance=1e-10):

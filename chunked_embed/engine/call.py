@@ -1,0 +1,150 @@
+"""A call as a key and a list of tensors.
+
+The key says everything about a call but what its tensors hold: which tensor plays which role, shapes, dtypes, devices,
+what wants a gradient. It finds the ``Layout`` of earlier calls like it, so that only the first of them is checked and
+planned. The tensors are what autograd sees; everything else refers to them by their position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .types import Projection, Projections, Tensors
+
+ONLY = "outputs"  # the name of a projection that was given alone, not in a dict
+
+
+class Term(NamedTuple):
+    """``input @ weight.T`` by the positions of its tensors; no weight is the identity."""
+
+    input: int
+    weight: int | None
+
+
+class Structure(NamedTuple):
+    """Which tensor plays which role, by position."""
+
+    projections: tuple[tuple[str, tuple[Term, ...], int | None], ...]  # name, terms, bias
+    single: bool  # one projection, given alone: loss functions see the tensor and not a dict
+    rows: tuple[tuple[str, int], ...]
+    columns: tuple[tuple[str, int], ...]
+    groups: tuple[tuple[str, int], ...]
+
+
+class Arguments(NamedTuple):
+    """A call, read but not yet checked."""
+
+    structure: Structure
+    tensors: list[Tensor]  # as they were given
+    weights: dict[str, Tensor]  # row_weight, segments, group_weight: what takes no gradient
+
+    def key(self) -> Hashable:
+        return (
+            self.structure,
+            _signatures(self.tensors),
+            tuple(self.weights),
+            _signatures(self.weights.values()),
+            torch.is_grad_enabled(),
+            autocast_dtype(self.tensors[0].device),
+        )
+
+
+def read(
+    projections: Projections,
+    rows: Tensors | None,
+    columns: Tensors | None,
+    groups: Tensors | None,
+    weights: Mapping[str, Tensor | None],
+) -> Arguments:
+    """Flatten a call.
+
+    Raises:
+        TypeError: not a Projection, a dict or a tensor where one belongs.
+    """
+    _refuse_transforms()
+    single = isinstance(projections, Projection)
+    if not isinstance(projections, (Projection, Mapping)):
+        got = type(projections).__name__
+        raise TypeError(f"expected a Projection(input, weight) or a dict of them by name, got {got}")
+    named: Mapping[str, Projection] = {ONLY: projections} if isinstance(projections, Projection) else projections
+    if not named:
+        raise ValueError("expected at least one projection, got an empty dict")
+    for kind, given in (("rows", rows), ("columns", columns), ("groups", groups)):
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(f"expected {kind} to be a dict of tensors by name, got {type(given).__name__}")
+    reader = _Reader()
+    structure = Structure(
+        tuple(reader.projection(name, projection) for name, projection in named.items()),
+        single,
+        tuple((name, reader.slot("row", f"rows[{name!r}]", t)) for name, t in (rows or {}).items()),
+        tuple((name, reader.slot("column", f"columns[{name!r}]", t)) for name, t in (columns or {}).items()),
+        tuple((name, reader.slot("group", f"groups[{name!r}]", t)) for name, t in (groups or {}).items()),
+    )
+    for name, weight in weights.items():
+        if weight is not None and not isinstance(weight, Tensor):
+            raise TypeError(f"expected {name} to be a tensor, got {type(weight).__name__}")
+    return Arguments(structure, reader.tensors, {name: w for name, w in weights.items() if w is not None})
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.positions: dict[tuple[int, str], int] = {}
+
+    def slot(self, role: str, name: str, given: Any) -> int:
+        """The position of a tensor; the same tensor in the same role (a shared weight) has one position."""
+        if not isinstance(given, Tensor):
+            raise TypeError(f"expected {name} to be a tensor, got {type(given).__name__}")
+        key = (id(given), role)
+        if key not in self.positions:
+            self.positions[key] = len(self.tensors)
+            self.tensors.append(given)
+        return self.positions[key]
+
+    def projection(self, name: str, given: Any) -> tuple[str, tuple[Term, ...], int | None]:
+        if not isinstance(given, Projection):
+            raise TypeError(f"expected a Projection for {name!r}, got {type(given).__name__}")
+        label = label_of(name)
+        if given.weight is None:
+            if given.bias is not None or given.extra:
+                raise ValueError(f"expected no bias and no extra terms{label} without a weight")
+            return name, (Term(self.slot("identity", f"input{label}", given.input), None),), None
+        if not isinstance(given.extra, (tuple, list)) or not all(
+            isinstance(term, (tuple, list)) and len(term) == 2 for term in given.extra
+        ):
+            raise TypeError(f"expected extra{label} to be a tuple of (input, weight) pairs, got {given.extra!r:.80}")
+        pairs = ((given.input, given.weight), *given.extra)
+        terms = []
+        for n, (x, w) in enumerate(pairs):
+            suffix = label if n == 0 else f" of extra term {n}{label}"
+            terms.append(Term(self.slot("input", f"input{suffix}", x), self.slot("weight", f"weight{suffix}", w)))
+        bias = None if given.bias is None else self.slot("bias", f"bias{label}", given.bias)
+        return name, tuple(terms), bias
+
+
+def label_of(name: str) -> str:
+    return "" if name == ONLY else f" of projection {name!r}"
+
+
+def _signatures(tensors: Any) -> tuple[Hashable, ...]:
+    return tuple((t.shape, t.dtype, t.device, t.requires_grad, t.layout, type(t)) for t in tensors)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def _refuse_transforms() -> None:
+    if torch.compiler.is_exporting():
+        raise RuntimeError("a chunked loss cannot be exported: its chunk plan depends on the batch")
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise RuntimeError(
+            "a chunked loss computes its gradients in the forward pass: torch.func transforms (grad, vmap, jvp, ...) "
+            "do not apply. Use autograd: loss.backward() or torch.autograd.grad"
+        )

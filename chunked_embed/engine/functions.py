@@ -1,0 +1,389 @@
+"""The step of a loss that is stated as plain functions: values, and gradients with respect to the outputs only.
+
+Each factory below returns a plain function that is compiled once for a loss, its options and a row count. The matrix
+products stay outside: cuBLAS does those, and a compiled step without them reaches a hand-written kernel. Outputs reach
+loss functions in float32 (float64), whatever the products' dtype: in a compiled step the cast is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import specialize
+from .call import ONLY
+from .chunk import Chunk, Into
+from .formula import Bound, Formula
+from .step import LOSS, METRIC, Step
+from .types import Named, accumulator_dtype
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Scores that reduce elements ``(R, V)`` of ``element_fn``: over columns to one value a row, or over rows (of all
+    chunks) to one value a column. Name -> "logsumexp" or "sum"."""
+
+    rows: tuple[tuple[str, str], ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in (*self.rows, *self.columns))
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the functions are and how they are called."""
+
+    kind: Literal["loss", "scores"]
+    single: bool  # outputs of one projection: pass the tensor, not a dict
+    totals: Totals
+
+    def values(self, bound: Bound, outputs: Named, rows: Named, columns: Named) -> Named:
+        size = len(next(iter(outputs.values())))
+        if self.kind == "loss":
+            loss, metrics = split_metrics(self._call(bound.loss_fn, outputs, rows, columns))
+            check_per_row("loss_fn", loss, size)
+            return {LOSS: loss} | {METRIC + name: value for name, value in metrics.items()}
+        scores = self._call(bound.score_fn, outputs, rows, columns)
+        if not isinstance(scores, Mapping) or not scores:
+            raise ValueError(f"expected score_fn to return a dict of scores by name, got {type(scores).__name__}")
+        for name, value in scores.items():
+            check_per_row(f"score {name!r}", value, size)
+        return dict(scores)
+
+    def elements(self, bound: Bound, outputs: Named, rows: Named, columns: Named) -> Named:
+        if not self.totals.names:
+            return {}
+        found = self._call(bound.element_fn, outputs, rows, columns)
+        if set(found) != set(self.totals.names):
+            raise ValueError(f"expected element_fn to return {list(self.totals.names)}, got {list(found)}")
+        return found
+
+    def _call(self, function: Callable, outputs: Named, rows: Named, columns: Named) -> Any:
+        given = next(iter(outputs.values())) if self.single else outputs
+        return function(given, rows, columns)
+
+
+def split_metrics(result: Any) -> tuple[Tensor, Named]:
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
+        return result[0], dict(result[1])
+    return result, {}
+
+
+def check_per_row(what: str, value: Any, rows: int) -> None:
+    if not isinstance(value, Tensor) or tuple(value.shape) != (rows,):
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        got = "None" if value is None else got
+        and_metrics = ", or that and a dict of metrics" if what == "loss_fn" else ""
+        raise ValueError(
+            f"expected {what} to return one value per row, (R,) for outputs (R, V){and_metrics}, "
+            f"got {got} for R = {rows}"
+        )
+
+
+def weighted(value: Tensor, weight: Tensor) -> Tensor:
+    """What has weight zero counts for nothing, infinite or not: padded rows, empty groups."""
+    return (torch.where(weight != 0, value, 0.0) * weight).sum()
+
+
+# --- factories -------------------------------------------------------------------------------------------------------
+
+
+def score_step(bound: Bound, form: Form) -> Callable:
+    def step(outputs: Named, rows: Named, columns: Named, valid: Tensor | None) -> tuple[Named, Named]:
+        wide = _wide(outputs)
+        values = form.values(bound, wide, rows, columns)
+        elements = form.elements(bound, wide, rows, columns)
+        parts = {name: _reduce(how, elements[name], 1) for name, how in form.totals.rows}
+        for name, how in form.totals.columns:
+            assert valid is not None
+            nothing = 0.0 if how == "sum" else -torch.inf
+            parts[name] = _reduce(how, torch.where(valid[:, None], elements[name], nothing), 0)
+        return _own(values), parts
+
+    return step
+
+
+def pull_step(
+    bound: Bound, form: Form, wanted_rows: tuple[str, ...], wanted_columns: tuple[str, ...], with_values: bool
+) -> Callable:
+    def step(
+        outputs: Named,
+        destinations: dict[str, Tensor | None],  # where the gradient of outputs goes; None: in their place
+        rows: Named,
+        columns: Named,
+        valid: Tensor | None,
+        upstream: Named,
+        parts: Named,  # totals
+    ) -> tuple[Named, Named, Named, Named]:
+        wide = _wide(outputs)
+
+        def total(o: Named, r: Named, c: Named) -> tuple[Tensor, Named]:
+            given = (bound, {**wide, **o}, {**rows, **r}, {**columns, **c})
+            values = form.values(*given)
+            elements = form.elements(*given)
+            value: Any = sum(weighted(values[name], u) for name, u in upstream.items() if name in values)
+            for name, how in form.totals.rows:
+                if name in upstream:
+                    g = upstream[name][:, None] * _share(how, elements[name], parts[name][:, None])
+                    value = value + torch.where(g == 0, 0.0, elements[name] * g).sum()
+            for name, how in form.totals.columns:
+                if name in upstream:
+                    assert valid is not None
+                    g = upstream[name] * valid[:, None] * _share(how, elements[name], parts[name])
+                    value = value + torch.where(g == 0, 0.0, elements[name] * g).sum()
+            return value, _own(values) if with_values else {}
+
+        arguments = (
+            {name: wide[name] for name in destinations},
+            {name: rows[name] for name in wanted_rows},
+            {name: columns[name] for name in wanted_columns},
+        )
+        grads, values = _gradients(total, arguments)
+        return values, grads[1], grads[2], _store(grads[0], outputs, destinations)
+
+    return step
+
+
+def _wide(outputs: Named) -> Named:
+    return {name: o.to(accumulator_dtype(o.dtype)) for name, o in outputs.items()}
+
+
+def _own(named: Mapping[str, Tensor]) -> Named:
+    """Copies: a value that is a view of the outputs would change when their gradient takes their place."""
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"expected {name.removeprefix(METRIC)!r} to be a tensor, got {type(value).__name__}")
+    return {name: value.detach().clone() for name, value in named.items()}
+
+
+def _reduce(how: str, elements: Tensor, dim: int) -> Tensor:
+    return elements.sum(dim) if how == "sum" else elements.logsumexp(dim)
+
+
+def _share(how: str, x: Tensor, total: Tensor) -> Tensor | float:
+    """d total / d x: from the total alone, so that no reduction is formed again."""
+    return torch.where(total > -torch.inf, torch.exp(x.detach() - total), 0.0) if how == "logsumexp" else 1.0
+
+
+def _gradients(total: Callable, arguments: tuple[Named, ...]) -> tuple[tuple[Named, ...], Named]:
+    """-> gradients of ``total(*arguments) -> (value, more)``, and what more it returns."""
+    if torch.compiler.is_compiling():
+        both = torch.func.grad(total, argnums=tuple(range(len(arguments))), has_aux=True)
+        return both(*arguments)
+    # Plain autograd also works under saved-tensor hooks (offloading), which torch.func refuses.
+    with torch.enable_grad():
+        leaves = tuple({name: t.detach().requires_grad_() for name, t in named.items()} for named in arguments)
+        value, more = total(*leaves)
+        flat = grad_or_zero(value, [leaf for named in leaves for leaf in named.values()])
+    found = iter(flat)
+    return tuple({name: next(found) for name in named} for named in leaves), more
+
+
+def grad_or_zero(value: Any, leaves: list[Tensor]) -> list[Tensor]:
+    """Gradients of a scalar; zero where it does not depend on a leaf."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    found = torch.autograd.grad(value, leaves, allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves)]
+
+
+def _store(grads: Named, outputs: Named, destinations: dict[str, Tensor | None]) -> Named:
+    """Write the outputs' gradients to their destinations -> those that are left for ``_store_rest``.
+
+    Inductor's C++ backend fails on some reductions that are fused with a write to an input (KeyError in its outer loop
+    fusion, torch 2.13), so a compiled step on a CPU returns them.
+    """
+    rest = {}
+    for name, grad in grads.items():
+        destination = destinations[name]
+        destination = outputs[name] if destination is None else destination
+        if torch.compiler.is_compiling() and destination.device.type == "cpu":
+            rest[name] = grad.to(destination.dtype)
+        else:
+            destination.copy_(grad)
+    return rest
+
+
+def _store_rest(rest: Named, outputs: Named, destinations: dict[str, Tensor | None]) -> None:
+    for name, grad in rest.items():
+        destination = destinations[name]
+        (outputs[name] if destination is None else destination).copy_(grad)
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+class FunctionStep(Step):
+    """Plain functions over the rows of a chunk: whole, or compiled for wide outputs in tiles of a few fixed sizes."""
+
+    def __init__(self, formula: Formula, form: Form, static_widths: bool) -> None:
+        self.formula = formula
+        self.form = form
+        self.static_widths = static_widths
+        self.column_parts = dict(form.totals.columns)
+
+    @property
+    def key(self) -> Hashable:
+        return FunctionStep, self.form, self.static_widths
+
+    def reads(self, name: str) -> bool:
+        return self.formula.mentions(("loss_fn",) if self.form.kind == "loss" else ("score_fn", "element_fn"), name)
+
+    def score(self, chunk: Chunk) -> tuple[Named, None]:
+        pieces: dict[str, list[Tensor]] = {}
+        columns: Named = {}
+        for start, stop, size in chunk.sweep.tiles(chunk.size):
+            outputs = self._outputs(chunk, start, stop, size)
+            arguments = (
+                outputs,
+                _pad(chunk.rows, start, stop, size),
+                chunk.columns,
+                self._valid(chunk, stop - start, size),
+            )
+            values, totals = self._run(score_step, (self.form,), chunk, size, outputs, arguments)
+            _collect(pieces, values, stop - start, size)
+            for name, how in self.form.totals.columns:
+                columns[name] = combine(how, columns.get(name), totals.pop(name))
+            _collect(pieces, totals, stop - start, size)
+        return _joined(pieces) | columns, None
+
+    def pull(self, chunk: Chunk, kept: None, parts: Named, upstream: Named, into: Into) -> None:
+        self._pull(chunk, parts, upstream, into, with_values=False)
+
+    def both(self, chunk: Chunk, upstream: Named, into: Into) -> Named:
+        return self._pull(chunk, {}, upstream, into, with_values=True)
+
+    def _pull(self, chunk: Chunk, parts: Named, upstream: Named, into: Into, with_values: bool) -> Named:
+        names = [name for name in chunk.names if into.wants(name)]
+        rows = tuple(name for name in chunk.rows if into.wants(name))
+        columns = tuple(name for name in chunk.columns if into.wants(name))
+        places = {name: into.room(name) for name in names}
+        across = self.column_parts
+        row_parts = {name: parts[name] for name, _ in self.form.totals.rows if parts}
+        column_parts = {name: parts[name] for name in across if parts}
+        column_upstream = {name: u for name, u in upstream.items() if name in across}
+        row_upstream = {name: u for name, u in upstream.items() if name not in across}
+        values: dict[str, list[Tensor]] = {}
+        row_grads: dict[str, list[Tensor]] = {}
+        bound = (self.form, rows, columns, with_values)
+        for start, stop, size in chunk.sweep.tiles(chunk.size):
+            outputs = self._outputs(chunk, start, stop, size)
+            given = {self._name(name): chunk.buffer(name) for name in names}
+            destinations = {
+                self._name(name): None if place is given[self._name(name)] else place[start : start + size]
+                for name, place in places.items()
+            }
+            arguments = (
+                outputs,
+                destinations,
+                _pad(chunk.rows, start, stop, size),
+                chunk.columns,
+                self._valid(chunk, stop - start, size),
+                _pad_zero(row_upstream, start, stop, size) | column_upstream,
+                _pad(row_parts, start, stop, size) | column_parts,
+            )
+            named, of_rows, of_columns, rest = self._run(pull_step, bound, chunk, size, outputs, arguments)
+            _store_rest(rest, outputs, destinations)
+            _collect(values, named, stop - start, size)
+            _collect(row_grads, of_rows, stop - start, size)
+            for name, value in of_columns.items():
+                into.columns(name, value)
+        for name, place in places.items():
+            into.outputs(place[: chunk.size], name)
+        for name, value in _joined(row_grads).items():
+            into.rows(name, value)
+        return _joined(values)
+
+    def _name(self, name: str) -> str:
+        """A single output has one name whatever its projection's, so that policy and reference share a step."""
+        return ONLY if self.form.single else name
+
+    def _outputs(self, chunk: Chunk, start: int, stop: int, size: int) -> Named:
+        """Rows [start, start + size) of the outputs; padding repeats the last real row, so it stays finite."""
+        found = {}
+        for name in chunk.names:
+            buffer = chunk.buffer(name)
+            if stop - start < size:
+                buffer[stop : start + size] = buffer[stop - 1]
+            found[self._name(name)] = buffer[start : start + size]
+        return found
+
+    def _valid(self, chunk: Chunk, rows: int, size: int) -> Tensor | None:
+        """(size,) True on rows, False on the padding behind them."""
+        if not self.form.totals.columns:
+            return None
+        return torch.arange(size, device=chunk.sweep.layout.device) < rows
+
+    def _run(self, factory: Callable, bound: tuple, chunk: Chunk, size: int, outputs: Named, arguments: tuple) -> Any:
+        sweep = chunk.sweep
+        if not sweep.layout.compiled or size == 0:
+            return factory(self.formula.bind(), *bound)(*arguments)
+        # A wide step is compiled for its row count alone; a narrow one turns dynamic in whatever changes.
+        rows = "narrow" if sweep.plan.rungs is None else size
+        widths = tuple((o.dtype, o.shape[1] if self.static_widths else None) for o in outputs.values())
+        destinations = tuple(arguments[1]) if factory is pull_step else ()
+        key = (rows, widths, destinations)
+
+        def probe() -> tuple:
+            return tuple(a if a is chunk.columns else _few(a, size, self.column_parts) for a in arguments)
+
+        return specialize.run(factory, self.formula, bound, key, sweep.layout.device, arguments, probe)
+
+
+def _few(argument: Any, size: int, besides: Mapping[str, str] = {}) -> Any:
+    """At most two rows of whatever is as long as a step, copied."""
+    if isinstance(argument, dict):
+        return {name: value if name in besides else _few(value, size) for name, value in argument.items()}
+    if isinstance(argument, Tensor) and argument.dim() and len(argument) == size:
+        return argument[:2].clone()
+    return argument
+
+
+def _pad(rows: Mapping[str, Tensor], start: int, stop: int, size: int) -> Named:
+    """Rows [start, stop) of row arguments, the last row repeated up to ``size``."""
+    return {name: _padded(part[start:stop], size, part[stop - 1 : stop]) for name, part in rows.items()}
+
+
+def _pad_zero(rows: Mapping[str, Tensor], start: int, stop: int, size: int) -> Named:
+    """Rows [start, stop) of weights or upstreams, zeros up to ``size``: padded rows count for nothing."""
+    return {name: _padded(part[start:stop], size, part.new_zeros(1, *part.shape[1:])) for name, part in rows.items()}
+
+
+def _padded(part: Tensor, size: int, filler: Tensor) -> Tensor:
+    missing = size - len(part)
+    if missing:
+        return torch.cat([part, filler.expand(missing, *part.shape[1:])])
+    # Small row vectors start their storage: dynamo compiles a dynamic step anew for an offset of zero.
+    return part.clone() if part.storage_offset() else part
+
+
+def _collect(pieces: dict[str, list[Tensor]], new: Named, n: int, size: int) -> None:
+    """Keep the real rows of a tile: the first ``n`` of ``size``."""
+    for name, value in new.items():
+        if value.dim() == 0 or len(value) != size:
+            got = "a scalar" if value.dim() == 0 else tuple(value.shape)
+            raise ValueError(
+                f"expected metric {name.removeprefix(METRIC)!r} of a row-wise loss to have one entry per row, "
+                f"({size},), got {got}"
+            )
+        pieces.setdefault(name, []).append(value[:n])
+
+
+def combine(how: str, total: Tensor | None, part: Tensor) -> Tensor:
+    if total is None:
+        return part
+    return total + part if how == "sum" else torch.logaddexp(total, part)
+
+
+def _joined(pieces: Mapping[str, list[Tensor]]) -> Named:
+    return {name: cat(parts) for name, parts in pieces.items()}
+
+
+def cat(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -1,0 +1,373 @@
+"""What is known of a call from its key: roles, dtypes, which gradients are wanted, how large a chunk may be.
+
+A layout holds no tensor and is found again by the next call of the same key. What depends on the tensors' contents
+(which rows are used, in which order) is packed anew in each call (``pack.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..chunking import Chunking
+from .call import Arguments, Structure, Term, autocast_dtype, label_of
+from .recent import Recent
+from .step import Needs, Shape, Step
+from .types import HALF, accumulator_dtype
+
+
+@dataclass(frozen=True)
+class Options:
+    """What kind of loss it is, and how its caller wants it to run: the constructor arguments of ``FlexChunkLoss``."""
+
+    chunking: Chunking
+    targets: tuple[Any, ...] | None = None  # names, or names and projections; None: "target", if that may be one
+    ignore_index: int = -100
+    segments_per_group: int = 1
+    couples_batch: bool = False
+    separate_outputs: bool = False
+    float32_outputs: bool = False
+    static_widths: bool = False
+    workspace_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("couples_batch", "separate_outputs", "float32_outputs", "static_widths"):
+            checks.flag(name, getattr(self, name))
+        checks.integer("ignore_index", self.ignore_index)
+        checks.integer("segments_per_group", self.segments_per_group, low=1)
+        checks.integer("workspace_bytes", self.workspace_bytes, low=0)
+        told = [name for target in self.targets or () for name in ((target,) if isinstance(target, str) else target)]
+        if not isinstance(self.targets, (tuple, type(None))) or not all(isinstance(name, str) for name in told):
+            raise TypeError(f"expected targets to be a tuple of names of row arguments, got {self.targets!r}")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A projection by the positions of its tensors."""
+
+    name: str
+    terms: tuple[Term, ...]
+    bias: int | None
+    width: int
+    operand_dtype: torch.dtype
+    output_dtype: torch.dtype
+    wants_grad: bool  # any of its tensors does: the gradient of its outputs is needed
+
+    @property
+    def identity(self) -> bool:
+        return self.terms[0].weight is None
+
+    @property
+    def gradient_in_place(self) -> bool:
+        """The gradient of the outputs takes the place of the outputs: same dtype, and not the user's own tensor."""
+        return not self.identity and self.output_dtype == self.operand_dtype
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Projections that are scored together, by one step. Usually all of a call, or each on its own; a step that merges
+    sees them one by one, as ``pieces``."""
+
+    label: str
+    pieces: tuple[tuple[str, ...], ...]
+    trains: bool  # the gradient of some of its outputs is wanted
+    pulled: bool  # that, or the gradient of a row or column argument
+    needs: Needs
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for piece in self.pieces for name in piece)
+
+
+@dataclass
+class Layout:
+    """The structure of calls with one key. Row-aligned tensors are flattened to ``(M, ...)``."""
+
+    leading: tuple[int, ...]  # the shape of the user's rows; M is its product
+    device: torch.device
+    dtype: torch.dtype  # of the loss: float32, or float64 for float64 operands
+    single: bool
+    specs: dict[str, Spec]
+    rows: dict[str, int]
+    columns: dict[str, int]
+    groups: dict[str, int]
+    targets: dict[str, str | None]  # row arguments that index the columns: of this projection; None: of each
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    wants_grad: tuple[bool, ...]
+    rowlike: frozenset[int]
+    cast: dict[int, torch.dtype]  # operands that autocast converts
+    compiled: bool
+    options: Options
+    n_groups: int | None  # that group arguments tell of
+    units: tuple[Unit, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)  # units whose own step does not serve, and why
+    plans: Recent[Hashable, Any] = field(
+        default_factory=Recent
+    )  # of calls without segments: few numbers tell these apart
+
+    @cached_property
+    def n_rows(self) -> int:
+        return math.prod(self.leading)
+
+    def unit(self, label: str) -> Unit:
+        return next(unit for unit in self.units if unit.label == label)
+
+    def columns_of(self, target: str) -> int:
+        """How many columns a target may point to: of its projection, or of each, or of all pieces of a row."""
+        if (projection := self.targets[target]) is not None:
+            return self.specs[projection].width
+        widths = []
+        for unit in self.units:
+            of_unit = [self.specs[name].width for name in unit.names]
+            widths.append(sum(of_unit) if len(unit.pieces) > 1 else min(of_unit))
+        return min(widths)
+
+    @cached_property
+    def any_grad(self) -> bool:
+        return any(self.wants_grad)
+
+    @cached_property
+    def wanted(self) -> tuple[str, ...]:
+        """Row and column arguments that want a gradient."""
+        return tuple(n for named in (self.rows, self.columns) for n, i in named.items() if self.wants_grad[i])
+
+    @cached_property
+    def has_float16(self) -> bool:
+        return any(spec.operand_dtype == torch.float16 for spec in self.specs.values())
+
+    @cached_property
+    def all_identity(self) -> bool:
+        """There is no product to save by taking gradients while the outputs are there."""
+        return all(spec.identity for spec in self.specs.values())
+
+    def operand_dtype(self, i: int) -> torch.dtype:
+        return self.cast.get(i, self.dtypes[i])
+
+    def flat(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors as autograd sees them: row-aligned ones ``(M, ...)``."""
+        n = len(self.leading)
+        return [t.flatten(0, n - 1) if i in self.rowlike and n > 1 else t for i, t in enumerate(tensors)]
+
+    def operands(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Detached tensors in the dtype of the products. A tensor that autocast converts is converted once."""
+        return [t.detach().to(self.operand_dtype(i)) for i, t in enumerate(tensors)]
+
+    def shape_of(self, names: Sequence[str]) -> Shape:
+        specs = [self.specs[name] for name in names]
+        return Shape(
+            rows=self.n_rows,
+            widths=tuple(spec.width for spec in specs),
+            operands=specs[0].operand_dtype,
+            outputs=specs[0].output_dtype,
+            device=self.device,
+            compiled=self.compiled,
+            columns=bool(self.columns),
+            grad=self.wanted,
+        )
+
+    @cached_property
+    def sums(self) -> tuple[tuple[torch.dtype | None, ...], tuple[torch.dtype | None, ...]]:
+        """The dtype in which each gradient is summed, over one chunk and over several. Half precision is summed in
+        float32; but what is written once needs no sum, unless it is float16, which waits in float32 for its scale."""
+        uses = Counter(term.weight for spec in self.specs.values() for term in spec.terms)
+        of_groups = set(self.groups.values())  # those have theirs from the small loss
+
+        def dtype(i: int, n_chunks: int) -> torch.dtype | None:
+            if not self.wants_grad[i] or i in of_groups:
+                return None
+            operand = self.operand_dtype(i)
+            once = i in self.rowlike or n_chunks * uses.get(i, 2) == 1
+            # A float32 weight under autocast takes it straight from the product.
+            if once and operand != torch.float16 and (i in uses or operand == self.dtypes[i]):
+                return self.dtypes[i]
+            return accumulator_dtype(operand)
+
+        one, several = (tuple(dtype(i, n) for i in range(len(self.dtypes))) for n in (1, 2))
+        return one, several
+
+
+TARGET = "target"  # the row argument that is a target without being named as one
+SMALL_BYTES = 4 << 20  # outputs of a whole call in float32 below which chunks and compiled steps are a detour
+
+
+def build(arguments: Arguments, options: Options) -> Layout:
+    """Check a call and lay it out; its units come with its steps.
+
+    Raises:
+        TypeError: mixed or integer dtypes.
+        ValueError: shapes or devices that do not fit, an empty batch.
+    """
+    return _Builder(arguments, options).layout()
+
+
+def choose(
+    layout: Layout, labels: Mapping[str, tuple[str, ...]], made: Mapping[str, Step | None], plain: Mapping[str, Step]
+) -> None:
+    """Ask each step what it needs, once a layout: units of projections, and where a step of the loss's own refuses."""
+    units = []
+    for label, names in labels.items():
+        step, shape = made[label] or plain[label], layout.shape_of(names)
+        needs = step.needs(shape)
+        if needs.refusal is not None:
+            layout.refused[label] = f"{type(step).__name__}: {needs.refusal}"
+            step, needs = plain[label], plain[label].needs(shape)
+        trains = any(layout.specs[name].wants_grad for name in names)
+        pieces = tuple((name,) for name in names) if step.merges else (names,)
+        units.append(Unit(label, pieces, trains, trains or bool(layout.wanted), needs))
+    layout.units = tuple(units)
+
+
+class _Builder:
+    def __init__(self, arguments: Arguments, options: Options) -> None:
+        self.structure: Structure = arguments.structure
+        self.tensors = arguments.tensors
+        self.weights = arguments.weights
+        self.options = options
+        first = self.tensors[0]
+        self.leading = tuple(first.shape[:-1])
+        self.device = first.device
+        self.autocast = autocast_dtype(first.device)
+        self.cast: dict[int, torch.dtype] = {}
+        if first.dim() < 2 or math.prod(self.leading) == 0:
+            raise ValueError(f"expected an input of shape (..., H) with at least one row, got {tuple(first.shape)}")
+
+    def layout(self) -> Layout:
+        structure, tensors = self.structure, self.tensors
+        specs = {name: self.projection(name, terms, bias) for name, terms, bias in structure.projections}
+        widths = sorted({spec.width for spec in specs.values()})
+        for name, i in structure.rows:
+            self.rowlike(f"rows[{name!r}]", tensors[i])
+        for name, i in structure.columns:
+            checks.tensor(f"columns[{name!r}]", tensors[i], device=self.device)
+            if tensors[i].dim() == 0 or tensors[i].shape[0] not in widths:
+                got = tuple(tensors[i].shape)
+                raise ValueError(f"expected columns[{name!r}] of shape (V, ...) with V one of {widths}, got {got}")
+        grad = torch.is_grad_enabled()
+        inputs = {t.input for spec in specs.values() for t in spec.terms}
+        elements = self.n_rows * sum(spec.width for spec in specs.values())
+        chunking = self.options.chunking
+        free = chunking.compiled is None and chunking.chunk_size is None and chunking.max_chunk_bytes is None
+        small = free and 4 * elements <= SMALL_BYTES
+        wide = any(spec.operand_dtype == torch.float64 for spec in specs.values())
+        return Layout(
+            leading=self.leading,
+            device=self.device,
+            dtype=torch.float64 if wide else torch.float32,
+            single=structure.single,
+            specs=specs,
+            rows=dict(structure.rows),
+            columns=dict(structure.columns),
+            groups=dict(structure.groups),
+            targets=self.targets(),
+            shapes=tuple(t.shape for t in tensors),
+            dtypes=tuple(t.dtype for t in tensors),
+            wants_grad=tuple(grad and t.requires_grad for t in tensors),
+            rowlike=frozenset(inputs | {i for _, i in structure.rows}),
+            cast=self.cast,
+            compiled=not small if chunking.compiled is None else chunking.compiled,
+            options=self.options,
+            n_groups=self.groups(),
+        )
+
+    @property
+    def n_rows(self) -> int:
+        return math.prod(self.leading)
+
+    def projection(self, name: str, terms: tuple[Term, ...], bias: int | None) -> Spec:
+        label, tensors = label_of(name), self.tensors
+        first = terms[0]
+        self.rowlike(f"input{label}", tensors[first.input], features=True)
+        if first.weight is None:
+            x = checks.tensor(f"input{label}", tensors[first.input], kind="floating")
+            wants = torch.is_grad_enabled() and x.requires_grad  # there is no product to cast for
+            return Spec(name, terms, None, x.shape[-1], x.dtype, x.dtype, wants)
+        width = tensors[first.weight].shape[0] if tensors[first.weight].dim() else 0
+        dtypes: dict[str, torch.dtype] = {}
+        for n, term in enumerate(terms):
+            suffix = label if n == 0 else f" of extra term {n}{label}"
+            x, w = tensors[term.input], tensors[term.weight]  # type: ignore[index]
+            self.rowlike(f"input{suffix}", x, features=True)
+            dtypes[f"input{suffix}"] = self.operand(term.input, f"input{suffix}")
+            dtypes[f"weight{suffix}"] = self.operand(term.weight, f"weight{suffix}")  # type: ignore[arg-type]
+            if w.dim() != 2 or w.shape[1] != x.shape[-1] or w.shape[0] != width or 0 in w.shape:
+                rows = "V" if n == 0 else str(width)
+                raise ValueError(
+                    f"expected weight{suffix} of shape ({rows}, {x.shape[-1]}) for input {tuple(x.shape)}, "
+                    f"got {tuple(w.shape)}"
+                )
+        if bias is not None:
+            dtypes[f"bias{label}"] = self.operand(bias, f"bias{label}")
+            if tensors[bias].shape != (width,):
+                raise ValueError(f"expected bias{label} of shape ({width},), got {tuple(tensors[bias].shape)}")
+        dtype = checks.one_dtype("the tensors of a projection", dtypes)
+        widened = self.options.float32_outputs and dtype in HALF
+        used = [i for term in terms for i in term if i is not None] + ([] if bias is None else [bias])
+        wants = torch.is_grad_enabled() and any(tensors[i].requires_grad for i in used)
+        return Spec(name, terms, bias, width, dtype, accumulator_dtype(dtype) if widened else dtype, wants)
+
+    def operand(self, i: int, name: str) -> torch.dtype:
+        given = checks.tensor(name, self.tensors[i], device=self.device, kind="floating")
+        if self.autocast is None or given.dtype == torch.float64:
+            return given.dtype
+        self.cast[i] = self.autocast
+        return self.autocast
+
+    def rowlike(self, name: str, given: Tensor, features: bool = False) -> None:
+        checks.tensor(name, given, device=self.device)
+        n, shape = len(self.leading), ", ".join(map(str, self.leading))
+        if tuple(given.shape[:n]) != self.leading:
+            raise ValueError(f"expected {name} of shape ({shape}, ...), got {tuple(given.shape)}")
+        if features and (given.dim() != n + 1 or given.shape[-1] == 0):
+            raise ValueError(f"expected {name} of shape ({shape}, H), got {tuple(given.shape)}")
+
+    def targets(self) -> dict[str, str | None]:
+        """The row arguments that index the columns, and of which projection."""
+        rows, stated = dict(self.structure.rows), self.options.targets
+        found: dict[str, str | None] = {}
+        for target in (TARGET,) if stated is None else stated:
+            name, projection = (target, None) if isinstance(target, str) else target
+            if name not in rows:
+                continue
+            given = self.tensors[rows[name]]
+            integers = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+            if integers and tuple(given.shape) == self.leading:
+                found[name] = projection
+            elif stated is not None:
+                raise TypeError(
+                    f"expected rows[{name!r}] to be one integer per row, got {given.dtype} {tuple(given.shape)}"
+                )
+        return found
+
+    def groups(self) -> int | None:
+        """Checks what is aligned with rows or groups but takes no gradient -> how many groups there are, if known."""
+        for name in ("row_weight", "segments"):
+            if (given := self.weights.get(name)) is None:
+                continue
+            checks.tensor(name, given, self.leading, device=self.device)
+            if name == "segments":
+                checks.tensor(name, given, kind="integer")
+            if given.requires_grad:
+                raise ValueError(f"expected {name} without gradient; a weight that learns is a row argument of loss_fn")
+        counts = {}
+        given_groups = {f"groups[{name!r}]": self.tensors[i] for name, i in self.structure.groups}
+        if (weight := self.weights.get("group_weight")) is not None:
+            given_groups["group_weight"] = weight
+            if weight.requires_grad or weight.dim() != 1:
+                raise ValueError(f"expected group_weight (G,) without gradient, got {tuple(weight.shape)}")
+        for name, given in given_groups.items():
+            checks.tensor(name, given, device=self.device)
+            if given.dim() == 0 or len(given) == 0:
+                raise ValueError(f"expected {name} of shape (G, ...), got {tuple(given.shape)}")
+            counts[name] = len(given)
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"expected group arguments of one length, got {counts}")
+        return next(iter(counts.values()), None)

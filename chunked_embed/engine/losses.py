@@ -1,0 +1,189 @@
+"""From the values of steps to a loss: weighted rows, or sums over segments and a small loss on those.
+
+Functions on one block stand apart, so that no local name holds on to a buffer when the gradients are cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .functions import grad_or_zero, split_metrics, weighted
+from .pack import Block
+from .step import LOSS, METRIC
+from .sweep import Call, Sweep, join
+from .types import Named
+
+Found = tuple[Tensor, Named, list[Tensor | None], Tensor | None]
+"""Loss, metrics, gradients of the call's tensors, and the scale that those have in common."""
+
+
+@dataclass
+class RowLoss:
+    """A row-wise loss: the weight of each used row."""
+
+    weight: Tensor  # (used rows,)
+
+    def run(self, call: Call, tensors: Sequence[Tensor], with_grad: bool) -> Found:
+        """One pass over the chunks."""
+        sweep = Sweep(call, tensors, with_grad)
+        spans = [span for block in call.plan.blocks for span in block.spans]
+        weight, scale = self.weight, None
+        if with_grad and call.layout.has_float16:
+            scale = power_of_two(weight)
+            weight = weight / scale
+        if with_grad:
+            values, grads = sweep.both(spans, {LOSS: weight}), sweep.finish()
+        else:
+            (values,), grads = sweep.score(spans).rows.values(), []
+        loss, metrics = self.of(values, call)
+        return loss, metrics, grads, scale
+
+    def of(self, values: Named, call: Call) -> tuple[Tensor, Named]:
+        """The loss of the used rows' values, and metrics in the user's order."""
+        loss = weighted(values[LOSS], self.weight).to(call.layout.dtype)
+        named = {name: value for name, value in values.items() if name != LOSS}
+        return loss, {name.removeprefix(METRIC): in_user_order(call, v.detach()) for name, v in named.items()}
+
+
+@dataclass
+class GroupLoss:
+    """A loss over the scores of groups, differentiated by ordinary autograd: its tensors are small."""
+
+    loss_fn: Callable[[Any, Named], Any]  # (scores, groups)
+    weight: Tensor  # (G,)
+    weighted: bool  # by the user
+    of_rows: bool  # each row is a group of its own
+    couples: bool
+    by_unit: bool  # scores come by projection
+    groups: dict[str, int]  # positions of the group arguments
+
+    def run(self, call: Call, tensors: Sequence[Tensor], with_grad: bool) -> Found:
+        """For each block of groups: scores, the small loss and its gradient, and the scores' gradient."""
+        sweep = Sweep(call, tensors, with_grad)
+        scale = power_of_two(self.weight) if with_grad and call.layout.has_float16 else None
+        weight = self.weight if scale is None else self.weight / scale
+        groups = {name: tensors[i] for name, i in self.groups.items()}
+        results = [self._block(sweep, block, groups, weight, with_grad) for block in call.plan.blocks]
+        metrics = join([named for _, named, _ in results])
+        loss = total([value for value, _, _ in results], call.layout.dtype)
+        grads = sweep.finish() if with_grad else []
+        for name in results[0][2]:
+            grads[self.groups[name]] = torch.cat([found[name] for _, _, found in results])
+        return loss if scale is None else loss * scale, metrics, grads, scale
+
+    def _block(
+        self, sweep: Sweep, block: Block, groups: Named, weight: Tensor, with_grad: bool
+    ) -> tuple[Tensor, Named, Named]:
+        """-> loss, metrics and gradients of group arguments of a block."""
+        call, layout = sweep.call, sweep.layout
+        scored = sweep.score(block.spans, keep=with_grad and len(block.spans) == 1)
+        scores = {
+            label: {name: by_segment(v, call, block, label) for name, v in named.items()}
+            for label, named in scored.rows.items()
+        }
+        trained = {label: [n for n, v in named.items() if v.is_floating_point()] for label, named in scores.items()}
+        leaves = [scores[label][name].requires_grad_(with_grad) for label in trained for name in trained[label]]
+        here = {name: t.detach()[block.start : block.stop] for name, t in groups.items()}
+        wanted = {name: here[name] for name in here if layout.wants_grad[self.groups[name]]}
+        for leaf in wanted.values():
+            leaf.requires_grad_()
+        with torch.set_grad_enabled(with_grad):
+            loss, metrics = self.call(scores, here, rows_of_segments(call, block))
+            value = weighted(loss, weight[block.start : block.stop])
+        metrics = as_metrics(metrics, layout.dtype)
+        if not with_grad:
+            return value, metrics, {}
+        grads = grad_or_zero(value, leaves + list(wanted.values()))
+        flat = iter(to_rows(grad, call, block) for grad in grads[: len(leaves)])
+        upstream = {label: {name: next(flat) for name in names} for label, names in trained.items()}
+        sweep.pull(block.spans, scored, upstream, {})
+        return value.detach(), metrics, dict(zip(wanted, grads[len(leaves) :]))
+
+    def call(
+        self, scores: Mapping[str, Named], groups: Named, count: Tensor, of_columns: Mapping[str, Tensor] = {}
+    ) -> tuple[Tensor, Named]:
+        """The user's function on scores as it sees them, and what it returns, checked."""
+        given: dict[str, Any] = dict(scores) if self.by_unit else dict(*scores.values())
+        if "count" in given:
+            raise ValueError('expected no score or projection called "count": the engine adds the rows of each segment')
+        loss, metrics = split_metrics(self.loss_fn({**given, **of_columns, "count": count}, groups))
+        size = len(count)
+        scalar = self.couples and isinstance(loss, Tensor) and loss.dim() == 0
+        if not isinstance(loss, Tensor) or not (scalar or tuple(loss.shape) == (size,)):
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"expected loss_fn to return one value per group, ({size},), got {got}")
+        if scalar and self.weighted:
+            raise ValueError("expected no group_weight: loss_fn returned a scalar, one value for the whole batch")
+        for name, value in metrics.items():
+            if not self.couples and (value.dim() == 0 or len(value) != size):
+                raise ValueError(f"expected metric {name!r} of shape ({size}, ...), got {tuple(value.shape)}")
+        return loss, metrics
+
+
+def as_metrics(metrics: Named, dtype: torch.dtype) -> Named:
+    return {name: v.detach().to(dtype) if v.is_floating_point() else v.detach() for name, v in metrics.items()}
+
+
+# --- rows and segments -----------------------------------------------------------------------------------------------
+
+
+def by_segment(values: Tensor, call: Call, block: Block, label: str) -> Tensor:
+    """(rows of the block,) -> (groups, segments): rows of a segment added up; empty segments are zero.
+
+    Sums are float64, as is the small loss on them: it takes differences of log-probabilities of thousands of tokens.
+    Values of whole segments come as such.
+    """
+    selection = call.selection
+    per_group = selection.segments_per_group
+    if selection.lengths is None or call.layout.unit(label).needs.rows == "whole segments":
+        return values.reshape(-1, per_group, *values.shape[1:])
+    here = selection.lengths[block.start * per_group : block.stop * per_group]
+    lengths = torch.tensor(here, dtype=torch.int64).to(values.device, non_blocking=True)
+    return torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True, initial=0).view(-1, per_group)
+
+
+def to_rows(values: Tensor, call: Call, block: Block) -> Tensor:
+    """(groups, segments) -> (rows of the block,): the gradient of ``by_segment``."""
+    selection, dtype = call.selection, call.layout.dtype
+    flat = values.reshape(-1, *values.shape[2:]).to(dtype)
+    if selection.segment is None or values.dim() > 2:
+        return flat
+    rows = block.rows
+    return flat.index_select(0, selection.segment[rows.start : rows.stop] - block.start * selection.segments_per_group)
+
+
+def rows_of_segments(call: Call, block: Block) -> Tensor:
+    """(groups, segments): how many rows each has."""
+    selection, layout = call.selection, call.layout
+    per_group = selection.segments_per_group
+    if selection.lengths is None:
+        return torch.ones(block.stop - block.start, per_group, dtype=layout.dtype, device=layout.device)
+    lengths = torch.tensor(selection.lengths[block.start * per_group : block.stop * per_group], dtype=layout.dtype)
+    return lengths.view(-1, per_group).to(layout.device, non_blocking=True)
+
+
+def in_user_order(call: Call, value: Tensor, flat: bool = False) -> Tensor:
+    """(used rows, ...) -> the shape of the user's rows, zero where a row was dropped."""
+    order, layout = call.selection.order, call.layout
+    if order is not None:
+        full = value.new_zeros(layout.n_rows, *value.shape[1:])
+        full.index_copy_(0, order, value)
+        value = full
+    return value if flat else value.reshape(*layout.leading, *value.shape[1:])
+
+
+def power_of_two(weight: Tensor) -> Tensor:
+    """The scale that brings the largest weight to (1/2, 1]: exact in any dtype. Zero and non-finite weights: one."""
+    largest = weight.abs().amax() if weight.numel() else weight.new_ones(())
+    exponent = torch.ceil(torch.log2(largest))
+    return torch.exp2(torch.where(torch.isfinite(exponent), exponent, 0.0))
+
+
+def total(values: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The sum, as wide as the losses of groups are, then in the loss's dtype: infinity stays infinity."""
+    return (values[0] if len(values) == 1 else torch.stack(values).sum()).to(dtype)

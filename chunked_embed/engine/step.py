@@ -1,0 +1,108 @@
+"""The contract of a step: what happens to the outputs of one chunk. The engine knows steps; steps know a loss.
+
+A loss of plain functions gets a step from ``functions.py``. One with a kernel, or with products of its own, returns a
+``Step`` from ``make_step`` instead: that is all there is to it. docs/design.md draws how the engine calls them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch
+
+from .formula import mentions
+from .types import Named
+
+if TYPE_CHECKING:
+    from .chunk import Chunk, Into
+
+LOSS = "loss"  # the name of a row-wise loss among the values of its step
+METRIC = "metrics/"  # goes before the names of its metrics
+
+
+class Shape(NamedTuple):
+    """What a step is asked to serve."""
+
+    rows: int  # of the call, dropped ones included
+    widths: tuple[int, ...]  # the columns of each projection that the step sees
+    operands: torch.dtype  # of the products
+    outputs: torch.dtype  # that the engine would form
+    device: torch.device
+    compiled: bool  # False: the user asked for plain torch, or the problem is too small to compile for
+    columns: bool  # the call has column arguments
+    grad: tuple[str, ...]  # row and column arguments that want a gradient
+
+
+class Needs(NamedTuple):
+    """What a step asks of the plan, from the shape alone."""
+
+    refusal: str | None = None
+    """Why it does not serve: a sentence, printed with the plan. The loss's plain functions run instead."""
+    rows: Literal["any", "whole segments", "all"] = "any"
+    """Which rows a chunk must hold. A step of whole segments returns values for each of them, ``(segments, ...)``."""
+    multiple: int = 1
+    """A chunk's rows, but for the last chunk's, are a multiple of this."""
+    scratch: int = 0
+    """Bytes for each output while a chunk is worked on, beyond the outputs that the engine forms."""
+    forms_outputs: bool = True
+    """The engine forms the outputs, in a buffer that the plan counts. False: the step brings products of its own."""
+
+
+class Step:
+    """How a chunk's outputs become values, and an upstream of those gradients.
+
+    ``score`` forms the chunk's parts; ``merge`` puts together parts of the same rows that came in pieces (of columns,
+    of projections with one total, of ranks); ``values`` says what they amount to; ``pull`` takes the gradient of
+    ``sum(values * upstream)``. Where the upstream is known beforehand, ``both`` does it all in one pass.
+    """
+
+    @property
+    def key(self) -> Hashable:
+        """Steps of one key compute the same, whatever their numbers."""
+        return type(self).__qualname__, type(self).__module__
+
+    row_wise: ClassVar[bool] = True
+    """Its values are a row-wise loss, under ``LOSS``, and metrics; else scores."""
+
+    merges: ClassVar[bool] = False
+    """It sees its projections one by one, as pieces of one row, and merges their parts."""
+
+    column_parts: Mapping[str, str] = {}
+    """Parts ``(V,)`` that run over all rows: name -> how those of several chunks add up, "sum" or "logsumexp"."""
+
+    def needs(self, shape: Shape) -> Needs:
+        return Needs()
+
+    def reads(self, name: str) -> bool:
+        """Whether it may read this attribute of the loss in ``pull``, by its code: one that changes in place between
+        forward and backward is refused."""
+        return mentions(type(self), list(vars(type(self)).values()), name)
+
+    def score(self, chunk: Chunk) -> tuple[Named, Any]:
+        """-> parts of the chunk by name, ``(rows, ...)``, ``(segments, ...)`` or column parts; what ``pull`` reuses."""
+        raise NotImplementedError
+
+    def merge(self, parts: Sequence[Named]) -> Named:
+        """One set of parts from several of the same rows, piece by piece."""
+        if len(parts) != 1:
+            raise ValueError(f"expected the outputs in one piece, got {len(parts)}: {type(self).__name__} merges none")
+        return parts[0]
+
+    def values(self, parts: Named, chunk: Chunk) -> Named:
+        """-> the scores ``(rows,)`` by name; a row-wise loss is called ``LOSS``."""
+        return {name: part for name, part in parts.items() if name not in self.column_parts}
+
+    def pull(self, chunk: Chunk, kept: Any, parts: Named, upstream: Named, into: Into) -> None:
+        """Hand the gradients of ``sum over names of (values * upstream).sum()`` to ``into``.
+
+        ``parts`` are merged, and column parts those of all chunks. A value that nothing depends on has no upstream.
+        """
+        raise NotImplementedError
+
+    def both(self, chunk: Chunk, upstream: Named, into: Into) -> Named:
+        """Values and gradients at once, of steps that need no merging; override it where one pass does both."""
+        parts, kept = self.score(chunk)
+        parts = self.merge([parts])
+        self.pull(chunk, kept, parts, upstream, into)
+        return self.values(parts, chunk)

@@ -1,0 +1,156 @@
+"""The one loop: outputs of a chunk, a step on them, gradients folded into their sums; then the next chunk.
+
+    row-wise   the upstream of a row is its weight: ``both`` in one pass                      3 products
+    grouped    for each block: ``score``; the small loss by autograd; ``pull``                3, or 4 beyond a chunk
+    scores     ``score`` in forward, ``pull`` in backward (autograd.py)                       4, or 3 with outputs kept
+
+The products are those of a trainable projection: outputs, and the gradients of its input and its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .chunk import Chunk, Visit
+from .functions import cat, combine
+from .gradients import Gradients
+from .layout import Layout, Unit
+from .pack import Selection, Span
+from .plan import ChunkPlan, padded_rows, places, tiles
+from .step import Step
+from .types import Named
+
+
+@dataclass
+class Call:
+    """One call, ready to run: everything but the tensors that autograd sees."""
+
+    layout: Layout
+    selection: Selection
+    plan: ChunkPlan
+    steps: dict[str, Step]  # by the label of their unit
+    loss: Any  # as it was when the call was made
+
+
+@dataclass
+class Scored:
+    """The scores of some chunks: per used row (or segment), per column, and what a gradient reuses."""
+
+    rows: dict[str, Named]  # by unit
+    columns: Named = field(default_factory=dict)
+    parts: list[dict[str, tuple[Named, list[Any]]]] = field(default_factory=list)  # by chunk, by unit
+    chunks: list[dict[str, list[Chunk]]] = field(default_factory=list)  # whose outputs are still there
+
+
+class Sweep:
+    """Walks over chunks. ``holds``: outputs of units that train stay from score to pull, or are pulled at once."""
+
+    def __init__(self, call: Call, tensors: Sequence[Tensor], holds: bool) -> None:
+        self.call = call
+        self.layout, self.selection, self.plan = call.layout, call.selection, call.plan
+        self.operands = call.layout.operands(tensors)
+        self.gradients = Gradients(call.layout, call.selection, self.operands, call.plan.sums)
+        spans = [span for block in call.plan.blocks for span in block.spans]
+        self.capacity = max((self.padded(span.rows) for span in spans), default=0)
+        held = [unit for unit in call.layout.units if unit.trains and holds]
+        self.places, self.sizes = places(call.layout, self.capacity, held)
+        self.spaces: dict[int, Tensor] = {}
+
+    # --- the loop ---
+
+    def both(self, spans: Sequence[Span], upstream: Named) -> Named:
+        """Values of a row-wise loss, and its gradients for this upstream of its rows."""
+        (unit,) = self.layout.units
+        step, found = self.call.steps[unit.label], []
+        for span in spans:
+            chunks = self._pieces(Visit(self, span), unit)
+            of_rows = {name: u[span.start : span.stop] for name, u in upstream.items()}
+            if len(chunks) == 1:
+                found.append(step.both(chunks[0], of_rows, chunks[0].into()))
+                continue
+            parts, reused = zip(*(step.score(chunk) for chunk in chunks))
+            merged = step.merge(parts)
+            found.append(step.values(merged, chunks[0]))
+            for chunk, kept in zip(chunks, reused):
+                step.pull(chunk, kept, merged, of_rows, chunk.into())
+        return join(found)
+
+    def score(self, spans: Sequence[Span], keep: bool = False) -> Scored:
+        """Scores of the spans' rows. ``keep``: the outputs of units that train stay for ``pull`` (of one span)."""
+        scored = Scored({})
+        found: dict[str, list[Named]] = {unit.label: [] for unit in self.layout.units}
+        for span in spans:
+            visit = Visit(self, span)
+            scored.parts.append({})
+            scored.chunks.append({})
+            for unit in sorted(self.layout.units, key=lambda unit: unit.trains):  # frozen ones share another's buffer
+                step, chunks = self.call.steps[unit.label], self._pieces(visit, unit)
+                parts, reused = zip(*(step.score(chunk) for chunk in chunks))
+                merged = step.merge(parts)
+                for name, how in step.column_parts.items():
+                    scored.columns[name] = combine(how, scored.columns.get(name), merged.pop(name))
+                found[unit.label].append(step.values(merged, chunks[0]))
+                scored.parts[-1][unit.label] = merged, list(reused)
+                if keep and unit.trains:
+                    scored.chunks[-1][unit.label] = chunks
+        scored.rows = {label: join(named) for label, named in found.items()}
+        return scored
+
+    def pull(self, spans: Sequence[Span], scored: Scored, upstream: dict[str, Named], of_columns: Named) -> None:
+        """Gradients of ``sum(scores * upstream)``; outputs that are not there any more are formed again."""
+        for n, span in enumerate(spans):
+            visit = Visit(self, span)
+            # Those that train first: a frozen one that is formed again takes the buffer of the first of them.
+            for unit in sorted(self.layout.units, key=lambda unit: not unit.trains):
+                if not unit.pulled or span.rows == 0:
+                    continue
+                part = self.values_of(unit, span, spans[0])
+                merged, reused = scored.parts[n][unit.label]
+                chunks = scored.chunks[n].get(unit.label) or self._pieces(visit, unit)
+                named = {name: value[part] for name, value in upstream[unit.label].items()} | of_columns
+                for chunk, kept in zip(chunks, reused):
+                    chunk.visit = visit
+                    self.call.steps[unit.label].pull(chunk, kept, merged | scored.columns, named, chunk.into())
+
+    # --- what chunks ask for ---
+
+    def _pieces(self, visit: Visit, unit: Unit) -> list[Chunk]:
+        widths = [sum(self.layout.specs[name].width for name in names) for names in unit.pieces]
+        return [Chunk(visit, names, sum(widths[:n])) for n, names in enumerate(unit.pieces)]
+
+    def values_of(self, unit: Unit, span: Span, first: Span) -> slice:
+        """Where the values of a span are among those of all spans: one a row, or one a segment."""
+        if unit.needs.rows != "whole segments" or span.groups is None or first.groups is None:
+            return slice(span.start - first.start, span.stop - first.start)
+        k = self.selection.segments_per_group
+        return slice((span.groups[0] - first.groups[0]) * k, (span.groups[1] - first.groups[0]) * k)
+
+    def padded(self, rows: int) -> int:
+        return padded_rows(rows, self.plan.rungs)
+
+    def tiles(self, rows: int) -> list[tuple[int, int, int]]:
+        return [(0, rows, rows)] if self.plan.rungs is None or rows == 0 else list(tiles(rows, self.plan.rungs))
+
+    def buffer(self, name: str) -> Tensor:
+        """``(capacity, V)``: the space of a projection's outputs, made when the first of them are formed."""
+        (space, offset), spec = self.places[name], self.layout.specs[name]
+        if space not in self.spaces:
+            self.spaces[space] = torch.empty(self.sizes[space], dtype=torch.uint8, device=self.layout.device)
+        n_bytes = self.capacity * spec.width * spec.output_dtype.itemsize
+        place = self.spaces[space][offset : offset + n_bytes]
+        return place.view(spec.output_dtype).view(self.capacity, spec.width)
+
+    def finish(self) -> list[Tensor | None]:
+        """Let go of the buffers; the gradients, in the order of the call's tensors."""
+        self.spaces.clear()
+        return self.gradients.finish()
+
+
+def join(named: Sequence[Named]) -> Named:
+    """Concatenate the pieces of several chunks."""
+    return {name: cat([piece[name] for piece in named]) for name in (named[0] if named else {})}

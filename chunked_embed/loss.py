@@ -1,0 +1,527 @@
+"""``FlexChunkLoss``: the class in front of the engine. A subclass states its functions and its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .chunking import Chunking
+from .engine.autograd import ChunkedLoss, ChunkedScores, ScoreName
+from .engine.call import Arguments, read
+from .engine.compile import outside_compile
+from .engine.formula import BASES, INTERNAL, Formula, attribute, keywords
+from .engine.functions import Form, FunctionStep, Totals
+from .engine.layout import Layout, Options, build, choose
+from .engine.losses import GroupLoss, RowLoss, as_metrics, rows_of_segments, weighted
+from .engine.pack import Selection, select
+from .engine.plan import ChunkPlan, make_plan
+from .engine.recent import Recent
+from .engine.sample import look_at
+from .engine.step import Step
+from .engine.sweep import Call
+from .engine.types import LossOutput, Named, Projections, Tensors
+from .engine.values import Alive
+from .signatures import with_arguments_of
+
+OPTIONS = (
+    "chunk_size",
+    "max_chunk_bytes",
+    "compiled",
+    "ignore_index",
+    "segments_per_group",
+    "couples_batch",
+    "separate_outputs",
+    "float32_outputs",
+    "static_widths",
+    "workspace_bytes",
+)
+LAYOUTS = 32  # kept for each loss: ragged batches have one each
+
+
+class FlexChunkLoss(nn.Module):
+    """A loss over ``outputs = input @ weight.T + bias`` that never holds the outputs whole.
+
+    **Row-wise**: override ``loss_fn(self, outputs, rows)`` and return one value per row ``(R,)``, or that and a dict of
+    per-row metrics. The loss is ``sum(row_weight * values)``, by default their mean.
+
+    **Grouped**: override ``score_fn(self, outputs, rows) -> {name: (R,)}`` too. The engine adds scores up per segment,
+    and ``loss_fn(self, scores, groups)`` gets ``{name: (G, segments)}`` (with ``"count"``, the rows of each segment)
+    and returns ``(G,)``, or that and a dict of per-group metrics.
+
+    ``outputs`` are ``(R, V)`` in float32 (float64 for float64 inputs), or a dict of those where several projections are
+    given. ``rows`` holds the chunk's rows of the row arguments. Where column arguments are given, the functions get
+    them as a keyword: ``loss_fn(self, outputs, rows, columns)``. ``self`` is a snapshot of the loss as it was when it
+    was called: its attributes are read as usual, and what is written to it is lost. An attribute that changes between
+    calls counts from the next call on; a number that changes does not compile anew for each value.
+
+    Without subclassing, ``FlexChunkLoss(my_loss_fn, margin=0.5)`` takes plain functions, which get the numbers by
+    keyword: ``my_loss_fn(outputs, rows, margin)``. Define them once, at module level: a new function compiles anew.
+
+    Example:
+        >>> class MarginLoss(FlexChunkLoss):
+        ...     def __init__(self, margin=1.0, **options):
+        ...         super().__init__(**options)
+        ...         self.margin = margin
+        ...     def loss_fn(self, outputs, rows):
+        ...         index = torch.arange(outputs.shape[1], device=outputs.device)
+        ...         is_target = index == rows["target"][:, None]
+        ...         target = torch.where(is_target, outputs, 0).sum(1, keepdim=True)
+        ...         return torch.where(is_target, 0, (self.margin + outputs - target).relu()).mean(1)
+        >>> hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4)
+        >>> target = torch.tensor([0, 1, 2, 3, -100, -100])  # the last two count for nothing
+        >>> loss = MarginLoss(0.5)
+        >>> loss(Projection(hidden, weight), rows={"target": target}).loss.backward()
+        >>> hidden.grad.shape
+        torch.Size([6, 4])
+
+    Args:
+        loss_fn, score_fn, element_fn: plain functions, instead of overriding the methods.
+        chunk_size: rows per chunk; without it they follow from ``max_chunk_bytes``.
+        max_chunk_bytes: a chunk's budget. Without one: on a GPU as much as the gradients and their float32 sums take,
+            between 512 MiB and 1.25 GiB; on a CPU 128 MiB; or one chunk, where that takes no more than several.
+        compiled: compile the steps. None: where the problem is large enough for it to pay. False gives the same
+            numbers, slower and with more memory.
+        targets: names of row arguments that index the outputs' columns; or a dict that says of which projection. Rows
+            whose target is ``ignore_index`` are dropped before any product, and all other targets must lie in [0, V).
+            (A dropped row that is a group of its own has scores of zero and a ``"count"`` of zero: one that couples the
+            batch looks at that.)
+            By default ``"target"`` is one, where that holds one integer a row.
+            By default ``"target"`` is one, where that holds one integer a row; under another name, ``ignore_index``
+            among integers brings a warning.
+        ignore_index: the target of rows that count for nothing.
+        segments_per_group: segments whose scores a group's loss sees: 2 for pairs.
+        couples_batch: the loss sorts or averages over the batch: all scores first, the loss once over all groups, then
+            every chunk again. ``loss_fn`` may then return a scalar. Dropped rows are among the scores, as zeros: where
+            ``scores["count"]`` is zero there is none.
+        separate_outputs: score each projection on its own (policy, then reference, through one buffer), under
+            ``self.projection``, its name; the loss sees ``scores[projection][name]``.
+        float32_outputs: products of half-precision operands write float32 outputs.
+        row_totals: further scores, name -> "logsumexp" or "sum" over the columns of what ``element_fn(self, outputs,
+            rows) -> {name: (R, V)}`` returns. Their gradient takes no second reduction: one elementwise pass.
+        column_totals: column scores ``(V,)``, name -> "logsumexp" or "sum" over all rows. Needs ``couples_batch``.
+        static_widths: compile anew for each width of narrow outputs: for formulas that cut a row at a fraction of its
+            width, which do not fuse when the width is dynamic.
+        workspace_bytes: per output, that a step needs beyond the outputs (a sort index: 8).
+        numbers: further attributes, with plain functions.
+
+    A value depends on its own row alone (a group's on its own group), unless ``couples_batch``: which rows share a
+    chunk is the plan's business. Functions leave their outputs as they are (no in-place operations), and what learns is
+    an argument: a row, column or group argument, or part of a projection.
+
+    Raises:
+        TypeError, ValueError: options that mean nothing.
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable | None = None,
+        score_fn: Callable | None = None,
+        element_fn: Callable | None = None,
+        *,
+        chunk_size: int | None = None,
+        max_chunk_bytes: int | None = None,
+        compiled: bool | None = None,
+        targets: tuple[str, ...] | Mapping[str, str] | None = None,
+        ignore_index: int = -100,
+        segments_per_group: int = 1,
+        couples_batch: bool = False,
+        separate_outputs: bool = False,
+        float32_outputs: bool = False,
+        row_totals: Mapping[str, str] | None = None,
+        column_totals: Mapping[str, str] | None = None,
+        static_widths: bool = False,
+        workspace_bytes: int = 0,
+        **numbers: Any,
+    ) -> None:
+        super().__init__()
+        for name in ("targets", "row_totals", "column_totals", *OPTIONS):
+            if hasattr(type(self), name):
+                raise TypeError(f"expected {name} as an argument of FlexChunkLoss.__init__, got a class attribute")
+        self.chunk_size = chunk_size
+        self.max_chunk_bytes = max_chunk_bytes
+        self.compiled = compiled
+        self.targets = targets
+        self.ignore_index = ignore_index
+        self.segments_per_group = segments_per_group
+        self.couples_batch = couples_batch
+        self.separate_outputs = separate_outputs
+        self.float32_outputs = float32_outputs
+        self.row_totals = dict(row_totals or {})
+        self.column_totals = dict(column_totals or {})
+        self.static_widths = static_widths
+        self.workspace_bytes = workspace_bytes
+        self._layouts: Recent[Hashable, Layout] = Recent()
+        self._looked: Recent[Hashable, bool] = Recent()
+        self._checked: tuple[tuple, Options] | None = None
+        given = {"loss_fn": loss_fn, "score_fn": score_fn, "element_fn": element_fn}
+        self._functions = {name: f for name, f in given.items() if checks.function_or_none(name, f) is not None}
+        for name, value in numbers.items():
+            if not any(keywords(function, (name,)) for function in self._functions.values()):
+                raise TypeError(f"{type(self).__name__} has no option {name!r}, got {name}={value!r}")
+            if hasattr(self, name):
+                raise TypeError(f"expected a number that is no option of FlexChunkLoss, got {name!r}")
+        self._numbers = tuple(numbers)
+        self.__dict__.update(numbers)
+        self._options()
+
+    # --- what a subclass states ---
+
+    loss_fn: Callable
+    score_fn: Callable | None = None
+    element_fn: Callable | None = None
+    projection: str
+    """The projection that is being scored, with ``separate_outputs``."""
+
+    def make_step(self, projections: tuple[str, ...]) -> Step | None:
+        """A step of your own for these projections, in the place of the functions: a kernel, say. It is asked what it
+        needs, and where it refuses the functions run. Called on the snapshot of each call, so that it may take numbers
+        along."""
+        return None
+
+    # --- running it ---
+
+    @outside_compile
+    def prepare(
+        self,
+        projections: Projections,
+        rows: Tensors | None = None,
+        *,
+        columns: Tensors | None = None,
+        row_weight: Tensor | None = None,
+        groups: Tensors | None = None,
+        segments: Tensor | None = None,
+        group_weight: Tensor | None = None,
+        numbers: Mapping[str, Tensor] | None = None,
+    ) -> Prepared:
+        """Loss and metrics; gradients for every tensor that requires one. (``prepare`` stops before the first product:
+        it has the call's ``plan``, and ``run()``.)
+
+        Args:
+            projections: a Projection, or a dict of them by name.
+            rows: tensors ``(M, ...)`` aligned with the rows.
+            columns: tensors ``(V, ...)`` aligned with the outputs' columns; their gradients accumulate in float32.
+            row_weight: ``(M,)``, of row-wise losses; by default 1 / used rows, and zero drops the row before any
+                product.
+            groups: tensors ``(G, ...)`` aligned with the groups.
+            segments: ``(M,)`` integers, of grouped losses: segment ``g * segments_per_group + k`` is the k-th of group
+                g; a negative id drops the row. Without it every row is a group of its own.
+            group_weight: ``(G,)``, 1/G by default.
+            numbers: 0-d tensors without gradient (a running mean, say) that the functions see as attributes of
+                ``self``, in this call.
+
+        Returns:
+            ``loss``, ``metrics`` (a value a row or a group) and their ``means``: see ``LossOutput``.
+
+        Raises:
+            TypeError: dtypes that differ without autocast, arguments that are not tensors.
+            ValueError: shapes, devices, targets or weights that do not fit, and numbers that are NaN.
+        """
+        options = self._options()
+        formula = Formula.snapshot(self, self._checked_numbers(numbers))
+        weights = {"row_weight": row_weight, "segments": segments, "group_weight": group_weight}
+        arguments = read(projections, rows, columns, groups, weights)
+        laid = self._lay_out(arguments, options, formula)
+        layout, grouped = laid.layout, laid.form.kind == "scores"
+        if grouped:
+            _refuse(self, "grouped", row_weight=row_weight)
+        else:
+            _refuse(self, "row-wise", groups=groups, segments=segments, group_weight=group_weight)
+        if grouped and segments is None:
+            if options.segments_per_group != 1:
+                raise ValueError(
+                    f"expected segments: {type(self).__name__} has {options.segments_per_group} to a group"
+                )
+            if layout.n_groups not in (None, layout.n_rows):
+                raise ValueError(
+                    f"expected group arguments for {layout.n_rows} rows (no segments given), got {layout.n_groups}"
+                )
+        selection = select(layout, laid.tensors, *_row_vectors(layout, arguments, rows_are_groups=grouped))
+        plan = make_plan(layout, selection, row_wise=not grouped, together=options.couples_batch)
+        loss: RowLoss | GroupLoss
+        if not grouped:
+            loss = RowLoss(_row_weight(layout, selection, arguments.weights.get("row_weight")))
+        else:
+            if not formula.has("loss_fn"):
+                raise NotImplementedError(f"{type(self).__name__} has scores but no loss_fn: override it, or give one")
+            loss = GroupLoss(
+                loss_fn=formula.bind().loss_fn,
+                weight=_group_weight(layout, selection, arguments.weights.get("group_weight"), segments is None),
+                weighted=group_weight is not None,
+                of_rows=segments is None,
+                couples=options.couples_batch,
+                by_unit=options.separate_outputs,
+                groups=layout.groups,
+            )
+        call = Call(layout, selection, plan, laid.steps, formula.view)
+        self._look(laid, call, loss)
+        watched = {f"rows[{name!r}]": laid.tensors[layout.rows[name]] for name in layout.targets} | arguments.weights
+        versions = tuple((name, t, t._version) for name, t in watched.items() if not t.is_inference())
+        return Prepared(call, loss, laid.tensors, versions)
+
+    @outside_compile
+    @with_arguments_of(prepare)
+    def forward(self, *arguments: Any, **keywords: Any) -> LossOutput:
+        return self.prepare(*arguments, **keywords).run()
+
+    @with_arguments_of(prepare)
+    def plan(self, *arguments: Any, **keywords: Any) -> ChunkPlan:
+        """What ``forward`` with the same arguments will do: print it before running."""
+        return self.prepare(*arguments, **keywords).plan
+
+    @outside_compile
+    def scores(
+        self,
+        projections: Projections,
+        rows: Tensors | None = None,
+        *,
+        columns: Tensors | None = None,
+        segments: Tensor | None = None,
+        row_weight: Tensor | None = None,
+        numbers: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The scores alone, differentiable, for code of your own behind them; backward forms the outputs again.
+
+        Each is shaped like the rows, or ``(G, segments)`` where ``segments`` are given, or ``(V,)`` for column scores.
+        With ``separate_outputs`` their names are ``"projection/score"``. ``row_weight`` zero drops a row (its score is
+        zero); other values of it count for nothing.
+        """
+        options = self._options()
+        formula = Formula.snapshot(self, self._checked_numbers(numbers))
+        if segments is not None and row_weight is not None:
+            raise ValueError("expected segments or a row_weight, got both: a negative segment drops a row")
+        weights = {"row_weight": row_weight, "segments": segments}
+        arguments = read(projections, rows, columns, None, weights)
+        laid = self._lay_out(arguments, options, formula)
+        layout = laid.layout
+        if laid.form.kind != "scores":
+            raise ValueError(f"expected a score_fn: {type(self).__name__} is row-wise and has no scores")
+        selection = select(layout, laid.tensors, *_row_vectors(layout, arguments, rows_are_groups=False))
+        plan = make_plan(layout, selection, row_wise=False, together=True)
+        call = Call(layout, selection, plan, laid.steps, formula.view)
+        self._look(laid, call, None)
+        results = {}
+        for label, name, value in score_rows(call, laid.tensors):
+            told = f"{label}/{name}" if label is not None and options.separate_outputs else name
+            by_row = label is not None and value.dim() == 1
+            results[told] = value.view(layout.leading) if by_row else value.to(layout.dtype)
+        return results
+
+    # --- preparing a call ---
+
+    def _options(self) -> Options:
+        """The engine's options as they are now; checked when they change."""
+        targets = tuple(self.targets.items()) if isinstance(self.targets, Mapping) else self.targets
+        given = (targets, *(getattr(self, name) for name in OPTIONS))
+        if self._checked is None or self._checked[0] != given:
+            options = dict(zip(OPTIONS, given[1:]))
+            chunking = Chunking(*(options.pop(name) for name in ("chunk_size", "max_chunk_bytes", "compiled")))
+            self._checked = given, Options(chunking, targets, **options)
+        return self._checked[1]
+
+    def _checked_numbers(self, further: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        for name, value in self.__dict__.items():
+            if isinstance(value, float) and value != value:
+                raise ValueError(f"expected {type(self).__name__}.{name} to be a number, got NaN")
+        for name, value in (further or {}).items():
+            checks.tensor(f"numbers[{name!r}]", value, (), grad=False)
+        return further or {}
+
+    def _lay_out(self, arguments: Arguments, options: Options, formula: Formula) -> _Laid:
+        """The layout of calls of this key, and what such a call needs beside it."""
+        names = tuple(name for name, _, _ in arguments.structure.projections)
+        labels = {name: (name,) for name in names} if options.separate_outputs else {"/".join(names): names}
+        made = {label: formula.view.make_step(told) for label, told in labels.items()}
+        grouped = formula.has("score_fn") or any(step is not None and not step.row_wise for step in made.values())
+        if not grouped and (options.couples_batch or options.separate_outputs):
+            option = "couples_batch" if options.couples_batch else "separate_outputs"
+            raise ValueError(f"expected a score_fn with {option}, got {type(self).__name__}, which is row-wise")
+        stated = formula.has("loss_fn") or formula.has("score_fn")
+        if not stated and None in made.values():
+            raise NotImplementedError(
+                f"{type(self).__name__} has no loss_fn: override it, or give one to FlexChunkLoss(...)"
+            )
+        single = arguments.structure.single or options.separate_outputs
+        form = Form("scores" if grouped else "loss", single, self._totals(formula))
+        formulas = {label: formula for label in labels}
+        if options.separate_outputs:
+            formulas = {label: formula.with_attributes({"projection": label}) for label in labels}
+        plain = {label: FunctionStep(formulas[label], form, options.static_widths) for label in labels}
+        key = (arguments.key(), options, form, tuple(step and step.key for step in made.values()))
+        layout = self._layouts.found(key)
+        if layout is None:
+            layout = build(arguments, options)
+            choose(layout, labels, made, plain)
+            self._layouts.keep(key, layout, LAYOUTS)
+        steps = {
+            label: plain[label] if step is None or label in layout.refused else step for label, step in made.items()
+        }
+        return _Laid(layout, steps, formulas, form, layout.flat(arguments.tensors))
+
+    def _totals(self, formula: Formula) -> Totals:
+        found = {**self.row_totals, **self.column_totals}
+        if bool(found) != formula.has("element_fn") or set(found.values()) - {"sum", "logsumexp"}:
+            raise ValueError(
+                'expected row_totals and column_totals to name "sum" or "logsumexp" for each element of element_fn, '
+                f"got {self.row_totals} and {self.column_totals}"
+            )
+        if found and self.separate_outputs:
+            raise ValueError("expected joint outputs with an element_fn, got separate_outputs")
+        if self.column_totals and not self.couples_batch:
+            raise ValueError("expected couples_batch=True with column_totals, which run over all rows")
+        return Totals(tuple(self.row_totals.items()), tuple(self.column_totals.items()))
+
+    def _look(self, laid: _Laid, call: Call, loss: RowLoss | GroupLoss | None) -> None:
+        """Look at the functions once: what learns but is no argument, and other things that would go wrong."""
+        layout = laid.layout
+        roles = tuple(layout.specs), tuple(layout.rows), tuple(layout.columns), tuple(layout.groups)
+        # Functions that it is given, and what switches branches; numbers rarely do.
+        called = tuple(
+            Alive(v) if callable(v) else v for v in call.loss.__dict__.values() if callable(v) or type(v) in (bool, str)
+        )
+        # Of fewer than two rows or groups there is less to see.
+        sizes = min(call.selection.n_rows, 2), min(call.selection.n_groups, 2)
+        steps = tuple(type(step) for step in laid.steps.values())
+        functions = tuple(f.key for f in laid.formulas.values())
+        key = (functions, called, laid.form, roles, layout.wants_grad, loss is None, sizes, steps)
+        if not self._looked.found(key) and not torch._C._len_torch_dispatch_stack():  # FLOPs of the call are counted
+            look_at(laid.formulas, laid.form, call, laid.tensors, loss)
+            self._looked.keep(key, True, LAYOUTS)
+
+    # --- a module beside its caches ---
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layouts": Recent(), "_looked": Recent()}
+
+    __getattr__ = attribute
+
+
+BASES.add(FlexChunkLoss)
+INTERNAL.update(("_functions", "_numbers", "_layouts", "_looked", "_checked"))
+
+
+class _Laid(NamedTuple):
+    layout: Layout
+    steps: dict[str, Step]
+    formulas: dict[str, Formula]
+    form: Form
+    tensors: list[Tensor]  # as autograd sees them
+
+
+class Prepared(NamedTuple):
+    """A call of a loss, checked and planned."""
+
+    call: Call
+    loss: RowLoss | GroupLoss
+    tensors: list[Tensor]
+    watched: tuple[tuple[str, Tensor, int], ...]  # what the plan was made from, and its versions
+
+    @property
+    def plan(self) -> ChunkPlan:
+        """What ``run`` will do; print it."""
+        return self.call.plan
+
+    @outside_compile
+    def run(self) -> LossOutput:
+        call, loss = self.call, self.loss
+        self._check()
+        if call.plan.deferred and (isinstance(loss, GroupLoss) or call.layout.any_grad):
+            value, metrics = self._over_scores()
+        else:
+            metrics = {}
+            value = cast(Tensor, ChunkedLoss.apply(call, loss, metrics, *self.tensors))
+        of_rows = isinstance(loss, RowLoss) or loss.of_rows
+        if not of_rows or call.selection.order is None or not metrics:
+            return LossOutput(value, metrics)
+        used = torch.zeros(call.layout.n_rows, dtype=torch.int64, device=call.layout.device)
+        used = used.index_fill_(0, call.selection.order, 1)
+        if isinstance(loss, RowLoss):
+            used = used.view(call.layout.leading)
+        metrics_of_rows = {name: v for name, v in metrics.items() if v.shape[: used.dim()] == used.shape}
+        extra = {name: (1,) * (v.dim() - used.dim()) for name, v in metrics_of_rows.items()}
+        counts = {name: used.view(*used.shape, *extra[name]).expand_as(v) for name, v in metrics_of_rows.items()}
+        return LossOutput(value, metrics, counts)
+
+    def _check(self) -> None:
+        """Between ``prepare`` and ``run`` a tensor may take other values, but for those that the plan was made from."""
+        for name, given, version in self.watched:
+            if given._version != version:
+                raise ValueError(f"expected {name} as it was in prepare(), got it changed in place: prepare() again")
+        wants = tuple(t.requires_grad for t in self.tensors)
+        if torch.is_grad_enabled() and wants != self.call.layout.wants_grad:
+            raise ValueError("expected the gradients that were wanted in prepare(), got others: prepare() again")
+
+    def _over_scores(self) -> tuple[Tensor, Named]:
+        """All values first, then the loss once, as ordinary autograd; their gradient walks over the chunks again."""
+        call, loss = self.call, self.loss
+        scores: dict[str | None, Named] = {}
+        for label, name, value in score_rows(call, self.tensors):
+            scores.setdefault(label, {})[name] = value
+        dtype = call.layout.dtype
+        with torch.autocast(call.layout.device.type, enabled=False):
+            if isinstance(loss, RowLoss):
+                (values,) = scores.values()
+                order = call.selection.order
+                used = {n: v if order is None else v.index_select(0, order) for n, v in values.items()}
+                return loss.of(used, call)
+            of_columns = scores.pop(None, {})
+            (block,) = call.plan.blocks
+            by_group = {
+                cast(str, label): {name: v[:, None] if v.dim() == 1 else v for name, v in named.items()}
+                for label, named in scores.items()
+            }
+            groups = {name: self.tensors[i] for name, i in loss.groups.items()}
+            value, metrics = loss.call(by_group, groups, rows_of_segments(call, block), of_columns)
+            value = weighted(value, loss.weight) if value.dim() else value
+        return value.to(dtype), as_metrics(metrics, dtype)
+
+
+def score_rows(call: Call, tensors: list[Tensor]) -> list[tuple[str | None, str, Tensor]]:
+    """-> the unit (None: columns), name and value of every score."""
+    names: list[ScoreName] = []
+    results = cast(tuple, ChunkedScores.apply(call, names, *tensors))
+    return [(label, name, value) for (label, name), value in zip(names, results)]
+
+
+def _refuse(loss: FlexChunkLoss, kind: str, **arguments: object) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"expected no {name}: {type(loss).__name__} is {kind}")
+
+
+def _row_vectors(
+    layout: Layout, arguments: Arguments, rows_are_groups: bool
+) -> tuple[Tensor | None, Tensor | None, int | None]:
+    """-> row weights, segments, the number of groups, as ``select`` takes them."""
+    weight, segments = (arguments.weights.get(name) for name in ("row_weight", "segments"))
+    if rows_are_groups and segments is None and layout.targets:  # a row that is dropped leaves its group empty
+        return None, torch.arange(layout.n_rows, device=layout.device), layout.n_rows
+    weight = None if weight is None else weight.reshape(-1)
+    return weight, None if segments is None else segments.reshape(-1).long(), layout.n_groups
+
+
+def _row_weight(layout: Layout, selection: Selection, given: Tensor | None) -> Tensor:
+    """-> (used rows,)"""
+    if given is None:
+        n = selection.n_rows
+        return torch.full((n,), 1 / max(n, 1), dtype=layout.dtype, device=layout.device)
+    weight = given.reshape(-1).to(layout.dtype)
+    return weight if selection.order is None else weight.index_select(0, selection.order)
+
+
+def _group_weight(layout: Layout, selection: Selection, given: Tensor | None, of_rows: bool) -> Tensor:
+    """-> (G,)"""
+    n = selection.n_groups
+    if given is not None:
+        weight = given.detach().to(layout.dtype)
+        checks.all_finite("group_weight", weight)
+    elif of_rows and selection.lengths is not None:  # rows that were dropped are groups that count for nothing
+        weight = torch.tensor(selection.lengths, dtype=layout.dtype, device=layout.device) / max(selection.n_rows, 1)
+    else:
+        weight = torch.full((n,), 1 / max(n, 1), dtype=layout.dtype, device=layout.device)
+    if len(weight) != n:
+        raise ValueError(f"expected group arguments for {n} groups, got {len(weight)}")
+    return weight

@@ -1,0 +1,234 @@
+"""Token statistics from hidden states and an LM head, without the logits: ``linear_logps``, and a loss to build on."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .checks import POSITIVE
+from .chunking import Chunking
+from .engine.chunk import Chunk, Into
+from .engine.compile import outside_compile
+from .engine.step import Needs, Shape, Step
+from .engine.types import Named, Projection, accumulator_dtype
+from .kernels import available
+from .kernels.token_scores import DIFFERENTIABLE, STATISTICS, token_gradient_, token_scores, token_statistics
+from .loss import FlexChunkLoss
+
+
+class TokenLogps(NamedTuple):
+    """Each shaped like ``target``, zero on ignored tokens; None where not asked for. The first three differentiable."""
+
+    logps: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
+@outside_compile
+def linear_logps(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    target: Tensor,  # (...), integers
+    bias: Tensor | None = None,  # (V,)
+    *,
+    outputs: Sequence[str] = ("logps",),
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    extra: tuple[tuple[Tensor, Tensor], ...] = (),
+    chunk_size: int | None = None,
+    max_chunk_bytes: int | None = None,
+    compiled: bool | None = None,
+) -> TokenLogps:
+    """Log-probabilities of target tokens, and what else the logits say about them, a chunk of logits at a time.
+
+    With ``x = hidden @ weight.T + bias``, ``y = logit_scale * x``, capped to ``softcap * tanh(y / softcap)`` where
+    there is a softcap, and ``z = y / temperature``::
+
+        logps             z[target] - lse            differentiable
+        lse               log sum_v exp z_v          differentiable
+        entropy           lse - sum_v p_v z_v        differentiable, p = softmax(z)
+        log_sum_sq_probs  log sum_v p_v^2
+        mean_logits       mean_v z_v
+        is_top1           1 where the target has the largest logit
+
+    Any code may follow; backward forms the logits once more (four products in all). Where the loss is known, a
+    ``FlexChunkLoss`` needs three.
+
+    Args:
+        hidden: ``(..., H)``, any floating dtype.
+        weight, bias: the head, in the dtype of ``hidden`` (or under autocast).
+        target: one id per hidden state, already aligned; ``ignore_index`` drops the token before any product.
+        outputs: names of the table above.
+        extra: further ``(input, weight)`` terms of the logits, such as a LoRA adapter on the head.
+        chunk_size, max_chunk_bytes, compiled: as for ``FlexChunkLoss``.
+
+    Returns:
+        A named tuple of tensors shaped like ``target``, in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: an unknown output, ids outside [0, V), shapes or devices that do not fit, numbers out of range.
+        TypeError: mixed dtypes without autocast, targets that are not integers.
+
+    Example:
+        >>> hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(11, 4)
+        >>> found = linear_logps(hidden, weight, torch.randint(0, 11, (2, 3)), outputs=("logps", "entropy"))
+        >>> found.logps.sum().backward()
+        >>> found.entropy.shape
+        torch.Size([2, 3])
+    """
+    names = tuple(dict.fromkeys([outputs] if isinstance(outputs, str) else outputs))
+    unknown = [name for name in names if name not in STATISTICS]
+    if unknown or not names:
+        raise ValueError(f"expected outputs among {list(STATISTICS)}, got {list(names)}")
+    checks.tensor("target", target, kind="integer")
+    transform = (
+        checks.number("logit_scale", logit_scale, POSITIVE),
+        checks.number_or_none("logit_softcap", logit_softcap, POSITIVE),
+        checks.number("temperature", temperature, POSITIVE),
+    )
+    checks.integer("ignore_index", ignore_index)
+    statistics = _statistics(names, transform, ignore_index, Chunking(chunk_size, max_chunk_bytes, compiled))
+    found = statistics.scores(Projection(hidden, weight, bias, extra), {"target": target.long()})
+    return TokenLogps(**{name: s if name in DIFFERENTIABLE else s.detach() for name, s in found.items()})
+
+
+@lru_cache(maxsize=64)
+def _statistics(
+    names: tuple[str, ...], transform: tuple[float, float | None, float], ignore_index: int, chunking: Chunking
+) -> TokenStatistics:
+    """One loss serves every call with the same options, and keeps their layouts."""
+    return TokenStatistics(names, *transform, ignore_index=ignore_index, **chunking.keywords)
+
+
+class TokenStatistics(FlexChunkLoss):
+    """Scores each token by what the logits say about it: ``linear_logps`` as a loss of the engine, to build losses on.
+
+    The score is a Triton kernel pair where that runs, else its plain twin in a compiled (or uncompiled) step.
+
+    Args:
+        names: statistics of ``linear_logps``; or, with ``separate_outputs``, those of each projection by its name.
+        logit_scale, softcap, temperature: of the logits.
+        transforms: scale and softcap of each projection by its name, with ``separate_outputs``, in place of the first
+            two.
+        gradients_of: the statistics that have a gradient; the others are constants, such as metrics.
+        options: of ``FlexChunkLoss``: its ``loss_fn`` may be given as a plain function of scores and groups.
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, ...] | Mapping[str, tuple[str, ...]] = ("logps",),
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        gradients_of: tuple[str, ...] = DIFFERENTIABLE,
+        *,
+        transforms: Mapping[str, tuple[float, float | None]] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**{"targets": ("target",), **options})
+        self.names = names
+        self.logit_scale = logit_scale
+        self.softcap = softcap
+        self.temperature = temperature
+        self.gradients_of = gradients_of
+        self.transforms = transforms
+        self._check_transform()
+
+    def _check_transform(self) -> None:
+        checks.number("logit_scale", self.logit_scale, POSITIVE)
+        checks.number_or_none("softcap", self.softcap, POSITIVE)
+        checks.number("temperature", self.temperature, POSITIVE)
+        for name, (scale, softcap) in (self.transforms or {}).items():
+            checks.number(f"logit_scale of {name!r}", scale, POSITIVE)
+            checks.number_or_none(f"softcap of {name!r}", softcap, POSITIVE)
+
+    def names_of(self, projection: str) -> tuple[str, ...]:
+        return self.names[projection] if isinstance(self.names, Mapping) else tuple(self.names)
+
+    def transform_of(self, projection: str) -> tuple[float, float | None]:
+        return (self.logit_scale, self.softcap) if self.transforms is None else self.transforms[projection]
+
+    def score_fn(self, outputs: Tensor, rows: Named) -> Named:
+        # What all projections have in common names none of them, so that they share a compiled step.
+        differ = isinstance(self.names, Mapping) or self.transforms is not None
+        projection = self.projection if differ else ""
+        names, (scale, softcap) = self.names_of(projection), self.transform_of(projection)
+        found = token_scores(
+            outputs, rows["target"].long(), names, logit_scale=scale, softcap=softcap, temperature=self.temperature
+        )
+        return {name: value if name in self.gradients_of else value.detach() for name, value in found.items()}
+
+    def make_step(self, projections: tuple[str, ...]) -> Step | None:
+        self._check_transform()
+        if type(self).score_fn is not TokenStatistics.score_fn or len(projections) != 1:
+            return None
+        scale, softcap = self.transform_of(projections[0])
+        return TokenKernel(self.names_of(projections[0]), self.gradients_of, scale, softcap, self.temperature)
+
+
+@dataclass(frozen=True)
+class TokenKernel(Step):
+    """The token statistics by a hand-written kernel pair; the gradient reuses them and takes the outputs' place."""
+
+    row_wise = False
+    names: tuple[str, ...]
+    gradients_of: tuple[str, ...]
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+
+    @property
+    def key(self) -> Hashable:
+        return type(self), self.names, self.gradients_of
+
+    @property
+    def transform(self) -> dict[str, Any]:
+        return {"logit_scale": self.logit_scale, "softcap": self.softcap, "temperature": self.temperature}
+
+    def needs(self, shape: Shape) -> Needs:
+        return Needs(refusal=kernel_refusal(shape))
+
+    def score(self, chunk: Chunk) -> tuple[Named, Named]:
+        found = token_statistics(*_tokens(chunk), names=self.names, **self.transform)
+        return {name: found[name] for name in self.names}, found
+
+    def pull(self, chunk: Chunk, kept: Named, parts: Named, upstream: Named, into: Into) -> None:
+        if not into.wants(chunk.names[0]):
+            return
+        x, target = _tokens(chunk)
+        dtype = accumulator_dtype(x.dtype)
+        wanted = {
+            name: upstream[name].to(dtype) for name in DIFFERENTIABLE if name in self.gradients_of and name in upstream
+        }
+        place = into.place()
+        token_gradient_(x, target, kept, wanted, **self.transform, out=place)
+        into.outputs(place)
+
+
+def kernel_refusal(shape: Shape) -> str | None:
+    """Why kernels do not serve here, those that take outputs and nothing else."""
+    if not shape.compiled:
+        return "steps run uncompiled"
+    if torch.float64 in (shape.outputs, shape.operands):
+        return "float64 takes the plain functions"
+    if shape.columns:
+        return "column arguments take the plain functions"
+    if not available(shape.device):
+        return f"there is no Triton on {shape.device}"
+    return None
+
+
+def _tokens(chunk: Chunk) -> tuple[Tensor, Tensor]:
+    x = chunk.outputs()
+    return (x if x.stride(1) == 1 else x.contiguous()), chunk.rows["target"].long()
