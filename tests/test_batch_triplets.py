@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from chunked_embed import functional as CF
+from chunked_embed.chunking import Chunking
 from chunked_embed.functional import spread
 from chunked_embed.functional.batch_triplets import Labelled, mean_over_triplets
 
@@ -156,7 +157,7 @@ def test_all_triplets_of_points_on_a_grid(drawn: list, margin: float, distance: 
     if margin in (0.0, 5.0) or distance == "squared_euclidean":
         same(ours("all", x, labels, margin, distance, chunk_size=4), theirs, [x], atol=1e-9)
     else:  # whether sqrt(2) - sqrt(8) + sqrt(2) is above zero is a matter of rounding; the sum is not
-        total, _ = Labelled(x, labels, x, labels, 0, distance, {"compiled": False}).all(margin)
+        total, _ = Labelled(x, labels, x, labels, 0, distance, Chunking(compiled=False)).all(margin)
         torch.testing.assert_close(total, theirs * max(count, 1), rtol=1e-9, atol=1e-9)
 
 
@@ -237,7 +238,7 @@ def test_some_rows_against_all(name: str, distance: str) -> None:
     x, labels = batch(13, 3)
     shares, counts = [], []
     for part in (slice(0, 5), slice(5, 13)):
-        rows = Labelled(x[part], labels[part], x, labels, part.start, distance, {"compiled": False, "chunk_size": 3})
+        rows = Labelled(x[part], labels[part], x, labels, part.start, distance, Chunking(3, compiled=False))
         weight = len(rows.rows) / 13
         if name == "all":
             total, count = rows.all(0.4)
@@ -362,7 +363,7 @@ BAD = {
     "no rows": (lambda f: f(X[:0], Y[:0]), ValueError, "at least one row"),
     "integers": (lambda f: f(X.long(), Y), TypeError, "floating point"),
     "an unknown distance": (lambda f: f(X, Y, distance="manhattan"), ValueError, "squared_euclidean"),
-    "an infinite margin": (lambda f: f(X, Y, margin=math.inf), ValueError, "margin to be finite"),
+    "an infinite margin": (lambda f: f(X, Y, margin=math.inf), ValueError, "margin to be a finite"),
     "a chunk of nothing": (lambda f: f(X, Y, chunk_size=0), ValueError, "chunk_size"),
 }
 
@@ -378,7 +379,7 @@ def test_refuses(case: str, function) -> None:
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: CF.mega_batch_margin(X, X[:3]), ValueError, r"positives of shape \(4, 3\)"),
+        (lambda: CF.mega_batch_margin(X, X[:3]), ValueError, r"one shape, got anchors \(4, 3\), positives \(3, 3\)"),
         (lambda: CF.mega_batch_margin(X, X.double()), TypeError, "one dtype"),
         (lambda: CF.mega_batch_margin(X, X, negative_margin=math.nan), ValueError, "negative_margin"),
         (lambda: CF.orthogonal_regularization(X[0]), ValueError, r"\(N, D\)"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chunked_embed import functional as CF
+from chunked_embed.functional import arguments
 
 OPTIONS = {"compiled": False}
 
@@ -150,3 +154,138 @@ def test_compiled(name):
     torch.testing.assert_close(mine, theirs)
     for x, y in zip(torch.autograd.grad(mine, leaves), torch.autograd.grad(theirs, leaves), strict=True):
         torch.testing.assert_close(x, y)
+
+
+# --- arguments of all kinds ------------------------------------------------------------------------------------------
+
+
+def embeddings(n=5, count=2, width=4):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, width, generator=generator, requires_grad=True) for _ in range(count)]
+
+
+def test_an_activation_may_be_a_module():
+    (a, b), weight = embeddings(), torch.randn(3, 4)
+    modules = {torch.tanh: torch.nn.Tanh(), None: torch.nn.Identity(), F.gelu: torch.nn.GELU(), F.elu: torch.nn.ELU()}
+    for function, module in modules.items():
+        mine, theirs = (
+            CF.pairwise_scores(a, b, weight=weight, activation=activation, **OPTIONS)
+            for activation in (module, function)
+        )
+        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(*(torch.autograd.grad(scores.sum(), a)[0] for scores in (mine, theirs)))
+
+
+def test_what_learns_in_an_activation():
+    a, b, c = embeddings(count=3)
+    learns = torch.nn.PReLU()
+    for call in (
+        lambda f: CF.cosent(a, b, torch.arange(5), activation=f, **OPTIONS),
+        lambda f: CF.triplet(a, b, c, activation=f, **OPTIONS),
+    ):
+        with pytest.raises(ValueError, match=r"without parameters that learn, got PReLU with \['weight'\]"):
+            call(learns)
+        with pytest.raises(ValueError, match=r"what learns to be an argument of \w+, got learns"):
+            call(lambda x: learns(x))
+    CF.info_nce(a, b, activation=learns, **OPTIONS).backward()  # ordinary autograd
+    assert learns.weight.grad is not None and learns.weight.grad.abs() > 0
+
+
+def test_a_scale_may_be_a_tensor():
+    (a, b), labels = embeddings(), torch.arange(5)
+    for make in (torch.tensor, lambda x: torch.tensor([x], dtype=torch.float64), lambda x: torch.tensor(x).half()):
+        for call in (
+            lambda s: CF.cosent(a, b, labels, scale=s, **OPTIONS),
+            lambda s: CF.info_nce(a, b, scale=s, **OPTIONS),
+            lambda s: CF.sigmoid_pairs(a, b, scale=s, **OPTIONS),
+        ):
+            plain, learns = call(20.0), make(20.0).requires_grad_()
+            torch.testing.assert_close(call(make(20.0)), plain)
+            torch.testing.assert_close(call(learns), plain, rtol=1e-5, atol=1e-6)
+            (grad,) = torch.autograd.grad(call(learns), learns)
+            slope = (call(20.01) - call(19.99)) / 0.02
+            torch.testing.assert_close(grad.float().view(()), slope, rtol=2e-2, atol=1e-3)
+
+
+def test_which_losses_are_kept():
+    """With their plans; what may hold a batch is not."""
+    a, b = embeddings()
+
+    def kept(activation):
+        before = arguments._kept.cache_info().currsize
+        for _ in range(2):
+            CF.pairwise_scores(a, b, activation=activation() if isinstance(activation, type) else activation, **OPTIONS)
+        return arguments._kept.cache_info().currsize - before
+
+    arguments._kept.cache_clear()
+    assert [kept(f) for f in (None, torch.tanh, torch.nn.Tanh, F.silu, torch.nn.Mish, doubled)] == [1, 1, 0, 1, 1, 1]
+    batch = torch.ones(4)
+    assert [kept(f) for f in (lambda x: x * batch, batch.mul, functools.partial(doubled), torch.nn.ELU)] == [0] * 4
+
+
+def doubled(x, by=2.0):
+    return x * by
+
+
+def test_a_closure_does_not_outlive_its_call():
+    a, b = embeddings()
+
+    def call():
+        batch = torch.ones(4)
+        CF.pairwise_scores(a, b, activation=lambda x: x * batch, **OPTIONS).sum().backward()
+        return weakref.ref(batch)
+
+    found = [call() for _ in range(3)]
+    gc.collect()
+    assert not any(batch() is not None for batch in found)
+
+
+REFUSED = {
+    "a list": (
+        lambda a, b: CF.cosent(a.tolist(), b, torch.arange(5)),
+        TypeError,
+        "expected a to be a tensor, got list",
+    ),
+    "labels as a list": (lambda a, b: CF.cosent(a, b, [0, 1, 2, 3, 4]), TypeError, "labels to be a tensor, got list"),
+    "labels of another length": (lambda a, b: CF.angle(a, b, torch.arange(4)), ValueError, r"labels of shape \(5,\)"),
+    "labels that are NaN": (lambda a, b: CF.cosent(a, b, torch.full((5,), math.nan)), ValueError, "without NaN"),
+    "a scale as text": (lambda a, b: CF.cosent(a, b, torch.arange(5), scale="20"), TypeError, "number.*got '20'"),
+    "a scale below zero": (
+        lambda a, b: CF.cosent(a, b, torch.arange(5), scale=torch.tensor(-1.0)),
+        ValueError,
+        r"zero or more, got -1\.0",
+    ),
+    "scores that are integers": (
+        lambda a, b: CF.cosent_from_scores(torch.arange(5), torch.arange(5)),
+        TypeError,
+        "scores to be floating point",
+    ),
+    "a margin that learns": (
+        lambda a, b: CF.triplet(a, b, b, margin=torch.nn.Parameter(torch.ones(()))),
+        TypeError,
+        "margin to be a finite number, got a parameter .* must be an argument",
+    ),
+    "a margin as a tensor": (
+        lambda a, b: CF.triplet(a, b, b, margin=torch.ones(())),
+        TypeError,
+        r"margin.*item\(\) makes a number of it",
+    ),
+    "a margin that is a bool": (lambda a, b: CF.triplet(a, b, b, margin=True), TypeError, "got True"),
+    "an unknown distance": (lambda a, b: CF.triplet(a, b, b, distance="l2"), ValueError, "distance to be one of.*'l2'"),
+    "a distance in a list": (lambda a, b: CF.triplet(a, b, b, distance=["cosine"]), ValueError, "got list"),
+    "eps where there is none": (lambda a, b: CF.pairwise_scores(a, b, similarity="dot", eps=1.0), ValueError, "eps"),
+    "no candidates": (lambda a, b: CF.pairwise_scores(a, []), ValueError, "at least one b"),
+    "one number": (lambda a, b: CF.pairwise_scores(a, 1.0), TypeError, "b to be a sequence of tensors, got 1.0"),
+    "an activation as text": (lambda a, b: CF.pairwise_scores(a, b, activation="tanh"), TypeError, "callable or None"),
+    "normalize": (lambda a, b: CF.pairwise_scores(a, b, normalize="yes"), TypeError, "normalize to be True or False"),
+    "on the meta device": (lambda a, b: CF.pairwise_scores(a.to("meta"), b.to("meta")), ValueError, "a in memory"),
+    "on two devices": (lambda a, b: CF.pairwise_scores(a, b.to("meta")), ValueError, "b0 on cpu, got meta"),
+    "sparse": (lambda a, b: CF.triplet(a.detach().to_sparse(), b, b), TypeError, "anchor to be a dense tensor"),
+    "compiled": (lambda a, b: CF.triplet(a, b, b, compiled="no"), TypeError, "compiled to be True, False or None"),
+}
+
+
+@pytest.mark.parametrize("call, error, message", REFUSED.values(), ids=REFUSED)
+def test_refuses(call, error, message):
+    with pytest.raises(error, match=message):
+        call(*embeddings())

@@ -195,9 +195,9 @@ BAD = {
     "unlike guides": (lambda s, g: guided(s, [g[0], g[1][:, :2]]), ValueError, "one shape"),
     "no guide for a negative": (lambda s, g: guided([*s, s[1]], g), ValueError, "1 hard negatives, got 0"),
     "mixed": (lambda s, g: guided([s[0], s[1].float()], g), TypeError, "one dtype"),
-    "temperature": (lambda s, g: guided(s, g, temperature=0.0), ValueError, "above 0"),
+    "temperature": (lambda s, g: guided(s, g, temperature=0.0), ValueError, "temperature to be a positive"),
     "NaN temperature": (lambda s, g: guided(s, g, temperature=float("nan")), ValueError, "finite"),
-    "margin": (lambda s, g: guided(s, g, margin=float("inf")), ValueError, "margin to be finite"),
+    "margin": (lambda s, g: guided(s, g, margin=float("inf")), ValueError, "margin to be a finite"),
     "strategy": (lambda s, g: guided(s, g, margin_strategy="both"), ValueError, "margin_strategy"),
     "no rows": (lambda s, g: guided([x[:0] for x in s], [x[:0] for x in g]), ValueError, "at least one row"),
 }

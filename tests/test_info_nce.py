@@ -540,21 +540,25 @@ BAD = {
     "rows": (lambda s: nce([s[0], s[1][:3]]), ValueError, "one shape"),
     "widths": (lambda s: nce([s[0], s[1][:, :2]]), ValueError, "one shape"),
     "negative rows": (lambda s: nce([*s, s[1][:3]]), ValueError, "one shape"),
-    "a vector": (lambda s: nce([s[0][0], s[1][0]]), ValueError, "one shape"),
-    "negative vector": (lambda s: CF.info_nce(*s, hard_negatives=s[1][0]), ValueError, "one shape"),
-    "no rows": (lambda s: nce([x[:0] for x in s]), ValueError, "one shape"),
-    "no width": (lambda s: nce([x[:, :0] for x in s]), ValueError, "one shape"),
-    "mixed": (lambda s: nce([s[0], s[1].float()]), TypeError, "one floating-point dtype"),
-    "integers": (lambda s: nce([x.detach().long() for x in s]), TypeError, "one floating-point dtype"),
-    "an array": (lambda s: CF.info_nce(s[0], s[1].tolist()), TypeError, "to be tensors"),
-    "a negative's array": (lambda s: CF.info_nce(*s, hard_negatives=[[1.0]]), TypeError, "to be tensors"),
-    "devices": (lambda s: nce([s[0], s[1].to("meta")]), ValueError, "one device"),
-    "scale": (lambda s: nce(s, scale=0.0), ValueError, "scale to be positive"),
-    "negative scale": (lambda s: nce(s, scale=-1.0), ValueError, "scale to be positive"),
-    "NaN scale": (lambda s: nce(s, scale=math.nan), ValueError, "scale to be finite"),
-    "infinite scale": (lambda s: nce(s, scale=math.inf), ValueError, "scale to be finite"),
+    "a vector": (lambda s: nce([s[0][0], s[1][0]]), ValueError, r"queries of shape \(N, H\), got \(5,\)"),
+    "negative vector": (lambda s: CF.info_nce(*s, hard_negatives=s[1][0]), ValueError, r"hard_negatives\[0\] of shape"),
+    "no rows": (lambda s: nce([x[:0] for x in s]), ValueError, "at least one row"),
+    "no width": (lambda s: nce([x[:, :0] for x in s]), ValueError, "one column"),
+    "mixed": (lambda s: nce([s[0], s[1].float()]), TypeError, "one dtype"),
+    "integers": (lambda s: nce([x.detach().long() for x in s]), TypeError, "queries to be floating point"),
+    "an array": (lambda s: CF.info_nce(s[0], s[1].tolist()), TypeError, "documents to be a tensor, got list"),
+    "a negative's array": (lambda s: CF.info_nce(*s, hard_negatives=[[1.0]]), TypeError, r"hard_negatives\[0\] to be"),
+    "devices": (lambda s: nce([s[0], s[1].to("meta")]), ValueError, "documents on cpu, got meta"),
+    "meta": (lambda s: nce([x.to("meta") for x in s]), ValueError, "queries in memory"),
+    "scale": (lambda s: nce(s, scale=0.0), ValueError, "scale to be a positive"),
+    "negative scale": (lambda s: nce(s, scale=-1.0), ValueError, "scale to be a positive"),
+    "zero tensor scale": (lambda s: nce(s, scale=torch.zeros(())), ValueError, r"a positive, .* got 0\.0"),
+    "NaN tensor scale": (lambda s: nce(s, scale=torch.tensor(math.nan)), ValueError, "got nan"),
+    "text scale": (lambda s: nce(s, scale="20"), TypeError, "scale to be a positive, finite number, got '20'"),
+    "NaN scale": (lambda s: nce(s, scale=math.nan), ValueError, "scale to be a positive, finite number"),
+    "infinite scale": (lambda s: nce(s, scale=math.inf), ValueError, "scale to be a positive, finite number"),
     "scales": (lambda s: nce(s, scale=torch.ones(2)), ValueError, "tensor of one"),
-    "integer scale": (lambda s: nce(s, scale=torch.tensor(20)), ValueError, "tensor of one"),
+    "integer scale": (lambda s: nce(s, scale=torch.tensor(20)), TypeError, "scale to be floating point"),
     "similarity": (lambda s: nce(s, similarity="cos"), ValueError, "similarity"),
     "direction": (lambda s: nce(s, directions=("query_to_doc", "up")), ValueError, "directions"),
     "no positive": (lambda s: nce(s, directions=("doc_to_query",)), ValueError, "positive pair"),
@@ -564,8 +568,8 @@ BAD = {
         lambda s: nce(s, partition_mode="per_direction", directions=ALL), ValueError, "hold no positive pair",
     ),
     "hardness": (lambda s: nce(s, hardness_mode="negatives"), ValueError, "hardness_mode"),
-    "strength": (lambda s: nce(s, hardness_strength=-1.0), ValueError, "at least 0"),
-    "NaN strength": (lambda s: nce(s, hardness_strength=math.nan), ValueError, "hardness_strength to be finite"),
+    "strength": (lambda s: nce(s, hardness_strength=-1.0), ValueError, "zero or more"),
+    "NaN strength": (lambda s: nce(s, hardness_strength=math.nan), ValueError, "hardness_strength to be a finite"),
     "query ids": (lambda s: nce(s, query_ids=torch.zeros(4, dtype=torch.long)), ValueError, "query_ids"),
     "float ids": (lambda s: nce(s, query_ids=torch.zeros(5)), TypeError, "integers"),
     "bool ids": (lambda s: nce(s, document_ids=torch.zeros(5, dtype=torch.bool)), TypeError, "integers"),
@@ -634,7 +638,7 @@ def test_compiled_unit(dtype):
 @pytest.mark.parametrize("way", ["one way", "two, joint", "two, each"])
 def test_the_steps_of_the_kernels(graphs, monkeypatch, way, wide, dtype):
     """On their plain twins, which a CPU takes: what goes in and comes out of them in an engine that pads and chunks."""
-    monkeypatch.setattr("chunked_embed.functional.contrastive.has_kernel", lambda loss, call: True)
+    monkeypatch.setattr("chunked_embed.functional.kernel_steps.kernel_refusal", lambda shape: None)
     if wide:
         monkeypatch.setattr("chunked_embed.engine.plan.NARROW", 0)
     for rows, negatives, chunk_size in ((11, 0, None), (11, 2, 4), (1, 1, None), (70, 0, 32)):
@@ -691,12 +695,14 @@ def test_ragged_batches_compile_little(graphs, monkeypatch, way, masked, wide):
     assert sum(counts[10:]) == (1 if two_sided and wide else 0), counts
 
 
-def test_a_scale_that_changes_compiles_nothing(graphs):
+def test_numbers_that_change_compile_nothing(graphs):
+    """From the third value on."""
     sides = inputs(7, 1, torch.float32)
     for way in ("one way", "two, each", "all four"):
         options = {"compiled": True, **WAYS[way], **HARDNESS["all"]}
         for make in (float, lambda x: torch.tensor(x, requires_grad=True)):
-            nce(sides, scale=make(20.0), **options).backward()
+            for scale, more in ((20.0, {}), (5.0, {}), (5.0, {"hardness_strength": 2.0})):
+                nce(sides, scale=make(scale), **options | more).backward()
             before = graphs()
             for scale in (3.0, 0.7, 100.0):
                 mine = nce(sides, scale=make(scale), **options)

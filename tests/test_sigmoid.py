@@ -137,10 +137,10 @@ def test_no_grad():
 BAD = {
     "rows": (lambda a, b: CF.sigmoid_pairs(a, b[:3]), ValueError, "one shape"),
     "mixed": (lambda a, b: CF.sigmoid_pairs(a, b.float()), TypeError, "one dtype"),
-    "scale": (lambda a, b: CF.sigmoid_pairs(a, b, scale=float("inf")), ValueError, "scale to be finite"),
-    "bias": (lambda a, b: CF.sigmoid_pairs(a, b, bias=float("nan")), ValueError, "bias to be finite"),
+    "scale": (lambda a, b: CF.sigmoid_pairs(a, b, scale=float("inf")), ValueError, "scale to be a finite"),
+    "bias": (lambda a, b: CF.sigmoid_pairs(a, b, bias=float("nan")), ValueError, "bias to be a finite"),
     "scales": (lambda a, b: CF.sigmoid_pairs(a, b, scale=torch.ones(5)), ValueError, "of one element"),
-    "integer": (lambda a, b: CF.sigmoid_pairs(a, b, bias=torch.tensor(1)), ValueError, "floating-point"),
+    "integer": (lambda a, b: CF.sigmoid_pairs(a, b, bias=torch.tensor(1)), TypeError, "floating point"),
     "similarity": (lambda a, b: CF.sigmoid_pairs(a, b, similarity="euclidean"), ValueError, "similarity"),
     "no rows": (lambda a, b: CF.sigmoid_pairs(a[:0], b[:0]), ValueError, "at least one row"),
 }
@@ -165,7 +165,7 @@ def test_other_numbers_compile_nothing(monkeypatch):
         for kind in (float, learnt):
             for values in ((10.0, -10.0), (11.5, -3.0), (0.5, 2.0)):
                 scale, bias = learnt(*values) if kind is learnt else values
-                mine = CF.sigmoid_pairs(*sides, scale=scale, bias=bias)
+                mine = CF.sigmoid_pairs(*sides, scale=scale, bias=bias, compiled=True)
                 assert_same([*sides, *([scale, bias] if kind is learnt else [])], mine, formula(*sides, scale, bias))
                 graphs.append(counters["stats"]["unique_graphs"])
         # With numbers, and again with a gradient for the bias; the rest are what was compiled before.
@@ -178,7 +178,7 @@ def test_compiled():
     for rows in (11, 7):
         leaves = [*inputs(rows), *learnt(10.0, -4.0)]
         a, b, scale, bias = leaves
-        assert_same(leaves, CF.sigmoid_pairs(a, b, scale=scale, bias=bias), formula(a, b, scale, bias))
+        assert_same(leaves, CF.sigmoid_pairs(a, b, scale=scale, bias=bias, compiled=True), formula(a, b, scale, bias))
 
 
 def test_a_function_of_ones_own_sees_a_chunk_of_rows():

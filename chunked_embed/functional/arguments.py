@@ -1,32 +1,58 @@
-"""What the losses share: checks of what a caller gives, and the projection that is applied to every side."""
+"""What the losses share: embeddings behind a projection and an activation, and losses that are kept for all calls."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, TypeVar
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any, TypeVar, cast
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..engine import FlexChunkLoss, Projection
-from ..engine.types import accumulator_dtype
+from .. import FlexChunkLoss, Projection, checks
+from ..chunking import Chunking
 
 Activation = Callable[[Tensor], Tensor]
 Rows = dict[str, Tensor]
 L = TypeVar("L", bound=FlexChunkLoss)
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+FUNCTIONS: Mapping[type[nn.Module], Activation] = {
+    nn.Tanh: torch.tanh,
+    nn.ReLU: torch.relu,
+    nn.ReLU6: F.relu6,
+    nn.Sigmoid: torch.sigmoid,
+    nn.SiLU: F.silu,
+    nn.Mish: F.mish,
+    nn.Softsign: F.softsign,
+    nn.Tanhshrink: F.tanhshrink,
+    nn.LogSigmoid: F.logsigmoid,
+}
+"""The same function for all modules of a kind: it is part of what a step is compiled for."""
+
+
+def as_function(module: nn.Module) -> Activation | None:
+    """What a module computes that has no options; None of one that is not known."""
+    if type(module) is nn.GELU:
+        return F.gelu if module.approximate == "none" else gelu_tanh
+    return FUNCTIONS.get(type(module))
 
 
 class Embedding(FlexChunkLoss):
     """Outputs are embeddings, behind an activation and a normalisation where the caller has those."""
 
     def __init__(self, activation: Activation | None = None, normalize: bool = False, **options: Any) -> None:
-        super().__init__(**options)
-        if activation is not None and not callable(activation):
-            raise TypeError(f"expected activation to be callable, got {activation!r}")
-        self.activation = activation
-        self.normalize = bool(normalize)
+        super().__init__(targets=(), **options)
+        self.activation = frozen_activation(activation)
+        self.normalize = checks.flag("normalize", normalize)
 
     def embed(self, outputs: Tensor) -> Tensor:
         if self.activation is not None:
@@ -34,49 +60,62 @@ class Embedding(FlexChunkLoss):
         return F.normalize(outputs, dim=1) if self.normalize else outputs
 
 
-@lru_cache(maxsize=256)
-def shared(kind: type[L], **options: Any) -> L:
-    """A loss has no state: one instance serves every call with the same options."""
-    return kind(**options)
+def frozen_activation(activation: Activation | None) -> Activation | None:
+    """One that runs inside of a step, where its parameters would get no gradient."""
+    checks.function_or_none("activation", activation)
+    if not isinstance(activation, nn.Module):
+        return activation
+    if learning := [name for name, parameter in activation.named_parameters() if parameter.requires_grad]:
+        raise ValueError(
+            f"expected an activation without parameters that learn, got {type(activation).__name__} with {learning}: "
+            "apply it to the embeddings before the call, and it will have its gradients"
+        )
+    if type(activation) is nn.Identity:
+        return None
+    return as_function(activation) or activation
+
+
+def shared(kind: type[L], chunking: Chunking, **options: Any) -> L:
+    """A loss has no state, so that one serves every call with the same options, and its plans with it. What may hold a
+    batch alive is not kept: a function with a closure, say."""
+    if all(_holds_nothing(value) for value in options.values()):
+        return cast(L, _kept(cast(Any, kind), chunking, **options))
+    return kind(**options, **chunking.keywords)
+
+
+def _holds_nothing(value: Any) -> bool:
+    if isinstance(value, FunctionType):
+        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        return value.__closure__ is None and all(type(default) in PLAIN for default in defaults)
+    if isinstance(value, BuiltinFunctionType):
+        return value.__self__ is None or isinstance(value.__self__, ModuleType)  # else a method of an object
+    return type(value) in PLAIN
+
+
+@lru_cache(maxsize=256, typed=True)  # making modules takes longer than using them
+def _kept(kind: Any, chunking: Chunking, **options: Any) -> Any:
+    return kind(**options, **chunking.keywords)
 
 
 def project(sides: dict[str, Tensor], weight: Tensor | None, bias: Tensor | None) -> dict[str, Projection]:
-    shapes = {name: tuple(side.shape) for name, side in sides.items()}
-    if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
-        raise ValueError(f"expected embeddings of one shape (N, H), got {shapes}")
-    dtypes = {name: side.dtype for name, side in sides.items()}
-    if weight is None and len(set(dtypes.values())) > 1:
-        raise TypeError(f"expected embeddings of one dtype, got {dtypes}")
+    check_embeddings(sides, "H", one_dtype=weight is None)
     return {name: Projection(side, weight, bias) for name, side in sides.items()}
 
 
+def check_embeddings(sides: dict[str, Tensor], width: str = "D", one_dtype: bool = True) -> None:
+    """Embeddings of one shape (N, D) that is not empty, on one device."""
+    device = None
+    for name, side in sides.items():
+        checks.tensor(name, side, ("N", width), device=device, kind="floating")
+        device = side.device
+    shape = checks.one_shape("embeddings", sides)
+    if 0 in shape:
+        raise ValueError(f"expected embeddings (N, {width}) with at least one row and one column, got {shape}")
+    if one_dtype:
+        checks.one_dtype("embeddings", {name: side.dtype for name, side in sides.items()})
+
+
 def check_labels(labels: Tensor, rows: Tensor) -> None:
-    if labels.shape != rows.shape[:1] or labels.device != rows.device or labels.is_complex():
-        raise ValueError(
-            f"expected one label per row, ({rows.shape[0]},) on {rows.device}, "
-            f"got {tuple(labels.shape)} on {labels.device}"
-        )
-    if labels.is_floating_point() and bool(labels.isnan().any()):
-        raise ValueError("expected labels without NaN")
-
-
-def finite(name: str, value: float) -> float:
-    if isinstance(value, Tensor) or not math.isfinite(value):
-        raise ValueError(f"expected {name} to be finite, got {value}")
-    return float(value)
-
-
-def scalar(name: str, value: Tensor, like: Tensor) -> Tensor:  # -> ()
-    """A tensor of one number, where and as wide as sums over ``like`` are."""
-    if value.numel() != 1 or not value.is_floating_point():
-        raise ValueError(
-            f"expected {name} to be a number or a floating-point tensor of one element, "
-            f"got {value.dtype} {tuple(value.shape)}"
-        )
-    return value.reshape(()).to(device=like.device, dtype=accumulator_dtype(like.dtype))
-
-
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ValueError(f"expected {name} to be one of {list(allowed)}, got {value!r}")
-    return value
+    """One real number a row. Waits for the device where labels may be NaN."""
+    checks.tensor("labels", labels, (len(rows),), device=rows.device, kind="real")
+    checks.no_nan("labels", labels)

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine import FlexChunkLoss, Projection
+from .. import FlexChunkLoss, Projection, checks
+from ..chunking import Chunking
 from ..engine.compile import outside_compile
 from ..engine.types import accumulator_dtype
-from .arguments import Rows, check_labels, finite, one_of, shared
+from .arguments import Rows, check_embeddings, check_labels, shared
 from .pairwise import cosine
 
 BATCH_DISTANCES = ("euclidean", "squared_euclidean", "cosine")
@@ -36,13 +37,14 @@ def inner_norms(x: Tensor, distance: str) -> Tensor:
 
 
 class Mining(FlexChunkLoss):
-    """Outputs are inner products of rows and candidates; rows and columns carry ``label``, ``norm``, rows ``index``."""
+    """Outputs are inner products of rows and candidates; rows and columns carry ``label``, ``norm``, rows ``index``.
 
-    float32_outputs = True  # distances are differences of nearly equal numbers
+    They are float32: distances are differences of nearly equal numbers.
+    """
 
     def __init__(self, distance: str = "euclidean", **options: Any) -> None:
-        super().__init__(**options)
-        self.distance = one_of("distance", distance, BATCH_DISTANCES)
+        super().__init__(targets=(), float32_outputs=True, **options)
+        self.distance = checks.choice("distance", distance, BATCH_DISTANCES)
 
     def distances(self, outputs: Tensor, rows: Rows, columns: Rows) -> Tensor:  # (R, V)
         if self.distance == "cosine":
@@ -65,7 +67,7 @@ def masks(outputs: Tensor, rows: Rows, columns: Rows) -> tuple[Tensor, Tensor]:
 class HardestPairs(Mining):
     """Positions of each row's farthest positive and nearest negative, -1 where it has none."""
 
-    def score_fn(self, outputs: Tensor, rows: Rows, hp: Any, columns: Any = None) -> Rows:
+    def score_fn(self, outputs: Tensor, rows: Rows, columns: Any = None) -> Rows:
         positive, negative = masks(outputs, rows, columns)
         # Ordered like the distances of a row, which differ by what all of them share.
         order = -outputs * columns["norm"] if self.distance == "cosine" else columns["norm"] - 2 * outputs
@@ -81,10 +83,10 @@ class HardTriplet(FlexChunkLoss):
     """Outputs are aligned embeddings: ``anchor``, ``positive``, ``negative``; rows say which of the latter exist."""
 
     def __init__(self, margin: float = 5.0, soft: bool = False, distance: str = "euclidean", **options: Any) -> None:
-        super().__init__(**options)
-        self.margin = finite("margin", margin)
-        self.soft = bool(soft)
-        self.distance = one_of("distance", distance, BATCH_DISTANCES)
+        super().__init__(targets=(), **options)
+        self.margin = checks.number("margin", margin)
+        self.soft = checks.flag("soft", soft)
+        self.distance = checks.choice("distance", distance, BATCH_DISTANCES)
 
     def between(self, a: Tensor, b: Tensor) -> Tensor:
         if self.distance == "cosine":
@@ -94,14 +96,14 @@ class HardTriplet(FlexChunkLoss):
             return (difference * difference).sum(1)
         return torch.linalg.vector_norm(difference, dim=1)
 
-    def loss_fn(self, outputs: Rows, rows: Rows, hp: Any) -> Tensor:
+    def loss_fn(self, outputs: Rows, rows: Rows) -> Tensor:
         anchor = outputs["anchor"]
         near = torch.where(rows["has_positive"], self.between(anchor, outputs["positive"]), 0.0)
         # Without a negative the library takes the row's largest distance, which is that of its farthest positive.
         difference = torch.where(rows["has_negative"], near - self.between(anchor, outputs["negative"]), 0.0)
         if self.soft:
             return F.softplus(difference)
-        loss = difference + hp.margin
+        loss = difference + self.margin
         return torch.where(loss < 0, 0.0, loss)
 
 
@@ -109,13 +111,12 @@ class SemiHardTriplet(Mining):
     """A row's sum over its positives of ``relu(d(a, p) - d(a, n) + margin)``, n the nearest negative beyond p, or the
     farthest where there is none beyond."""
 
-    workspace_bytes = 48  # the sort and its index, positions found in it, the chosen distances and their gradient
-
     def __init__(self, margin: float = 5.0, **options: Any) -> None:
-        super().__init__(**options)
-        self.margin = finite("margin", margin)
+        # The sort and its index, positions found in it, the chosen distances and their gradient.
+        super().__init__(workspace_bytes=48, **options)
+        self.margin = checks.number("margin", margin)
 
-    def loss_fn(self, outputs: Tensor, rows: Rows, hp: Any, columns: Any = None) -> Tensor:
+    def loss_fn(self, outputs: Tensor, rows: Rows, columns: Any = None) -> Tensor:
         distances = self.distances(outputs, rows, columns)
         positive, negative = masks(outputs, rows, columns)
         fixed = distances.detach()
@@ -124,29 +125,28 @@ class SemiHardTriplet(Mining):
         count = negative.sum(1, keepdim=True)
         chosen = distances.gather(1, place.gather(1, torch.minimum(beyond, count - 1).clamp_min(0)))
         # Without a negative the library compares with the row's smallest distance: to itself, zero.
-        triplets = distances - torch.where(count > 0, chosen, 0.0) + hp.margin
+        triplets = distances - torch.where(count > 0, chosen, 0.0) + self.margin
         return torch.where(positive, torch.maximum(triplets, torch.zeros_like(triplets)), 0.0).sum(1)
 
 
 class AllTriplets(Mining):
-    """A row's sum over its positives and negatives of ``relu(d(a, p) - d(a, n) + margin)``, times ``hp.scale``; and the
+    """A row's sum over its positives and negatives of ``relu(d(a, p) - d(a, n) + margin)``, times ``scale``; and the
     count of those above zero.
 
     Sorted once by each side, a distance knows how many of the other side it forms such a triplet with. That number is
     its coefficient in the sum, which is linear otherwise.
     """
 
-    workspace_bytes = 72  # two sorts, three searches, counts and sums in float64
+    def __init__(self, margin: float = 5.0, scale: float = 1.0, **options: Any) -> None:
+        super().__init__(workspace_bytes=72, **options)  # two sorts, three searches, counts and sums in float64
+        self.margin = checks.number("margin", margin)
+        self.scale = checks.number("scale", scale)
 
-    def __init__(self, margin: float = 5.0, **options: Any) -> None:
-        super().__init__(**options)
-        self.margin = finite("margin", margin)
-
-    def loss_fn(self, outputs: Tensor, rows: Rows, hp: Any, columns: Any = None) -> tuple[Tensor, Rows]:
+    def loss_fn(self, outputs: Tensor, rows: Rows, columns: Any = None) -> tuple[Tensor, Rows]:
         distances = self.distances(outputs, rows, columns)
         positive, negative = masks(outputs, rows, columns)
         fixed = distances.detach()
-        reach = fixed + hp.margin  # of a positive: up to here a negative counts
+        reach = fixed + self.margin  # of a positive: up to here a negative counts
         negatives = torch.where(negative, fixed, torch.inf).sort(1).values
         reaches = torch.where(positive, reach, -torch.inf).sort(1).values
         # A triplet of exactly zero has a gradient in the library, but is not counted.
@@ -154,9 +154,9 @@ class AllTriplets(Mining):
         beyond = outputs.shape[1] - torch.searchsorted(reaches, fixed, out_int32=True)
         counted = torch.searchsorted(negatives, reach - 1e-16, out_int32=True)
         coefficient = torch.where(positive, within, torch.where(negative, -beyond, 0))
-        value = (coefficient * torch.where(positive, reach, fixed).double()).sum(1) * hp.scale
+        value = (coefficient * torch.where(positive, reach, fixed).double()).sum(1) * self.scale
         # Zero, with the gradient of the sum.
-        slope = (coefficient * hp.scale.to(fixed.dtype) * (distances - fixed)).sum(1)
+        slope = (coefficient.to(fixed.dtype) * self.scale * (distances - fixed)).sum(1)
         return value.to(fixed.dtype) + slope, {"count": torch.where(positive, counted, 0).sum(1)}
 
 
@@ -173,11 +173,11 @@ class Labelled:
     candidate_labels: Tensor  # (V,)
     offset: int = 0  # row i is candidate i + offset
     distance: str = "euclidean"
-    chunking: dict[str, Any] = field(default_factory=dict)
+    chunking: Chunking = field(default_factory=Chunking)
 
     def call(self, kind: Any, **options: Any) -> tuple[FlexChunkLoss, dict[str, Any]]:
         """A :class:`Mining` loss over the inner products, and its arguments."""
-        mining = shared(kind, distance=self.distance, **options, **self.chunking)
+        mining = shared(kind, self.chunking, distance=self.distance, **options)
         norm = inner_norms(self.candidates, self.distance)
         whole = self.rows is self.candidates
         index = torch.arange(self.offset, self.offset + len(self.rows), device=self.rows.device)
@@ -193,7 +193,7 @@ class Labelled:
 
     def hard(self, margin: float, soft: bool) -> Tensor:
         """Mean over the rows."""
-        mined = shared(HardTriplet, margin=margin, soft=soft, distance=self.distance, **self.chunking)
+        mined = shared(HardTriplet, self.chunking, margin=margin, soft=soft, distance=self.distance)
         with torch.no_grad():
             loss, arguments = self.call(HardestPairs)
             found = loss.scores(**arguments)
@@ -215,10 +215,9 @@ class Labelled:
         """Sum over the rows, and how many triplets are above zero."""
         # Coefficients of 1 to V, in half precision: brought to the middle of its range, by a power of two.
         scale = 2.0 ** -(len(self.candidates).bit_length() // 2)
-        loss, arguments = self.call(AllTriplets, margin=margin)
+        loss, arguments = self.call(AllTriplets, margin=margin, scale=scale)
         weight = torch.ones(len(self.rows), dtype=accumulator_dtype(self.rows.dtype), device=self.rows.device)
-        numbers = {"scale": torch.tensor(scale, dtype=torch.float64)}
-        result = loss(**arguments, row_weight=weight, numbers=numbers)
+        result = loss(**arguments, row_weight=weight)
         return result.loss / scale, result.metrics["count"].sum()
 
 
@@ -227,18 +226,11 @@ def mean_over_triplets(total: Tensor, count: Tensor) -> Tensor:
     return total * torch.where(count > 0, 1 / count.double(), 0.0).to(total.dtype)
 
 
-def labelled(embeddings: Tensor, labels: Tensor, distance: str, **chunking: Any) -> Labelled:
-    check_matrix("embeddings", embeddings)
+def labelled(embeddings: Tensor, labels: Tensor, distance: str, chunking: Chunking) -> Labelled:
+    check_embeddings({"embeddings": embeddings})
     check_labels(labels, embeddings)
-    one_of("distance", distance, BATCH_DISTANCES)
+    checks.choice("distance", distance, BATCH_DISTANCES)
     return Labelled(embeddings, labels, embeddings, labels, distance=distance, chunking=chunking)
-
-
-def check_matrix(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"expected {name} in floating point, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.dim() != 2 or 0 in x.shape:
-        raise ValueError(f"expected {name} of shape (N, D) with at least one row, got {tuple(x.shape)}")
 
 
 def precise(x: Tensor) -> torch.autocast:
@@ -259,7 +251,7 @@ def batch_hard_triplet(
     distance: str = "euclidean",
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
-    compiled: bool = True,
+    compiled: bool | None = None,
 ) -> Tensor:
     """``mean relu(max_p d(a, p) - min_n d(a, n) + margin)`` over all anchors, p of the anchor's label, n of others.
 
@@ -283,9 +275,7 @@ def batch_hard_triplet(
         ValueError: shapes, labels or devices that do not fit, an unknown distance, a margin that is not finite.
         TypeError: embeddings that are not floating point.
     """
-    batch = labelled(
-        embeddings, labels, distance, chunk_size=chunk_size, max_chunk_bytes=max_chunk_bytes, compiled=compiled
-    )
+    batch = labelled(embeddings, labels, distance, Chunking(chunk_size, max_chunk_bytes, compiled))
     with precise(embeddings):
         return batch.hard(margin, soft)
 
@@ -299,7 +289,7 @@ def batch_semi_hard_triplet(
     distance: str = "euclidean",
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
-    compiled: bool = True,
+    compiled: bool | None = None,
 ) -> Tensor:
     """``mean relu(d(a, p) - d(a, n) + margin)`` over all pairs of one label, n the nearest negative that is farther
     from the anchor than p, or the farthest negative where none is. Zero without such pairs.
@@ -310,9 +300,7 @@ def batch_semi_hard_triplet(
     ``sentence_transformers.losses.BatchSemiHardTripletLoss``. Arguments and errors as for :func:`batch_hard_triplet`.
     Distances are differences of products: those below about ``4 * sqrt(eps)`` times the rows' norms count as zero.
     """
-    batch = labelled(
-        embeddings, labels, distance, chunk_size=chunk_size, max_chunk_bytes=max_chunk_bytes, compiled=compiled
-    )
+    batch = labelled(embeddings, labels, distance, Chunking(chunk_size, max_chunk_bytes, compiled))
     with precise(embeddings):
         return batch.semi_hard(margin)
 
@@ -326,7 +314,7 @@ def batch_all_triplet(
     distance: str = "euclidean",
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
-    compiled: bool = True,
+    compiled: bool | None = None,
 ) -> Tensor:
     """``sum relu(d(a, p) - d(a, n) + margin)`` over all triplets, divided by how many of them are above 1e-16.
 
@@ -337,8 +325,6 @@ def batch_all_triplet(
     ``sentence_transformers.losses.BatchAllTripletLoss``. Arguments and errors as for :func:`batch_hard_triplet`,
     distances as for :func:`batch_semi_hard_triplet`.
     """
-    batch = labelled(
-        embeddings, labels, distance, chunk_size=chunk_size, max_chunk_bytes=max_chunk_bytes, compiled=compiled
-    )
+    batch = labelled(embeddings, labels, distance, Chunking(chunk_size, max_chunk_bytes, compiled))
     with precise(embeddings):
         return mean_over_triplets(*batch.all(margin))

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..engine.plan import CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES
+from ..chunking import Chunking
 from ..engine.types import accumulator_dtype
 from .arguments import Rows
 
 Similarity = Callable[[Tensor, Tensor], Tensor]  # (R, D), (V, D) -> (R, V)
 COPIES = 8  # of a block, about, while it is worked on
+CHUNK_BYTES = {"cuda": 1 << 29}
+CPU_CHUNK_BYTES = 1 << 27
 
 
 def mean_by_rows(
@@ -21,9 +23,8 @@ def mean_by_rows(
     similarity: Similarity,
     sides: dict[str, tuple[Tensor, Tensor]],  # by block: (N, D) rows, (V, D) candidates
     rows: Rows,
+    chunking: Chunking,
     *,
-    chunk_size: int | None,
-    max_chunk_bytes: int | None,
     swapped: tuple[str, ...] = (),  # blocks whose rows are the similarity's second argument
 ) -> Tensor:
     """The mean over rows of a row-wise loss, a chunk of rows at a time, each formed again in backward."""
@@ -36,14 +37,14 @@ def mean_by_rows(
             z, expected = similarity(*pair), (len(pair[0]), len(pair[1]))
             if z.shape != expected:
                 raise ValueError(
-                    f"a similarity must return a score for every pair: expected shape {expected}, got {tuple(z.shape)}"
+                    f"expected the similarity to return a score for every pair, {expected}, got {tuple(z.shape)}"
                 )
             blocks[name] = (z.t() if name in swapped else z).to(accumulator_dtype(z.dtype))
         return loss_fn(blocks, {name: r[start:stop] for name, r in rows.items()}).sum()
 
     per_row = COPIES * 4 * sum(len(candidates) for _, candidates in sides.values())
-    least, _ = CUDA_CHUNK_BYTES if first.is_cuda else CPU_CHUNK_BYTES
-    size = chunk_size or max((max_chunk_bytes or least) // per_row, 1)
+    budget = chunking.max_chunk_bytes or CHUNK_BYTES.get(first.device.type, CPU_CHUNK_BYTES)
+    size = chunking.chunk_size or max(budget // per_row, 1)
     n = len(first)
     parts = [checkpoint(part, i, min(i + size, n), use_reentrant=False) for i in range(0, n, size)]
     return torch.stack(parts).sum() / n

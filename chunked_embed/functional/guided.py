@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine import FlexChunkLoss, Projection
+from .. import FlexChunkLoss, Projection, checks
+from ..checks import POSITIVE
+from ..chunking import Chunking
 from ..engine.compile import outside_compile
 from ..engine.types import accumulator_dtype
 from ..gather import ranks
-from .arguments import Rows, finite, one_of, project, shared
+from .arguments import Rows, check_embeddings, shared
 from .normalize import unit
 
 MARGIN_STRATEGIES = ("absolute", "relative")
@@ -23,21 +25,18 @@ TIE = 16  # units in the last place that the guide's similarities of equal texts
 class GuidedInfoNCE(FlexChunkLoss):
     """Row i holds what query i and its document are compared with, in up to three blocks, each once for the model and
     once for the guide. The guide's blocks are plain products: its inverse norms come as row and column arguments.
+    Whether one similarity exceeds another does not depend on half precision: outputs are float32.
     """
-
-    float32_outputs = True  # whether one similarity exceeds another is not to depend on half precision
 
     def __init__(
         self, temperature: float = 0.01, margin_strategy: str = "absolute", margin: float = 0.0, **options: Any
     ) -> None:
-        super().__init__(**options)
-        if finite("temperature", temperature) <= 0:
-            raise ValueError(f"expected temperature to be above 0, got {temperature}")
-        self.temperature = float(temperature)
-        self.margin_strategy = one_of("margin_strategy", margin_strategy, MARGIN_STRATEGIES)
-        self.margin = finite("margin", margin)
+        super().__init__(targets=(), float32_outputs=True, **options)
+        self.temperature = checks.number("temperature", temperature, POSITIVE)
+        self.margin_strategy = checks.choice("margin_strategy", margin_strategy, MARGIN_STRATEGIES)
+        self.margin = checks.number("margin", margin)
 
-    def loss_fn(self, outputs: Rows, rows: Rows, hp: Any, columns: Any = None) -> Tensor:
+    def loss_fn(self, outputs: Rows, rows: Rows, columns: Any = None) -> Tensor:
         def guided(block: str) -> Tensor:
             norms = rows["document_norm" if block == "documents" else "query_norm"]
             return outputs[f"guide {block}"] * norms[:, None] * columns[block]
@@ -46,14 +45,15 @@ class GuidedInfoNCE(FlexChunkLoss):
         own = torch.arange(candidates.shape[1], device=candidates.device) == rows["target"][:, None]
         # From the product and not from the pair itself: a copy of the document ties with it, however products round.
         limit = torch.where(own, candidates, 0.0).sum(1, keepdim=True)
-        limit = limit - hp.margin * (limit.abs() if self.margin_strategy == "relative" else 1.0)
+        limit = limit - self.margin * (limit.abs() if self.margin_strategy == "relative" else 1.0)
         limit = limit + TIE * torch.finfo(limit.dtype).eps
         dropped = {"candidates": (candidates > limit) & ~own}
         dropped |= {block: guided(block) > limit for block in ("queries", "documents") if block in outputs}
         terms = [
-            torch.where(drop, DROPPED, outputs[block] / hp.temperature).logsumexp(1) for block, drop in dropped.items()
+            torch.where(drop, DROPPED, outputs[block] / self.temperature).logsumexp(1)
+            for block, drop in dropped.items()
         ]
-        positive = torch.where(own, outputs["candidates"], 0.0).sum(1) / hp.temperature
+        positive = torch.where(own, outputs["candidates"], 0.0).sum(1) / self.temperature
         return torch.stack(terms).logsumexp(0) - positive
 
 
@@ -74,7 +74,7 @@ def guided_info_nce(
     gather_across_devices: bool = False,
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
-    compiled: bool = True,
+    compiled: bool | None = None,
 ) -> Tensor:
     """InfoNCE without the negatives that a guide finds nearer than the positive (GISTEmbed).
 
@@ -98,19 +98,12 @@ def guided_info_nce(
 
     Raises:
         ValueError: shapes or devices that differ, numbers that are not finite, a temperature that is not above 0.
-        TypeError: mixed dtypes.
+        TypeError: mixed dtypes, numbers that are none.
 
     Source: Solatorio, "GISTEmbed", arXiv 2402.16829, as in ``sentence_transformers.losses.GISTEmbedLoss``.
     """
-    loss = shared(
-        GuidedInfoNCE,
-        temperature=temperature,
-        margin_strategy=margin_strategy,
-        margin=margin,
-        chunk_size=chunk_size,
-        max_chunk_bytes=max_chunk_bytes,
-        compiled=compiled,
-    )
+    chunking = Chunking(chunk_size, max_chunk_bytes, compiled)
+    loss = shared(GuidedInfoNCE, chunking, temperature=temperature, margin_strategy=margin_strategy, margin=margin)
     own = [queries, documents, *hard_negatives]
     guide = [guide_queries, guide_documents, *guide_hard_negatives]
     _check(own, guide)
@@ -139,8 +132,8 @@ def _check(own: list[Tensor], guide: list[Tensor]) -> None:
     if len(own) != len(guide):
         raise ValueError(f"expected the guide's embeddings of {len(own) - 2} hard negatives, got {len(guide) - 2}")
     names = ["queries", "documents", *(f"hard_negatives[{i}]" for i in range(len(own) - 2))]
-    project(dict(zip(names, own)), None, None)
-    project({f"guide_{name}": x for name, x in zip(names, guide)}, None, None)
+    check_embeddings(dict(zip(names, own)))
+    check_embeddings({f"guide_{name}": x for name, x in zip(names, guide)})
     if len(own[0]) != len(guide[0]) or own[0].device != guide[0].device:
         raise ValueError(
             f"expected {len(own[0])} rows from the guide on {own[0].device}, got {len(guide[0])} on {guide[0].device}"

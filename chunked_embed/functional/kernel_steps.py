@@ -2,87 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..engine import FlexChunkLoss
-from ..engine.steps import ChunkData, Named, weighted
-from ..engine.walk import Call
-from ..kernels import available
+from .. import LOSS, Chunk, Into, Needs, Shape, Step
 from ..kernels.similarity import both_gradients_, both_logsumexps, cross_entropy_, sigmoid_pairs_
+from ..tokens import kernel_refusal
+from .arguments import Rows
 
 
-def has_kernel(loss: FlexChunkLoss, call: Call) -> bool:
-    """Uncompiled runs and float64 take the plain functions."""
-    return loss.compiled and call.problem.dtype != torch.float64 and available(call.problem.device)
+class KernelStep(Step):
+    """Takes the outputs of one projection, and the column of each row that is its own."""
+
+    def needs(self, shape: Shape) -> Needs:
+        return Needs(refusal=kernel_refusal(shape))
 
 
-def _only(data: ChunkData) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """-> the outputs' real rows, their targets, where the gradient goes (None: in place), whether it is wanted."""
-    ((name, outputs),) = data.outputs.items()
-    x = outputs[: data.rows]
-    out = data.destinations.get(name)
-    return x, data.row_args["target"], None if out is None else out[: data.rows], name in data.destinations
+class RowKernel(KernelStep):
+    """A row-wise loss, and its gradient in the same pass."""
+
+    def run(self, chunk: Chunk, weight: Tensor | None, into: Into | None) -> Tensor:  # (rows,)
+        """Without a weight: the loss alone. Otherwise gradients of ``sum(weight * loss)`` go to ``into``."""
+        raise NotImplementedError
+
+    def score(self, chunk: Chunk) -> tuple[Rows, None]:
+        return {LOSS: self.run(chunk, None, None)}, None
+
+    def both(self, chunk: Chunk, upstream: Rows, into: Into) -> Rows:
+        return {LOSS: self.run(chunk, upstream[LOSS], into)}
+
+    def pull(self, chunk: Chunk, kept: None, parts: Rows, upstream: Rows, into: Into) -> None:
+        self.run(chunk, upstream[LOSS], into)
 
 
-class CrossEntropyRows:
-    """Softmax over a row and its gradient in one kernel."""
+@dataclass(frozen=True)
+class CrossEntropyRows(RowKernel):
+    """Softmax over a row, of its outputs times ``scale``."""
 
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
+    scale: float
 
-    def values(self, data: ChunkData, weight: Tensor, hp: NamedTuple) -> tuple[Tensor, Named]:
-        x, target, _, _ = _only(data)
-        return weighted(cross_entropy_(x, target, scale=self.scale), weight), {}
-
-    def gradients(self, data: ChunkData, weight: Tensor, hp: NamedTuple) -> tuple[Tensor, Named, Named, Named]:
-        x, target, out, wanted = _only(data)
-        loss = cross_entropy_(x, target, weight if wanted else None, scale=self.scale, out=out)
-        return weighted(loss, weight), {}, {}, {}
-
-
-class SigmoidRows:
-    """Sigmoid losses of a row; their gradient, and the scale's and the bias's, in the same pass."""
-
-    def __init__(self, wanted: tuple[str, ...]) -> None:
-        self.wanted = wanted
-
-    def values(self, data: ChunkData, weight: Tensor, hp: NamedTuple) -> tuple[Tensor, Named]:
-        x, target, _, _ = _only(data)
-        loss, _, _ = sigmoid_pairs_(x, target, data.row_args["scale"], data.row_args["bias"])
-        return weighted(loss, weight), {}
-
-    def gradients(self, data: ChunkData, weight: Tensor, hp: NamedTuple) -> tuple[Tensor, Named, Named, Named]:
-        x, target, out, wanted = _only(data)
-        out = out if wanted else torch.empty_like(x)
-        loss, *grads = sigmoid_pairs_(x, target, data.row_args["scale"], data.row_args["bias"], weight, out=out)
-        found = dict(zip(("scale", "bias"), grads, strict=True))
-        return weighted(loss, weight), {}, {name: found[name] for name in self.wanted}, {}
+    def run(self, chunk: Chunk, weight: Tensor | None, into: Into | None) -> Tensor:
+        x, target = chunk.outputs(), chunk.rows["target"]
+        if into is None or not into.wants(chunk.names[0]):
+            return cross_entropy_(x, target, scale=self.scale)
+        loss = cross_entropy_(x, target, weight, scale=self.scale, out=into.place())
+        into.outputs(into.place())
+        return loss
 
 
-class TwoSidedScore:
+@dataclass(frozen=True)
+class SigmoidRows(RowKernel):
+    """Sigmoid losses of a row, whose scale and bias may learn."""
+
+    def run(self, chunk: Chunk, weight: Tensor | None, into: Into | None) -> Tensor:
+        x, rows = chunk.outputs(), chunk.rows
+        given = (x, rows["target"], rows["scale"], rows["bias"])
+        if into is None:
+            return sigmoid_pairs_(*given)[0]
+        wanted = into.wants(chunk.names[0])
+        place = into.place() if wanted else torch.empty_like(x)
+        loss, g_scale, g_bias = sigmoid_pairs_(*given, weight, out=place)
+        if wanted:
+            into.outputs(place)
+        into.rows("scale", g_scale)
+        into.rows("bias", g_bias)
+        return loss
+
+
+@dataclass(frozen=True)
+class TwoSidedScore(KernelStep):
     """Row and column log-sum-exps in one pass over the outputs, their gradient in another."""
 
-    combine: Mapping[str, str] = {"over_queries": "logsumexp"}
+    scale: float
+    row_wise = False
+    column_parts = {"over_queries": "logsumexp"}
 
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-
-    def values(self, data: ChunkData, hp: NamedTuple) -> tuple[Named, Named, Named]:
-        x, target, _, _ = _only(data)
-        rows, columns = both_logsumexps(x, scale=self.scale)
+    def score(self, chunk: Chunk) -> tuple[Rows, None]:
+        x, target = chunk.outputs(), chunk.rows["target"]
+        over_documents, over_queries = both_logsumexps(x, scale=self.scale)
         positive = x.gather(1, target[:, None]).squeeze(1).float() * self.scale
-        return {"positive": positive, "over_documents": rows}, {"over_queries": columns}, {"over_documents": rows}
+        return {"positive": positive, "over_documents": over_documents, "over_queries": over_queries}, None
 
-    def gradients(
-        self, data: ChunkData, hp: NamedTuple, saved: Named, upstream: Named, totals: Named
-    ) -> tuple[Named, Named]:
-        x, target, out, wanted = _only(data)
-        if wanted:
-            given = (upstream["over_documents"], upstream["over_queries"], upstream["positive"])
-            lses = (saved["over_documents"], totals["over_queries"])
-            both_gradients_(x, target, lses, given, scale=self.scale, out=out)
-        return {}, {}
+    def pull(self, chunk: Chunk, kept: None, parts: Rows, upstream: Rows, into: Into) -> None:
+        if not into.wants(chunk.names[0]):
+            return
+        totals = ("over_documents", "over_queries")
+        row, column, own = (upstream.get(name, torch.zeros_like(parts[name])) for name in (*totals, "positive"))
+        lses = (parts["over_documents"], parts["over_queries"])
+        x, target = chunk.outputs(), chunk.rows["target"]
+        both_gradients_(x, target, lses, (row, column, own), scale=self.scale, out=into.place())
+        into.outputs(into.place())

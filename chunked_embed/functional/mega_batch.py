@@ -8,19 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine import FlexChunkLoss, Projection
+from .. import FlexChunkLoss, Projection, checks
+from ..chunking import Chunking
 from ..engine.compile import outside_compile
-from .arguments import Rows, finite, shared
-from .batch_triplets import check_matrix, inner_norms, precise
+from .arguments import Rows, check_embeddings, shared
+from .batch_triplets import inner_norms, precise
 from .pairwise import cosine
 
 
 class NearestOther(FlexChunkLoss):
     """Outputs are inner products of anchors and positives: the position of the nearest that is not the anchor's own."""
 
-    float32_outputs = True
+    def __init__(self, **options: Any) -> None:
+        super().__init__(targets=(), float32_outputs=True, **options)
 
-    def score_fn(self, outputs: Tensor, rows: Rows, hp: Any, columns: Any = None) -> Rows:
+    def score_fn(self, outputs: Tensor, rows: Rows, columns: Any = None) -> Rows:
         own = rows["index"][:, None] == torch.arange(outputs.shape[1], device=outputs.device)
         return {"negative": torch.where(own, -torch.inf, outputs * columns["norm"]).argmax(1)}
 
@@ -29,15 +31,15 @@ class MegaBatchMargin(FlexChunkLoss):
     """Outputs are aligned embeddings: ``anchor``, ``positive`` and, in a batch of more than one, ``negative``."""
 
     def __init__(self, positive_margin: float = 0.8, negative_margin: float = 0.3, **options: Any) -> None:
-        super().__init__(**options)
-        self.positive_margin = finite("positive_margin", positive_margin)
-        self.negative_margin = finite("negative_margin", negative_margin)
+        super().__init__(targets=(), **options)
+        self.positive_margin = checks.number("positive_margin", positive_margin)
+        self.negative_margin = checks.number("negative_margin", negative_margin)
 
-    def loss_fn(self, outputs: Rows, rows: Rows, hp: Any) -> Tensor:
-        loss = F.relu(hp.positive_margin - cosine(outputs["anchor"], outputs["positive"]))
+    def loss_fn(self, outputs: Rows, rows: Rows) -> Tensor:
+        loss = F.relu(self.positive_margin - cosine(outputs["anchor"], outputs["positive"]))
         if "negative" not in outputs:
             return loss
-        return loss + F.relu(cosine(outputs["anchor"], outputs["negative"]) - hp.negative_margin)
+        return loss + F.relu(cosine(outputs["anchor"], outputs["negative"]) - self.negative_margin)
 
 
 def margin_against(
@@ -47,14 +49,14 @@ def margin_against(
     offset: int,  # of the first row's positive among them
     positive_margin: float,
     negative_margin: float,
-    chunking: dict[str, Any],
+    chunking: Chunking,
 ) -> Tensor:
     """Mean over the rows."""
-    loss = shared(MegaBatchMargin, positive_margin=positive_margin, negative_margin=negative_margin, **chunking)
+    loss = shared(MegaBatchMargin, chunking, positive_margin=positive_margin, negative_margin=negative_margin)
     sides = {"anchor": anchors, "positive": positives}
     if len(candidates) > 1:
         with torch.no_grad():
-            found = shared(NearestOther, **chunking).scores(
+            found = shared(NearestOther, chunking).scores(
                 Projection(anchors, candidates),
                 {"index": torch.arange(offset, offset + len(anchors), device=anchors.device)},
                 columns={"norm": inner_norms(candidates, "cosine")},
@@ -72,7 +74,7 @@ def mega_batch_margin(
     negative_margin: float = 0.3,
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
-    compiled: bool = True,
+    compiled: bool | None = None,
 ) -> Tensor:
     """``mean(relu(positive_margin - cos(a_i, p_i)) + relu(max_{j != i} cos(a_i, p_j) - negative_margin))``.
 
@@ -92,19 +94,7 @@ def mega_batch_margin(
         ValueError: shapes or devices that differ, a margin that is not finite.
         TypeError: embeddings that are not floating point, or of two dtypes.
     """
-    check_pairs(anchors, positives)
-    chunking = {"chunk_size": chunk_size, "max_chunk_bytes": max_chunk_bytes, "compiled": compiled}
+    check_embeddings({"anchors": anchors, "positives": positives})
+    chunking = Chunking(chunk_size, max_chunk_bytes, compiled)
     with precise(anchors):
         return margin_against(anchors, positives, positives, 0, positive_margin, negative_margin, chunking)
-
-
-def check_pairs(anchors: Tensor, positives: Tensor) -> None:
-    check_matrix("anchors", anchors)
-    check_matrix("positives", positives)
-    if anchors.shape != positives.shape or anchors.device != positives.device:
-        raise ValueError(
-            f"expected positives of shape {tuple(anchors.shape)} on {anchors.device}, "
-            f"got {tuple(positives.shape)} on {positives.device}"
-        )
-    if anchors.dtype != positives.dtype:
-        raise TypeError(f"expected anchors and positives of one dtype, got {anchors.dtype} and {positives.dtype}")

@@ -13,10 +13,11 @@ from ..engine.compile import compiled_step, outside_compile
 from ..engine.types import accumulator_dtype
 
 FLOOR = 1e-12  # of a norm, as in F.normalize
+SMALL = 1 << 20  # numbers from which on a compiled step pays
 
 
 @outside_compile
-def unit(x: Tensor, scale: Tensor | None = None, *, compiled: bool = True) -> Tensor:  # (N, D)
+def unit(x: Tensor, scale: Tensor | None = None, *, compiled: bool | None = None) -> Tensor:  # (N, D)
     """``scale * x / max(|x|, 1e-12)``, in the dtype of ``x``, computed wide and rounded once.
 
     ``scale`` is a 0-d tensor, which may require grad. Nothing is kept but the result and a number a row.
@@ -27,14 +28,14 @@ def unit(x: Tensor, scale: Tensor | None = None, *, compiled: bool = True) -> Te
 
 
 @outside_compile
-def scaled(x: Tensor, scale: Tensor, *, compiled: bool = True) -> Tensor:  # (N, D)
+def scaled(x: Tensor, scale: Tensor, *, compiled: bool | None = None) -> Tensor:  # (N, D)
     """``scale * x``, computed wide and rounded once; nothing is kept but the result."""
     return _Scaled.apply(x, scale, compiled)
 
 
 class _Unit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, compiled: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, compiled: bool | None) -> Tensor:
         result, inverse = _step(_divide, x, compiled)(x.detach(), scale.detach())
         ctx.save_for_backward(result, inverse, scale)
         ctx.compiled = compiled
@@ -50,7 +51,7 @@ class _Unit(torch.autograd.Function):
 
 class _Scaled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, compiled: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, compiled: bool | None) -> Tensor:
         result = _step(_multiply, x, compiled)(x.detach(), scale.detach())
         ctx.save_for_backward(result, scale)
         ctx.compiled = compiled
@@ -64,7 +65,8 @@ class _Scaled(torch.autograd.Function):
         return grad_x, along.sum() / scale if ctx.needs_input_grad[1] else None, None
 
 
-def _step(factory: Callable, x: Tensor, compiled: bool) -> Callable:
+def _step(factory: Callable, x: Tensor, compiled: bool | None) -> Callable:
+    compiled = x.numel() >= SMALL if compiled is None else compiled
     return compiled_step(factory, (), x.dtype, x.device, rows_vary=True) if compiled and len(x) else factory()
 
 

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
+from ..checks import NOT_NEGATIVE
+from ..chunking import Chunking
 from ..engine.compile import outside_compile
-from .arguments import Activation, Embedding, Rows, finite, one_of, project, shared
+from .arguments import Activation, Embedding, Rows, frozen_activation, project, shared
 
 # --- pairwise similarities: (R, D), (R, D) -> (R,) -------------------------------------------------------------------
 
@@ -57,8 +60,7 @@ SIMILARITIES: dict[str, Callable[..., Tensor]] = {
     "euclidean": negative_euclidean,
     "manhattan": negative_manhattan,
 }
-DISTANCES = ("euclidean", "cosine", "manhattan")
-WITH_EPS = DISTANCES
+DISTANCES = ("euclidean", "cosine", "manhattan")  # these have an eps
 
 
 # --- the losses as the engine sees them ------------------------------------------------------------------------------
@@ -67,19 +69,14 @@ WITH_EPS = DISTANCES
 class PairwiseScores(Embedding):
     """The similarity of row i of ``a`` and row i of every other side, by the side's name."""
 
-    static_numbers = ("eps",)
-
     def __init__(self, similarity: str = "cosine", eps: float | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self.similarity = one_of("similarity", similarity, tuple(SIMILARITIES))
-        self.static_widths = similarity == "angle"  # it cuts rows in half
-        if eps is not None and (similarity not in WITH_EPS or finite("eps", eps) < 0):
-            raise ValueError(
-                f"expected eps to be at least 0, and a similarity of {WITH_EPS}, got {eps}, {similarity!r}"
-            )
-        self.eps = eps
+        super().__init__(static_widths=similarity == "angle", **options)  # which cuts rows in half
+        self.similarity = checks.choice("similarity", similarity, tuple(SIMILARITIES))
+        self.eps = checks.number_or_none("eps", eps, NOT_NEGATIVE)
+        if eps is not None and similarity not in DISTANCES:
+            raise ValueError(f"expected eps with a similarity of {list(DISTANCES)}, got {eps} with {similarity!r}")
 
-    def score_fn(self, outputs: Rows, rows: Rows, hp: Any) -> Rows:
+    def score_fn(self, outputs: Rows, rows: Rows) -> Rows:
         similarity, eps = SIMILARITIES[self.similarity], () if self.eps is None else (self.eps,)
         a = self.embed(outputs["a"])
         return {name: similarity(a, self.embed(outputs[name]), *eps) for name in outputs if name != "a"}
@@ -90,16 +87,16 @@ class Triplet(Embedding):
 
     def __init__(self, margin: float = 5.0, distance: str = "euclidean", **options: Any) -> None:
         super().__init__(**options)
-        self.margin = finite("margin", margin)
-        self.distance = one_of("distance", distance, DISTANCES)
+        self.margin = checks.number("margin", margin)
+        self.distance = checks.choice("distance", distance, DISTANCES)
 
-    def loss_fn(self, outputs: Rows, rows: Rows, hp: Any) -> Tensor:
+    def loss_fn(self, outputs: Rows, rows: Rows) -> Tensor:
         similarity = SIMILARITIES[self.distance]
         anchor = self.embed(outputs["anchor"])
         # A distance is a negated similarity, up to a constant that the difference loses.
         closer = similarity(anchor, self.embed(outputs["positive"]))
         farther = similarity(anchor, self.embed(outputs["negative"]))
-        return F.relu(farther - closer + hp.margin)
+        return F.relu(farther - closer + self.margin)
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -118,7 +115,7 @@ def pairwise_scores(
     normalize: bool = False,
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
-    compiled: bool = True,
+    compiled: bool | None = None,
 ) -> Tensor:  # (N,), or (N, K)
     """Similarity of each pair: "cosine", "angle", "dot", or a negated "euclidean" or "manhattan" distance.
 
@@ -129,24 +126,22 @@ def pairwise_scores(
     Differentiable in everything that requires grad; float32 (float64 for float64 inputs). Backward forms the chunks
     again, so that nothing but the scores is kept.
 
+    Args:
+        activation: a function of projected embeddings, or a module without parameters that learn.
+        chunk_size, max_chunk_bytes, compiled: as for :class:`~chunked_embed.FlexChunkLoss`.
+
     Raises:
-        ValueError: shapes or devices that differ, no candidates, an unknown similarity, a bad ``eps``.
-        TypeError: mixed dtypes.
+        ValueError: shapes or devices that differ, no candidates, an unknown similarity, a bad ``eps``, an activation
+            that learns.
+        TypeError: mixed dtypes, an activation that is no function.
     """
     several = not isinstance(b, Tensor)
-    sides = {f"b{i}": side for i, side in enumerate(b if several else [b])}
+    sides = {f"b{i}": side for i, side in enumerate(checks.sequence("b", b) if several else [b])}
     if not sides:
         raise ValueError("expected at least one b, got an empty sequence")
-    loss = shared(
-        PairwiseScores,
-        similarity=similarity,
-        eps=eps,
-        activation=activation,
-        normalize=normalize,
-        chunk_size=chunk_size,
-        max_chunk_bytes=max_chunk_bytes,
-        compiled=compiled,
-    )
+    chunking = Chunking(chunk_size, max_chunk_bytes, compiled)
+    function = frozen_activation(activation)
+    loss = shared(PairwiseScores, chunking, similarity=similarity, eps=eps, activation=function, normalize=normalize)
     scores = loss.scores(project({"a": a, **sides}, weight, bias))
     return torch.stack([scores[name] for name in sides], dim=1) if several else scores["b0"]
 
@@ -165,7 +160,7 @@ def triplet(
     normalize: bool = False,
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
-    compiled: bool = True,
+    compiled: bool | None = None,
 ) -> Tensor:
     """``mean relu(d(anchor, positive) - d(anchor, negative) + margin)``, with a "euclidean", "cosine" (1 - cos) or
     "manhattan" distance. Source: Schroff et al., "FaceNet", arXiv 1503.03832.
@@ -174,14 +169,7 @@ def triplet(
         ValueError: shapes or devices that differ, an unknown distance, a margin that is not finite.
         TypeError: mixed dtypes.
     """
-    loss = shared(
-        Triplet,
-        margin=margin,
-        distance=distance,
-        activation=activation,
-        normalize=normalize,
-        chunk_size=chunk_size,
-        max_chunk_bytes=max_chunk_bytes,
-        compiled=compiled,
-    )
+    chunking = Chunking(chunk_size, max_chunk_bytes, compiled)
+    function = frozen_activation(activation)
+    loss = shared(Triplet, chunking, margin=margin, distance=distance, activation=function, normalize=normalize)
     return loss(project({"anchor": anchor, "positive": positive, "negative": negative}, weight, bias)).loss

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import checks
+from ..checks import NOT_NEGATIVE
 from ..engine.compile import outside_compile
-from .arguments import check_labels, finite
+from .arguments import check_labels
 from .pairwise import pairwise_scores
 
 
 @outside_compile
-def cosent(a: Tensor, b: Tensor, labels: Tensor, *, scale: float = 20.0, **options: Any) -> Tensor:
+def cosent(a: Tensor, b: Tensor, labels: Tensor, *, scale: float | Tensor = 20.0, **options: Any) -> Tensor:
     """CoSENT: ``log(1 + sum over pairs with y_i < y_j of exp(s_i - s_j))`` with ``s = scale * cos(a, b)``.
 
     Exact in O(N log N) time and O(N) memory, ties and huge scores included. Source: J. Su, "CoSENT" (2022), as in
@@ -23,7 +25,7 @@ def cosent(a: Tensor, b: Tensor, labels: Tensor, *, scale: float = 20.0, **optio
     Args:
         a, b: ``(N, H)``, floating point.
         labels: ``(N,)``, real or integer; only their order counts.
-        scale: the inverse temperature.
+        scale: the inverse temperature, zero or more; a tensor of one may require grad.
         options: ``weight``, ``bias``, ``activation``, ``normalize``, ``chunk_size``, ``max_chunk_bytes``, ``compiled``,
             as for :func:`pairwise_scores`.
 
@@ -34,7 +36,7 @@ def cosent(a: Tensor, b: Tensor, labels: Tensor, *, scale: float = 20.0, **optio
 
 
 @outside_compile
-def angle(a: Tensor, b: Tensor, labels: Tensor, *, scale: float = 20.0, **options: Any) -> Tensor:
+def angle(a: Tensor, b: Tensor, labels: Tensor, *, scale: float | Tensor = 20.0, **options: Any) -> Tensor:
     """AnglE: CoSENT over the angle similarity. Source: Li and Li, "AnglE-optimized Text Embeddings", arXiv 2309.12871.
 
     Arguments as for :func:`cosent`.
@@ -42,13 +44,15 @@ def angle(a: Tensor, b: Tensor, labels: Tensor, *, scale: float = 20.0, **option
     return _ranked(a, b, labels, scale, "angle", options)
 
 
-def _ranked(a: Tensor, b: Tensor, labels: Tensor, scale: float, similarity: str, options: dict[str, Any]) -> Tensor:
+def _ranked(
+    a: Tensor, b: Tensor, labels: Tensor, scale: float | Tensor, similarity: str, options: dict[str, Any]
+) -> Tensor:
     scores = pairwise_scores(a, b, similarity=similarity, **options)
     return cosent_from_scores(scores, labels, scale=scale)
 
 
 @outside_compile
-def cosent_from_scores(scores: Tensor, labels: Tensor, *, scale: float = 1.0) -> Tensor:
+def cosent_from_scores(scores: Tensor, labels: Tensor, *, scale: float | Tensor = 1.0) -> Tensor:
     """CoSENT of given scores: ``log(1 + sum over pairs with y_i < y_j of exp(s_i - s_j))`` with ``s = scale * scores``.
 
     Sorted by label, the double sum is one running logsumexp over the scores of strictly higher labels and one logsumexp
@@ -56,14 +60,15 @@ def cosent_from_scores(scores: Tensor, labels: Tensor, *, scale: float = 1.0) ->
 
     Args:
         scores: ``(N,)`` floating point.
-        labels: ``(N,)``.
+        labels: ``(N,)``, real or integer, without NaN.
+        scale: a factor on the scores, as for :func:`cosent`.
     """
-    if scores.dim() != 1 or not scores.is_floating_point():
-        raise ValueError(f"expected scores (N,) in floating point, got {tuple(scores.shape)} {scores.dtype}")
+    checks.tensor("scores", scores, ("N",), kind="floating")
     check_labels(labels, scores)
-    if finite("scale", scale) < 0:
-        raise ValueError(f"expected scale to be at least 0, got {scale}: a negative one ranks the labels backwards")
-    return _CoSENT.apply(scores, labels, float(scale))
+    factor = checks.scalar("scale", scale, NOT_NEGATIVE)  # a negative one would rank the labels backwards
+    if isinstance(factor, Tensor):
+        scores, factor = scores * factor.to(scores.device, scores.dtype), 1.0
+    return _CoSENT.apply(scores, labels, factor)
 
 
 class _CoSENT(torch.autograd.Function):

@@ -8,29 +8,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine import FlexChunkLoss, Projection
+from .. import FlexChunkLoss, Projection, Step, checks
+from ..chunking import Chunking
 from ..engine.compile import outside_compile
-from ..engine.steps import RowStep
-from ..engine.walk import Call
+from ..engine.types import accumulator_dtype
 from ..gather import ranks
-from .arguments import Rows, finite, one_of, project, scalar, shared
+from .arguments import Rows, check_embeddings, shared
 from .by_rows import Similarity, mean_by_rows
-from .kernel_steps import SigmoidRows, has_kernel
+from .kernel_steps import SigmoidRows
 from .normalize import unit
 
 
 class SigmoidPairs(FlexChunkLoss):
     """Row i: one pair that belongs together, column ``target``, among pairs that do not."""
 
-    def loss_fn(self, outputs: Tensor, rows: Rows, hp: Any) -> Tensor:
+    def __init__(self, **options: Any) -> None:
+        super().__init__(targets=(), **options)
+
+    def loss_fn(self, outputs: Tensor, rows: Rows) -> Tensor:
         own = torch.arange(outputs.shape[1], device=outputs.device) == rows["target"][:, None]
         z = outputs * rows["scale"][:, None] + rows["bias"][:, None]
         return -F.logsigmoid(torch.where(own, z, -z)).sum(1)
 
-    def _row_loss(self, call: Call) -> RowStep:
-        if has_kernel(self, call):
-            return SigmoidRows(call.problem.wanting(call.problem.rows))
-        return super()._row_loss(call)
+    def make_step(self, projections: tuple[str, ...]) -> Step | None:
+        return SigmoidRows()
 
 
 @outside_compile
@@ -44,7 +45,7 @@ def sigmoid_pairs(
     gather_across_devices: bool = False,
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
-    compiled: bool = True,
+    compiled: bool | None = None,
 ) -> Tensor:
     """``mean over i of sum over j of -log sigmoid(y_ij * (scale * sim(a_i, b_j) + bias))``, y = 1 for i = j, else -1.
 
@@ -60,17 +61,16 @@ def sigmoid_pairs(
 
     Raises:
         ValueError: shapes or devices that differ, an unknown similarity, numbers that are not finite.
-        TypeError: mixed dtypes.
+        TypeError: mixed dtypes, numbers that are none.
 
     Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343.
     """
-    project({"a": a, "b": b}, None, None)
-    if a.device != b.device:
-        raise ValueError(f"expected a and b on one device, got {a.device} and {b.device}")
+    chunking = Chunking(chunk_size, max_chunk_bytes, compiled)
+    check_embeddings({"a": a, "b": b})
     if not callable(similarity):
-        one_of("similarity", similarity, ("cosine", "dot"))
+        checks.choice("similarity", similarity, ("cosine", "dot"))
     scale, bias = (
-        scalar(name, x if isinstance(x, Tensor) else torch.tensor(finite(name, x), dtype=torch.float64), a)
+        checks.scalar_tensor(name, x, dtype=accumulator_dtype(a.dtype), device=a.device)
         for name, x in (("scale", scale), ("bias", bias))
     )
     left, right = (unit(a, compiled=compiled), unit(b, compiled=compiled)) if similarity == "cosine" else (a, b)
@@ -82,15 +82,14 @@ def sigmoid_pairs(
         "scale": scale.expand(n),
         "bias": bias.expand(n),
     }
-    loss = shared(SigmoidPairs, chunk_size=chunk_size, max_chunk_bytes=max_chunk_bytes, compiled=compiled)
+    loss = shared(SigmoidPairs, chunking)
     if callable(similarity):
         mean = mean_by_rows(
-            lambda blocks, part: loss.loss_fn(blocks["pairs"], part, None),
+            lambda blocks, part: loss.loss_fn(blocks["pairs"], part),
             similarity,
             {"pairs": (left, right)},
             rows,
-            chunk_size=chunk_size,
-            max_chunk_bytes=max_chunk_bytes,
+            chunking,
         )
     else:
         mean = loss(Projection(left, right), rows).loss

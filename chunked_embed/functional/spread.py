@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
 from ..engine.autograd import once_only
 from ..engine.compile import outside_compile
 from ..engine.types import accumulator_dtype
-from .arguments import one_of
-from .batch_triplets import check_matrix, precise
+from .arguments import check_embeddings
+from .batch_triplets import precise
 
 BLOCK = 2**22
 """Numbers of a block of rows: what is converted and normalised at a time."""
@@ -132,6 +133,6 @@ def orthogonal_regularization(
         ValueError: a shape other than (N, D), an unknown similarity.
         TypeError: embeddings that are not floating point.
     """
-    check_matrix("embeddings", embeddings)
-    one_of("similarity", similarity, ("cosine", "dot"))
+    check_embeddings({"embeddings": embeddings})
+    checks.choice("similarity", similarity, ("cosine", "dot"))
     return terms(moments(embeddings, similarity), len(embeddings), accumulator_dtype(embeddings.dtype))

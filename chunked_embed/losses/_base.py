@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from chunked_embed import checks
+from chunked_embed.chunking import Chunking
 from chunked_embed.losses._attach import attach
 from chunked_embed.losses._bags import bag_slice, is_bag, with_row_ends
 from chunked_embed.losses._compat import CachedLossMixin, RandContext, embed_columns
@@ -31,7 +33,8 @@ class Options:
             gradient is the one that a single process with the whole batch would have.
         chunk_size: Rows per chunk of the loss; None derives them from ``max_chunk_bytes``.
         max_chunk_bytes: Byte budget of one chunk; None takes the package's default.
-        compiled: Compile the step of a chunk. The numbers are the same without.
+        compiled: Compile the step of a chunk; None: where the batch is large enough for it to pay. The numbers are the
+            same either way.
         fuse_projection: Run the model's trailing ``Dense`` and ``Normalize`` inside the chunk, not on the whole batch.
             "auto" does so where it is known to be safe, True raises a ValueError with the reason where it is not.
             With mini-batches they stay in the model, where a mini-batch bounds them already.
@@ -43,14 +46,13 @@ class Options:
     gather_across_devices: bool = False
     chunk_size: int | None = None
     max_chunk_bytes: int | None = None
-    compiled: bool = True
+    compiled: bool | None = None
     fuse_projection: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("mini_batch_size", "mini_batch_num_tokens", "chunk_size", "max_chunk_bytes"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"expected {name} to be a positive integer or None, got {value!r}")
+        checks.integer_or_none("mini_batch_size", self.mini_batch_size, low=1)
+        checks.integer_or_none("mini_batch_num_tokens", self.mini_batch_num_tokens, low=1)
+        Chunking(self.chunk_size, self.max_chunk_bytes, self.compiled)
         if self.fuse_projection not in (True, False, "auto"):
             raise ValueError(f'expected fuse_projection to be True, False or "auto", got {self.fuse_projection!r}')
 
@@ -72,6 +74,9 @@ class ChunkedLoss(CachedLossMixin):
             cls.__signature__ = inspect.Signature([*own[:-1], *options])
 
     def _set_options(self, **options: Any) -> None:
+        known = [field.name for field in fields(Options)]
+        if unknown := [name for name in options if name not in known]:
+            raise TypeError(f"expected options of {type(self).__name__} among {known}, got {unknown[0]!r}")
         values = Options(**options)
         for field in fields(Options):
             setattr(self, field.name, getattr(values, field.name))
@@ -84,8 +89,8 @@ class ChunkedLoss(CachedLossMixin):
         return {name: value for name, value in values.items() if value != getattr(Options, name)}
 
     @property
-    def _chunking(self) -> dict[str, Any]:
-        return {"chunk_size": self.chunk_size, "max_chunk_bytes": self.max_chunk_bytes, "compiled": self.compiled}
+    def _chunking(self) -> Chunking:
+        return Chunking(self.chunk_size, self.max_chunk_bytes, self.compiled)
 
     def get_config_dict(self) -> dict[str, Any]:
         return {**super().get_config_dict(), **self._changed_options()}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chunked_embed import checks
 from chunked_embed import functional as CF
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SiameseDistanceMetric, TripletDistanceMetric, util
@@ -60,8 +61,7 @@ def plain_scores(name: str, function: Callable[[Tensor, Tensor], Tensor], a: Ten
     scores = function(a, b)
     if scores.shape != a.shape[:1]:
         raise ValueError(
-            f"{name} must return one score for each pair: expected shape {tuple(a.shape[:1])}, "
-            f"got {tuple(scores.shape)}"
+            f"expected {name} to return one score for each pair, {tuple(a.shape[:1])}, got {tuple(scores.shape)}"
         )
     return widened(scores)
 
@@ -72,6 +72,7 @@ class AlignedLoss(ChunkedLoss):
     def _labels(self, labels: Tensor | None) -> Tensor:
         if labels is None:
             raise ValueError(f"{type(self).__name__} requires labels, got None")
+        checks.tensor("labels", labels)
         if labels.is_floating_point() and bool(labels.isnan().any()):
             raise ValueError(f"{type(self).__name__} expects labels without NaN")
         return labels.detach().int() if labels.dtype == torch.bool else labels.detach()
@@ -90,6 +91,18 @@ class AlignedLoss(ChunkedLoss):
             raise ValueError(f"{type(self).__name__} expects two columns of embeddings, got {len(embeddings)}")
         return embeddings[0], embeddings[1]
 
+    def _known_scores(
+        self,
+        a: Tensor,  # (N, H)
+        b: Tensor | list[Tensor],
+        similarity: str,
+        projection: dict[str, Any],
+        eps: float | None = None,
+    ) -> Tensor:  # (N,), or (N, K)
+        """Of a similarity that the engine knows, fused and chunked."""
+        options = {**projection, **self._chunking.keywords}
+        return CF.pairwise_scores(a, b, similarity=similarity, eps=eps, **options)
+
 
 class SimilarityLoss(AlignedLoss):
     """Such a loss on ``self.similarity_fct``."""
@@ -106,12 +119,12 @@ class SimilarityLoss(AlignedLoss):
 
     def _scores(self, a: Tensor, b: Tensor, projection: dict[str, Any]) -> Tensor:  # (N,)
         if self._similarity:
-            return CF.pairwise_scores(a, b, similarity=self._similarity, **projection, **self._chunking)
+            return self._known_scores(a, b, self._similarity, projection)
         return plain_scores("similarity_fct", self.similarity_fct, a, b)
 
     def _candidate_scores(self, a: Tensor, candidates: list[Tensor], projection: dict[str, Any]) -> Tensor:  # (N, K)
         if self._similarity:
-            return CF.pairwise_scores(a, candidates, similarity=self._similarity, **projection, **self._chunking)
+            return self._known_scores(a, candidates, self._similarity, projection)
         return torch.stack([plain_scores("similarity_fct", self.similarity_fct, a, b) for b in candidates], dim=1)
 
 
@@ -129,7 +142,7 @@ class SiameseLoss(AlignedLoss):
         if name is None:
             return plain_scores("distance_metric", self.distance_metric, a, b)
         eps = COSINE_EPS if name == "cosine" else DISTANCE_EPS
-        scores = CF.pairwise_scores(a, b, similarity=name, eps=eps, **projection, **self._chunking)
+        scores = self._known_scores(a, b, name, projection, eps)
         return 1 - scores if name == "cosine" else -scores
 
     def _warn_unless_binary(self, labels: Tensor, consequence: str) -> None:

@@ -6,41 +6,22 @@ adapter, a residual, a patched forward) would be skipped along with them, so eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from chunked_embed.functional.arguments import FUNCTIONS, as_function
 from chunked_embed.losses._compat import Dense, Normalize, SentenceTransformer
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _KEY = "sentence_embedding"
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-# One object per activation: it is part of a compile cache's key.
-_ACTIVATIONS: dict[type[nn.Module], Callable | None] = {
-    nn.Identity: None,
-    nn.Tanh: torch.tanh,
-    nn.ReLU: torch.relu,
-    nn.ReLU6: F.relu6,
-    nn.Sigmoid: torch.sigmoid,
-    nn.SiLU: F.silu,
-    nn.Mish: F.mish,
-    nn.Softsign: F.softsign,
-    nn.Tanhshrink: F.tanhshrink,
-    nn.LogSigmoid: F.logsigmoid,
-}
 
 
 @dataclass(frozen=True)
@@ -129,9 +110,8 @@ _UNKNOWN = object()
 
 
 def _activation(activation: Any) -> Any:
-    if type(activation) is nn.GELU:
-        return {"none": F.gelu, "tanh": gelu_tanh}.get(activation.approximate, _UNKNOWN)
+    if activation is None or type(activation) is nn.Identity:
+        return None
     if isinstance(activation, nn.Module):
-        return _ACTIVATIONS.get(type(activation), _UNKNOWN)
-    known = (function for function in _ACTIVATIONS.values() if function is activation)
-    return next(known, _UNKNOWN)
+        return as_function(activation) or _UNKNOWN
+    return next((function for function in FUNCTIONS.values() if function is activation), _UNKNOWN)

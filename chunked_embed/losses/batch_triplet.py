@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chunked_embed.functional.arguments import check_labels, finite
-from chunked_embed.functional.batch_triplets import Labelled, check_matrix, mean_over_triplets, precise
+from chunked_embed import checks
+from chunked_embed.functional.arguments import check_embeddings, check_labels
+from chunked_embed.functional.batch_triplets import Labelled, mean_over_triplets, precise
 from chunked_embed.gather import Ranks, ranks
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, library
@@ -64,7 +65,7 @@ class BatchTripletLoss(ChunkedLoss):
         if not embeddings:
             raise ValueError(f"{name} expects a column of embeddings, got none")
         embedding = embeddings[0]
-        check_matrix("embeddings", embedding)
+        check_embeddings({"embeddings": embedding})
         if labels is None:
             raise ValueError(f"{name} requires labels, one per example, got None")
         if labels.numel() != len(embedding):
@@ -112,7 +113,7 @@ class BatchHardTripletLoss(BatchTripletLoss, library.BatchHardTripletLoss):
         **options: Any,
     ) -> None:
         library.BatchHardTripletLoss.__init__(self, model, distance_metric, margin)
-        finite("margin", margin)
+        checks.number("margin", margin)
         self._set_options(**options)
 
     def _mined(self, batch: Labelled, processes: Ranks) -> Tensor:
@@ -168,7 +169,7 @@ class BatchSemiHardTripletLoss(BatchTripletLoss, library.BatchSemiHardTripletLos
         **options: Any,
     ) -> None:
         library.BatchSemiHardTripletLoss.__init__(self, model, distance_metric, margin)
-        finite("margin", margin)
+        checks.number("margin", margin)
         self._set_options(**options)
 
     def _mined(self, batch: Labelled, processes: Ranks) -> Tensor:
@@ -199,7 +200,7 @@ class BatchAllTripletLoss(BatchTripletLoss, library.BatchAllTripletLoss):
         **options: Any,
     ) -> None:
         library.BatchAllTripletLoss.__init__(self, model, distance_metric, margin)
-        finite("margin", margin)
+        checks.number("margin", margin)
         self._set_options(**options)
 
     def _mined(self, batch: Labelled, processes: Ranks) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from chunked_embed.functional.arguments import finite
+from chunked_embed import checks
 from chunked_embed.gather import gather_rows
 from chunked_embed.losses._compat import SentenceTransformer, SiameseDistanceMetric, library
 from chunked_embed.losses._pairwise import SiameseLoss
@@ -39,7 +39,7 @@ class ContrastiveLoss(SiameseLoss, library.ContrastiveLoss):
         size_average: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__(model, distance_metric, finite("margin", margin), size_average)
+        super().__init__(model, distance_metric, checks.number("margin", margin), size_average)
         self._set_options(**options)
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chunked_embed import checks
 from chunked_embed import functional as CF
 from chunked_embed.gather import gather_rows
 from chunked_embed.losses._compat import SentenceTransformer, callable_name, library, util
@@ -40,6 +41,7 @@ class CoSENTLoss(SimilarityLoss, library.CoSENTLoss):
     ) -> None:
         # Not super(): AnglELoss has the library's AnglELoss, of another signature, in between.
         library.CoSENTLoss.__init__(self, model, scale, similarity_fct)
+        checks.scalar("scale", scale)
         self._set_options(**options)
 
     def _pairs(self, embeddings: list[Tensor], labels: Tensor | None) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from chunked_embed import functional as CF
 from chunked_embed.gather import gather_rows
 from chunked_embed.losses._compat import SentenceTransformer, library
 from chunked_embed.losses._pairwise import COSINE_EPS, AlignedLoss
@@ -43,7 +42,7 @@ class CosineSimilarityLoss(AlignedLoss, library.CosineSimilarityLoss):
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
         a, b = self._two_columns(embeddings)
         labels = self._row_labels(labels, len(a)).float()  # as the library rounds them
-        scores = CF.pairwise_scores(a, b, similarity="cosine", eps=COSINE_EPS, **projection, **self._chunking)
+        scores = self._known_scores(a, b, "cosine", projection, COSINE_EPS)
         if self.gather_across_devices:
             scores, labels = gather_rows(scores, labels)
         return self.loss_fct(self.cos_score_transformation(scores), labels.to(scores.dtype))

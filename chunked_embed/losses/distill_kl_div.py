@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from chunked_embed import checks
+from chunked_embed.checks import POSITIVE
 from chunked_embed.gather import gather_rows
 from chunked_embed.losses._compat import SentenceTransformer, callable_name, check_teacher_targets, library, util
 from chunked_embed.losses._pairwise import SimilarityLoss, widened
@@ -45,8 +46,7 @@ class DistillKLDivLoss(SimilarityLoss, library.DistillKLDivLoss):
         self.student_temperature = temperature if student_temperature is None else student_temperature
         self.teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
         for name in ("temperature", "student_temperature", "teacher_temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"expected {name} to be positive and finite, got {getattr(self, name)}")
+            checks.number(name, getattr(self, name), POSITIVE)
         self._set_options(**options)
 
     def _teacher(self, labels: Tensor | None, rows: int, candidates: int) -> Tensor:  # (N, K)

@@ -81,7 +81,7 @@ class _Guided(ChunkedLoss):
             contrast_anchors=self.contrast_anchors,
             contrast_positives=self.contrast_positives,
             gather_across_devices=self.gather_across_devices,
-            **self._chunking,
+            **self._chunking.keywords,
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from chunked_embed.functional.batch_triplets import check_matrix
+from chunked_embed.functional.arguments import check_embeddings
 from chunked_embed.functional.spread import Moments, moments, terms, terms_of_matrix
 from chunked_embed.gather import ranks
 from chunked_embed.losses._base import ChunkedLoss
@@ -90,7 +90,7 @@ class GlobalOrthogonalRegularizationLoss(ChunkedLoss, library.GlobalOrthogonalRe
         if not embeddings:
             raise ValueError("GlobalOrthogonalRegularizationLoss expects a column of embeddings at least, got none")
         for embedding in embeddings:
-            check_matrix("embeddings", embedding)
+            check_embeddings({"embeddings": embedding})
         return super(ChunkedLoss, self).compute_loss_from_embeddings(embeddings, labels)
 
     def compute_gor(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:

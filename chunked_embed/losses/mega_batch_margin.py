@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from chunked_embed.functional.arguments import finite
+from chunked_embed import checks
+from chunked_embed.functional.arguments import check_embeddings
 from chunked_embed.functional.batch_triplets import precise
-from chunked_embed.functional.mega_batch import check_pairs, margin_against
+from chunked_embed.functional.mega_batch import margin_against
 from chunked_embed.gather import ranks
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, library
@@ -50,8 +51,8 @@ class MegaBatchMarginLoss(ChunkedLoss, library.MegaBatchMarginLoss):
         # The library's mini-batches refuse a StaticEmbedding, ours do not; and it would set a forward of its own.
         library.MegaBatchMarginLoss.__init__(self, model, positive_margin, negative_margin, False)
         self.__dict__.pop("forward", None)
-        finite("positive_margin", positive_margin)
-        finite("negative_margin", negative_margin)
+        checks.number("positive_margin", positive_margin)
+        checks.number("negative_margin", negative_margin)
         self._set_options(
             mini_batch_size=mini_batch_size,
             mini_batch_num_tokens=mini_batch_num_tokens,
@@ -76,7 +77,7 @@ class MegaBatchMarginLoss(ChunkedLoss, library.MegaBatchMarginLoss):
                 "negatives among the other positives"
             )
         anchors, positives = embeddings
-        check_pairs(anchors, positives)
+        check_embeddings({"anchors": anchors, "positives": positives})
         processes = ranks(anchors, self.gather_across_devices)
         (candidates,) = processes.gather(positives)
         with precise(anchors):

@@ -10,7 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from chunked_embed import checks
 from chunked_embed import functional as CF
+from chunked_embed.checks import NOT_NEGATIVE, POSITIVE
 from chunked_embed.functional.contrastive import HARDNESS_MODES, check_directions
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, callable_name, known_matrix, library, util
@@ -63,16 +65,11 @@ class MultipleNegativesRankingLoss(ChunkedLoss, library.MultipleNegativesRanking
         **options: Any,
     ) -> None:
         nn.Module.__init__(self)  # not the library's constructor, whose arguments grew from version to version
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"expected scale to be finite and above 0, got {scale}")
-        if not callable(similarity_fct):
-            raise TypeError(f"expected similarity_fct to be callable, got {similarity_fct!r}")
-        if hardness_mode not in (None, *HARDNESS_MODES):
-            raise ValueError(f"expected hardness_mode to be None or one of {HARDNESS_MODES}, got {hardness_mode!r}")
-        if not (math.isfinite(hardness_strength) and hardness_strength >= 0):
-            raise ValueError(f"expected hardness_strength to be finite and at least 0, got {hardness_strength}")
-        if false_negatives not in (None, "text", "labels"):
-            raise ValueError(f'expected false_negatives to be None, "text" or "labels", got {false_negatives!r}')
+        checks.scalar("scale", scale, POSITIVE)
+        checks.function("similarity_fct", similarity_fct)
+        checks.choice("hardness_mode", hardness_mode, (None, *HARDNESS_MODES))
+        checks.number("hardness_strength", hardness_strength, NOT_NEGATIVE)
+        checks.choice("false_negatives", false_negatives, (None, "text", "labels"))
         check_directions(directions, partition_mode)
         if hardness_mode is not None and hardness_strength == 0:
             logger.warning("hardness_mode=%r has no effect without a hardness_strength above 0", hardness_mode)
@@ -127,7 +124,7 @@ class MultipleNegativesRankingLoss(ChunkedLoss, library.MultipleNegativesRanking
             gather_across_devices=self.gather_across_devices,
             **self._ids(labels, len(embeddings), len(queries)),
             **projection,
-            **self._chunking,
+            **self._chunking.keywords,
         )
 
     def _ids(self, labels: Tensor | None, columns: int, rows: int) -> dict[str, Any]:

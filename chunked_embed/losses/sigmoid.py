@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chunked_embed import checks
 from chunked_embed import functional as CF
+from chunked_embed.checks import POSITIVE
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, callable_name, known_matrix, util
 from chunked_embed.losses._learnable import averaged
@@ -45,12 +47,9 @@ class SigmoidPairLoss(ChunkedLoss, nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"expected scale to be finite and above 0, got {scale}")
-        if not math.isfinite(bias):
-            raise ValueError(f"expected bias to be finite, got {bias}")
-        if not callable(similarity_fct):
-            raise TypeError(f"expected similarity_fct to be callable, got {similarity_fct!r}")
+        checks.number("scale", scale, POSITIVE)
+        checks.number("bias", bias)
+        checks.function("similarity_fct", similarity_fct)
         self.model = model
         self.similarity_fct = similarity_fct
         self.learnable = bool(learnable)
@@ -89,7 +88,7 @@ class SigmoidPairLoss(ChunkedLoss, nn.Module):
             bias=bias,
             similarity=self._similarity or self.similarity_fct,
             gather_across_devices=self.gather_across_devices,
-            **self._chunking,
+            **self._chunking.keywords,
         )
 
     def get_config_dict(self) -> dict[str, Any]:

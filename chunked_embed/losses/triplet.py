@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from chunked_embed import checks
 from chunked_embed import functional as CF
 from chunked_embed.gather import global_mean
 from chunked_embed.losses._base import ChunkedLoss
@@ -38,6 +39,7 @@ class TripletLoss(ChunkedLoss, library.TripletLoss):
         **options: Any,
     ) -> None:
         super().__init__(model, distance_metric, triplet_margin)
+        checks.number("triplet_margin", triplet_margin)
         self._set_options(**options)
 
     @property
@@ -54,8 +56,8 @@ class TripletLoss(ChunkedLoss, library.TripletLoss):
                 f"TripletLoss expects anchor, positive and negative columns, got {len(embeddings)} columns"
             )
         if self._distance:
-            options = {"margin": self.triplet_margin, "distance": self._distance, **projection, **self._chunking}
-            loss = CF.triplet(*embeddings, **options)
+            options = {**projection, **self._chunking.keywords}
+            loss = CF.triplet(*embeddings, margin=self.triplet_margin, distance=self._distance, **options)
         else:
             loss = self._plain(*embeddings)
         return global_mean(loss, len(embeddings[0])) if self.gather_across_devices else loss

@@ -273,7 +273,7 @@ def test_sigmoid_config_and_refusals(model) -> None:
         losses.SigmoidPairLoss(model, batch_size=3)
     with pytest.raises(ValueError, match="two columns of embeddings, got 3"):
         losses.SigmoidPairLoss(model).compute_loss_from_embeddings(embeddings(4, 3))
-    with pytest.raises(ValueError, match=r"expected shape \(4, 4\), got \(4,\)"):
+    with pytest.raises(ValueError, match=r"score for every pair, \(4, 4\), got \(4,\)"):
         losses.SigmoidPairLoss(model, similarity_fct=util.pairwise_cos_sim).compute_loss_from_embeddings(
             embeddings(4, 2)
         )

@@ -439,9 +439,9 @@ def called(count: int = 2, labels: Tensor | None = None, **options) -> Tensor:
 
 
 BAD: dict[str, tuple[Callable, type[Exception], str]] = {
-    "scale": (lambda: ours(None, scale=0.0), ValueError, "scale to be finite and above 0, got 0"),
-    "infinite scale": (lambda: ours(None, scale=math.inf), ValueError, "scale to be finite"),
-    "NaN scale": (lambda: ours(None, scale=math.nan), ValueError, "scale to be finite"),
+    "scale": (lambda: ours(None, scale=0.0), ValueError, "scale to be a positive, finite number, got 0"),
+    "infinite scale": (lambda: ours(None, scale=math.inf), ValueError, "scale to be a positive, finite"),
+    "NaN scale": (lambda: ours(None, scale=math.nan), ValueError, "scale to be a positive, finite"),
     "similarity": (lambda: ours(None, similarity_fct="cosine"), TypeError, "callable, got 'cosine'"),
     "directions": (lambda: ours(None, directions=("doc_to_query",)), ValueError, "positive pair"),
     "no directions": (lambda: ours(None, directions=()), ValueError, "positive pair"),
