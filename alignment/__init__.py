@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from . import functional
-from ._base import PairLoss, PairScores, SequenceLoss, SequenceScores
-from .paired import (
+from .losses import (
     AlphaPOLoss,
+    BCOLoss,
     CPOLoss,
     CPOSimPOLoss,
     DPOLoss,
     DPOPLoss,
     FPOLoss,
     IRPOLoss,
+    KTOLoss,
     ORPOLoss,
     RDPOLoss,
     SimPOLoss,
     SLiCLoss,
     TDPOLoss,
 )
-from .unpaired import BCOLoss, KTOLoss
+from .pairs import PairLoss, PairScores
+from .path import PreferenceLoss, PreparedLoss
+from .sequences import SequenceLoss, SequenceScores
 
 __all__ = [
     "AlphaPOLoss",
@@ -33,6 +36,8 @@ __all__ = [
     "ORPOLoss",
     "PairLoss",
     "PairScores",
+    "PreferenceLoss",
+    "PreparedLoss",
     "RDPOLoss",
     "SLiCLoss",
     "SequenceLoss",

@@ -1,7 +1,11 @@
 """Preference losses as pure functions of a few vectors, one value per pair (or per sequence).
 
-``c`` and ``r`` are the policy's log-probabilities of the chosen and of the rejected completions, ``rc`` and ``rr`` the
-reference's, ``nc`` and ``nr`` the completions' token counts; all are ``(B,)``. ``lc = c - rc`` and ``lr = r - rr``.
+All vectors are ``(B,)``: log-probabilities of the two completions of a pair under the policy (``chosen``, ``rejected``)
+and the reference (``ref_chosen``, ``ref_rejected``), the differences of those (``chosen_ratio = chosen - ref_chosen``),
+token counts (``chosen_tokens``), log-probabilities per token (``chosen_mean = chosen / chosen_tokens``). Formulas write
+``c``, ``r``, ``rc``, ``rr``, ``lc = c - rc``, ``lr = r - rr``, ``nc``, ``nr`` for them, and ``b`` for beta. Numbers go
+by keyword and have no defaults here: the classes of ``alignment`` say what is usual.
+
 Nothing here knows hidden states or logits. Counts may be zero (an empty completion); results stay finite, and so do
 gradients, at any finite log-probability: exponents are capped where the formula has a bare exponential.
 """
@@ -10,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -49,13 +53,13 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def capped_exp(x: Tensor) -> Tensor:
-    """``exp(x)``, constant beyond 80, where float32 would soon overflow."""
-    return torch.exp(x.clamp(max=80.0))
+    """``exp(x)``, constant beyond 80, where float32 would soon overflow; infinite where x is."""
+    return torch.where(x == math.inf, x, torch.exp(x.clamp(max=80.0)))
 
 
 def smoothed_logistic(
     z: Tensor,  # (B,)
-    label_smoothing: float = 0.0,
+    label_smoothing: float,
 ) -> Tensor:
     """``-(1 - e) logsigmoid(z) - e logsigmoid(-z)``: the preference is right with probability 1 - e."""
     loss = -F.logsigmoid(z)
@@ -92,91 +96,94 @@ class Ratios(NamedTuple):
     rejected: Tensor  # lr
     delta: Tensor  # f'(lc) - f'(lr)
     mean_delta: Tensor  # f'(lc) / nc - f'(lr) / nr
-    policy: Tensor  # c - r
-    reference: Tensor  # rc - rr
+    policy: Tensor  # chosen - rejected
+    reference: Tensor  # ref_chosen - ref_rejected
     nll: Tensor  # each pair's share of the chosen completions' NLL per token
 
 
-class Numbers(NamedTuple):
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    discopop_tau: float = 0.05
+class DPONumbers(Protocol):
+    """What they read besides: a ``DPOLoss`` has it all."""
+
+    beta: float
+    label_smoothing: float
+    discopop_tau: float
 
 
-def _sigmoid(x: Ratios, hp: Numbers) -> Tensor:
-    return smoothed_logistic(hp.beta * x.delta, hp.label_smoothing)
+def _sigmoid(x: Ratios, n: DPONumbers) -> Tensor:
+    return smoothed_logistic(n.beta * x.delta, n.label_smoothing)
 
 
-def _hinge(x: Ratios, hp: Numbers) -> Tensor:
-    return F.relu(1 - hp.beta * x.delta)
+def _hinge(x: Ratios, n: DPONumbers) -> Tensor:
+    return F.relu(1 - n.beta * x.delta)
 
 
-def _ipo(x: Ratios, hp: Numbers) -> Tensor:
-    largest = math.sqrt(torch.finfo(x.mean_delta.dtype).max) / 4  # the square of a capped exponential overflows
-    return (x.mean_delta - 1 / (2 * hp.beta)).clamp(-largest, largest).square()
+def _ipo(x: Ratios, n: DPONumbers) -> Tensor:
+    error = x.mean_delta - 1 / (2 * n.beta)
+    largest = math.sqrt(torch.finfo(torch.float32).max) / 4  # the square of a capped exponential overflows
+    return torch.where(error.isinf(), error.abs(), error.clamp(-largest, largest).square())
 
 
-def _sigmoid_norm(x: Ratios, hp: Numbers) -> Tensor:
-    return -F.logsigmoid(hp.beta * x.mean_delta)
+def _sigmoid_norm(x: Ratios, n: DPONumbers) -> Tensor:
+    return -F.logsigmoid(n.beta * x.mean_delta)
 
 
-def _exo_pair(x: Ratios, hp: Numbers) -> Tensor:
-    z, e = hp.beta * x.delta, hp.label_smoothing
+def _exo_pair(x: Ratios, n: DPONumbers) -> Tensor:
+    z, e = n.beta * x.delta, n.label_smoothing
     right = torch.sigmoid(z) * (F.logsigmoid(z) - math.log1p(-e))
     return right + torch.sigmoid(-z) * (F.logsigmoid(-z) - math.log(e))
 
 
-def _nca_pair(x: Ratios, hp: Numbers) -> Tensor:
-    chosen, rejected = hp.beta * x.chosen, hp.beta * x.rejected
+def _nca_pair(x: Ratios, n: DPONumbers) -> Tensor:
+    chosen, rejected = n.beta * x.chosen, n.beta * x.rejected
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
-def _robust(x: Ratios, hp: Numbers) -> Tensor:
-    z, e = hp.beta * x.delta, hp.label_smoothing
+def _robust(x: Ratios, n: DPONumbers) -> Tensor:
+    z, e = n.beta * x.delta, n.label_smoothing
     return (e * F.logsigmoid(-z) - (1 - e) * F.logsigmoid(z)) / (1 - 2 * e)
 
 
-def _bco_pair(x: Ratios, hp: Numbers) -> Tensor:
-    return -F.logsigmoid(hp.beta * x.chosen) - F.logsigmoid(-hp.beta * x.rejected)
+def _bco_pair(x: Ratios, n: DPONumbers) -> Tensor:
+    return -F.logsigmoid(n.beta * x.chosen) - F.logsigmoid(-n.beta * x.rejected)
 
 
-def _sppo_hard(x: Ratios, hp: Numbers) -> Tensor:
-    return (x.chosen - 0.5 / hp.beta).square() + (x.rejected + 0.5 / hp.beta).square()
+def _sppo_hard(x: Ratios, n: DPONumbers) -> Tensor:
+    return (x.chosen - 0.5 / n.beta).square() + (x.rejected + 0.5 / n.beta).square()
 
 
 def _sorted_difference(better: Tensor, worse: Tensor) -> Tensor:
     return better.sort().values - worse.sort().values
 
 
-def _aot(x: Ratios, hp: Numbers) -> Tensor:
-    return smoothed_logistic(hp.beta * _sorted_difference(x.policy, x.reference), hp.label_smoothing)
+def _aot(x: Ratios, n: DPONumbers) -> Tensor:
+    return smoothed_logistic(n.beta * _sorted_difference(x.policy, x.reference), n.label_smoothing)
 
 
-def _aot_unpaired(x: Ratios, hp: Numbers) -> Tensor:
-    return smoothed_logistic(hp.beta * _sorted_difference(x.chosen, x.rejected), hp.label_smoothing)
+def _aot_unpaired(x: Ratios, n: DPONumbers) -> Tensor:
+    return smoothed_logistic(n.beta * _sorted_difference(x.chosen, x.rejected), n.label_smoothing)
 
 
-def _apo_zero(x: Ratios, hp: Numbers) -> Tensor:
-    return torch.sigmoid(-hp.beta * x.chosen) + torch.sigmoid(hp.beta * x.rejected)
+def _apo_zero(x: Ratios, n: DPONumbers) -> Tensor:
+    return torch.sigmoid(-n.beta * x.chosen) + torch.sigmoid(n.beta * x.rejected)
 
 
-def _apo_down(x: Ratios, hp: Numbers) -> Tensor:
-    return torch.sigmoid(hp.beta * x.chosen) + torch.sigmoid(-hp.beta * (x.chosen - x.rejected))
+def _apo_down(x: Ratios, n: DPONumbers) -> Tensor:
+    return torch.sigmoid(n.beta * x.chosen) + torch.sigmoid(-n.beta * (x.chosen - x.rejected))
 
 
-def _discopop(x: Ratios, hp: Numbers) -> Tensor:
-    z = hp.beta * x.delta
-    gate = z / hp.discopop_tau
+def _discopop(x: Ratios, n: DPONumbers) -> Tensor:
+    z = n.beta * x.delta
+    gate = z / n.discopop_tau
     # exp(-z) * sigmoid(gate) as one exponential: for a bad margin it would be inf * 0.
     exponential = capped_exp(F.logsigmoid(gate) - z)
     return exponential - F.logsigmoid(z) * torch.sigmoid(-gate)
 
 
-def _sft(x: Ratios, hp: Numbers) -> Tensor:
+def _sft(x: Ratios, n: DPONumbers) -> Tensor:
     return x.nll
 
 
-DPO_LOSSES: dict[str, Callable[[Ratios, Numbers], Tensor]] = {
+DPO_LOSSES: dict[str, Callable[[Ratios, DPONumbers], Tensor]] = {
     "sigmoid": _sigmoid,
     "hinge": _hinge,
     "ipo": _ipo,
@@ -202,189 +209,132 @@ DIFFERENCES = frozenset({"sigmoid", "hinge", "ipo", "sigmoid_norm", "exo_pair", 
 
 
 def ratios(
-    c: Tensor,
-    r: Tensor,
-    rc: Tensor,
-    rr: Tensor,
-    nc: Tensor,
-    nr: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    chosen_tokens: Tensor,
+    rejected_tokens: Tensor,
     *,
+    f_divergence: str,
+    f_alpha: float,
     nll: Tensor | None = None,
-    f_divergence: str = "reverse_kl",
-    f_alpha: float = 0.5,
 ) -> Ratios:
     """The vectors that ``DPO_LOSSES`` take; ``nll`` defaults to the token mean of these pairs."""
-    chosen, rejected = c - rc, r - rr
+    chosen_ratio, rejected_ratio = chosen - ref_chosen, rejected - ref_rejected
     divergence = F_DIVERGENCES[f_divergence]
-    fc, fr = divergence(chosen, f_alpha), divergence(rejected, f_alpha)
+    f_chosen, f_rejected = divergence(chosen_ratio, f_alpha), divergence(rejected_ratio, f_alpha)
     return Ratios(
-        chosen,
-        rejected,
-        fc - fr,
-        mean_logps(fc, nc) - mean_logps(fr, nr),
-        c - r,
-        rc - rr,
-        token_mean_nll(c, nc) if nll is None else nll,
+        chosen_ratio,
+        rejected_ratio,
+        f_chosen - f_rejected,
+        mean_logps(f_chosen, chosen_tokens) - mean_logps(f_rejected, rejected_tokens),
+        chosen - rejected,
+        ref_chosen - ref_rejected,
+        token_mean_nll(chosen, chosen_tokens) if nll is None else nll,
     )
 
 
-def dpo(
-    c: Tensor,
-    r: Tensor,
-    rc: Tensor,
-    rr: Tensor,
-    nc: Tensor,
-    nr: Tensor,
-    *,
-    loss_type: str = "sigmoid",
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    f_divergence: str = "reverse_kl",
-    f_alpha: float = 0.5,
-    discopop_tau: float = 0.05,
-) -> Tensor:
-    """One of ``DPO_LOSSES``, by name."""
-    x = ratios(c, r, rc, rr, nc, nr, f_divergence=f_divergence, f_alpha=f_alpha)
-    return DPO_LOSSES[loss_type](x, Numbers(beta, label_smoothing, discopop_tau))
-
-
 def wpo_weight(
-    c: Tensor,
-    r: Tensor,
-    qc: Tensor,  # log sum_v p_v^2, summed over the chosen tokens
-    qr: Tensor,
-    nc: Tensor,
-    nr: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_squares: Tensor,  # log sum_v p_v^2, summed over the chosen tokens
+    rejected_squares: Tensor,
+    chosen_tokens: Tensor,
+    rejected_tokens: Tensor,
 ) -> Tensor:
     """``w_c w_r`` with ``w = exp(mean_t(logp_t - log sum_v p_v^2))``, detached (https://arxiv.org/abs/2406.11827)."""
-    return torch.exp(mean_logps(c - qc, nc) + mean_logps(r - qr, nr)).detach()
+    of_chosen = mean_logps(chosen - chosen_squares, chosen_tokens)
+    return torch.exp(of_chosen + mean_logps(rejected - rejected_squares, rejected_tokens)).detach()
 
 
 # --- other losses with a reference -----------------------------------------------------------------------------------
 
 
-def irpo(c: Tensor, r: Tensor, rc: Tensor, rr: Tensor, nc: Tensor, *, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
+def irpo(chosen_ratio: Tensor, rejected_ratio: Tensor, chosen_mean: Tensor, *, beta: float, alpha: float) -> Tensor:
     """``-logsigmoid(b(lc - lr)) - alpha c / nc``"""
-    return -F.logsigmoid(beta * (c - rc - r + rr)) - alpha * mean_logps(c, nc)
+    return -F.logsigmoid(beta * (chosen_ratio - rejected_ratio)) - alpha * chosen_mean
 
 
-def dpop(c: Tensor, r: Tensor, rc: Tensor, rr: Tensor, *, beta: float = 0.1, dpop_lambda: float = 50.0) -> Tensor:
-    """``-logsigmoid(b(lc - lr - lambda relu(rc - c)))``"""
-    return -F.logsigmoid(beta * (c - rc - r + rr - dpop_lambda * F.relu(rc - c)))
+def dpop(chosen_ratio: Tensor, rejected_ratio: Tensor, *, beta: float, dpop_lambda: float) -> Tensor:
+    """``-logsigmoid(b(lc - lr - lambda relu(-lc)))``"""
+    return -F.logsigmoid(beta * (chosen_ratio - rejected_ratio - dpop_lambda * F.relu(-chosen_ratio)))
 
 
 def rdpo(
-    c: Tensor,
-    r: Tensor,
-    rc: Tensor,
-    rr: Tensor,
-    nc: Tensor,
-    nr: Tensor,
+    chosen_ratio: Tensor,
+    rejected_ratio: Tensor,
+    chosen_tokens: Tensor,
+    rejected_tokens: Tensor,
     *,
-    beta: float = 0.1,
-    length_weight: float = 0.01,
+    beta: float,
+    length_weight: float,
 ) -> Tensor:
     """``-logsigmoid(b(lc - lr) + w(nc - nr))``"""
-    return -F.logsigmoid(beta * (c - rc - r + rr) + length_weight * (nc - nr))
+    longer = chosen_tokens - rejected_tokens
+    return -F.logsigmoid(beta * (chosen_ratio - rejected_ratio) + length_weight * longer)
 
 
 def tdpo(
-    c: Tensor,
-    r: Tensor,
-    rc: Tensor,
-    rr: Tensor,
-    kc: Tensor,  # sum_t KL(reference || policy) over the chosen tokens
-    kr: Tensor,
+    chosen_ratio: Tensor,
+    rejected_ratio: Tensor,
+    chosen_kl: Tensor,  # sum_t KL(reference || policy) over the chosen tokens
+    rejected_kl: Tensor,
     *,
-    beta: float = 0.1,
-    loss_type: str = "tdpo2",
-    kl_weight: float = 0.5,
+    beta: float,
+    loss_type: str,
+    kl_weight: float,
 ) -> Tensor:
-    """``-logsigmoid(b(lc - lr - d))``, ``d = kr - kc`` (tdpo1) or ``w(kr - stop_gradient(kc))`` (tdpo2)"""
-    delta = kr - kc if loss_type == "tdpo1" else kl_weight * (kr - kc.detach())
-    return -F.logsigmoid(beta * (c - rc - r + rr - delta))
+    """``-logsigmoid(b(lc - lr - d))``: ``d = kr - kc`` (tdpo1) or ``w(kr - stop_gradient(kc))`` (tdpo2), k the KLs"""
+    delta = rejected_kl - chosen_kl if loss_type == "tdpo1" else kl_weight * (rejected_kl - chosen_kl.detach())
+    return -F.logsigmoid(beta * (chosen_ratio - rejected_ratio - delta))
 
 
 # --- without a reference ---------------------------------------------------------------------------------------------
 
 
-def cpo(
-    c: Tensor,
-    r: Tensor,
-    nc: Tensor,
-    nr: Tensor,
-    *,
-    loss_type: str = "sigmoid",
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """The preference term of CPO: ``sigmoid`` and ``hinge`` on sums, ``ipo`` on log-probabilities per token"""
+def cpo(chosen: Tensor, rejected: Tensor, *, loss_type: str, beta: float, label_smoothing: float) -> Tensor:
+    """The preference term of CPO: ``sigmoid``, ``hinge``, or ``ipo``, which takes log-probabilities per token"""
     if loss_type == "ipo":
-        return (mean_logps(c, nc) - mean_logps(r, nr) - 1 / (2 * beta)).square()
+        return (chosen - rejected - 1 / (2 * beta)).square()
     if loss_type == "hinge":
-        return F.relu(1 - beta * (c - r))
-    return smoothed_logistic(beta * (c - r), label_smoothing)
+        return F.relu(1 - beta * (chosen - rejected))
+    return smoothed_logistic(beta * (chosen - rejected), label_smoothing)
 
 
-def simpo(
-    c: Tensor,
-    r: Tensor,
-    nc: Tensor,
-    nr: Tensor,
-    *,
-    beta: float = 0.1,
-    gamma: float = 0.5,
-    label_smoothing: float = 0.0,
-) -> Tensor:
+def simpo(chosen_mean: Tensor, rejected_mean: Tensor, *, beta: float, gamma: float, label_smoothing: float) -> Tensor:
     """``-logsigmoid(b(c / nc - r / nr) - gamma)``"""
-    return smoothed_logistic(beta * (mean_logps(c, nc) - mean_logps(r, nr)) - gamma, label_smoothing)
+    return smoothed_logistic(beta * (chosen_mean - rejected_mean) - gamma, label_smoothing)
 
 
 def alphapo_reward(
     x: Tensor,  # (B,), log-probability per token
     reward_alpha: float,
 ) -> Tensor:
-    """``(1 - exp(-a x)) / a``, and x itself for a = 0"""
+    """``(1 - exp(-a x)) / a``, and x itself for a = 0: SimPO of these is AlphaPO"""
     return x if reward_alpha == 0 else (1 - capped_exp(-reward_alpha * x)) / reward_alpha
 
 
-def alphapo(
-    c: Tensor,
-    r: Tensor,
-    nc: Tensor,
-    nr: Tensor,
-    *,
-    beta: float = 0.1,
-    gamma: float = 0.5,
-    reward_alpha: float = 0.25,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """SimPO with each mean log-probability behind ``alphapo_reward``"""
-    chosen, rejected = (alphapo_reward(mean_logps(x, n), reward_alpha) for x, n in ((c, nc), (r, nr)))
-    return smoothed_logistic(beta * (chosen - rejected) - gamma, label_smoothing)
-
-
-def log_odds(c: Tensor, r: Tensor, nc: Tensor, nr: Tensor) -> Tensor:
+def log_odds(chosen_mean: Tensor, rejected_mean: Tensor) -> Tensor:
     """``log(odds(chosen) / odds(rejected))`` with ``odds = p / (1 - p)``, p per token"""
-    chosen, rejected = mean_logps(c, nc), mean_logps(r, nr)
-    return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
+    return (chosen_mean - rejected_mean) - (log1mexp(chosen_mean) - log1mexp(rejected_mean))
 
 
-def orpo(c: Tensor, r: Tensor, nc: Tensor, nr: Tensor, *, beta: float = 0.1) -> Tensor:
+def orpo(chosen_mean: Tensor, rejected_mean: Tensor, *, beta: float) -> Tensor:
     """``-b logsigmoid(log odds ratio)``: the preference term of ORPO"""
-    return -beta * F.logsigmoid(log_odds(c, r, nc, nr))
+    return -beta * F.logsigmoid(log_odds(chosen_mean, rejected_mean))
 
 
 def slic(
-    c: Tensor,
-    r: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
     sft_logps: Tensor,  # log-probability of the sequence that regularises
     *,
-    delta: float = 1.0,
-    alpha: float = 0.1,
+    delta: float,
+    alpha: float,
 ) -> Tensor:
     """``relu(delta - c + r) - alpha log p(y_ref)``"""
-    return F.relu(delta - c + r) - alpha * sft_logps
+    return F.relu(delta - chosen + rejected) - alpha * sft_logps
 
 
 # --- f-PO (https://arxiv.org/abs/2410.21662) -------------------------------------------------------------------------
@@ -428,21 +378,21 @@ FPO_DIVERGENCES: dict[str, Callable[[Densities], Tensor]] = {
 
 
 def fpo(
-    sc: Tensor,  # score of the chosen completion
-    sr: Tensor,
+    chosen: Tensor,  # score of the chosen completion
+    rejected: Tensor,
     *,
-    divergence: str = "js",
-    beta: float = 2.0,
-    gamma: float = 0.5,
-    divergence_order: float = 0.1,
+    divergence: str,
+    beta: float,
+    gamma: float,
+    divergence_order: float,
 ) -> Tensor:
-    """``sum q f(p / q)``, ``p = softmax(b [sc - gamma / b, sr])``, ``q = [1, exp(-10)]``"""
-    log_p = torch.stack([beta * sc - gamma, beta * sr]).log_softmax(0)
+    """``sum q f(p / q)``, ``p = softmax(b [chosen - gamma / b, rejected])``, ``q = [1, exp(-10)]``"""
+    log_p = torch.stack([beta * chosen - gamma, beta * rejected]).log_softmax(0)
     log_q = torch.tensor([[0.0], [LOG_EPSILON]], dtype=log_p.dtype, device=log_p.device).expand_as(log_p)
     return FPO_DIVERGENCES[divergence](Densities(log_p, log_q, divergence_order))
 
 
-# --- unpaired --------------------------------------------------------------------------------------------------------
+# --- single sequences ------------------------------------------------------------------------------------------------
 
 
 def kto_kl(
@@ -454,30 +404,17 @@ def kto_kl(
 
 
 def kto(
-    ratio: Tensor,  # (B,), policy over reference
+    ratio: Tensor,  # (B,), log of policy over reference
     desirable: Tensor,  # (B,), bool
-    kl: Tensor,  # ()
+    kl: Tensor,  # () or (B,)
     *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
 ) -> Tensor:
     """Desirable: ``1 - sigmoid(b(l - kl))``; undesirable: ``1 - sigmoid(b(kl - l))``; each with its class's weight"""
     z = beta * (ratio - kl)
     return torch.where(desirable, desirable_weight * torch.sigmoid(-z), undesirable_weight * torch.sigmoid(z))
-
-
-def apo_zero_unpaired(
-    ratio: Tensor,
-    desirable: Tensor,
-    *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> Tensor:
-    """KTO with ``kl = 0``: ``1 - sigmoid(b l)`` and ``sigmoid(b l)``"""
-    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
-    return kto(ratio, desirable, ratio.new_zeros(()), beta=beta, **weights)
 
 
 def bco(
@@ -485,7 +422,7 @@ def bco(
     desirable: Tensor,
     delta: Tensor,  # (), mean reward
     *,
-    beta: float = 0.1,
+    beta: float,
 ) -> Tensor:
     """Desirable: ``-logsigmoid(b l - delta)``; undesirable: ``-logsigmoid(delta - b l)``"""
     z = beta * ratio - delta

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
@@ -43,24 +42,30 @@ try:
 except ImportError as missing:
     raise ImportError(f"expected trl 1.16 and what it needs (pip install 'chunked-embed[trl]'): {missing}") from missing
 
-from chunked_embed import LossOutput, causal_lm
+from chunked_embed import Head, LossOutput, causal_lm
+from chunked_embed.checks import FINITE
+from chunked_embed.fields import KW_ONLY, number
+from chunked_embed.trainers import HeadTrainer, Sums, check_given_loss, warn_untested
 
 from . import functional as AF
-from ._base import PairLoss, PairScores, PreferenceLoss, SequenceLoss
-from .paired import (
+from .losses import (
     AlphaPOLoss,
+    BCOLoss,
     CPOLoss,
     CPOSimPOLoss,
     DPOLoss,
     DPOPLoss,
     FPOLoss,
     IRPOLoss,
+    KTOLoss,
     ORPOLoss,
     RDPOLoss,
     SimPOLoss,
     TDPOLoss,
 )
-from .unpaired import BCOLoss, KTOLoss
+from .pairs import PairLoss, PairScores
+from .path import PreferenceLoss
+from .sequences import SequenceLoss
 
 __all__ = ["ChunkedBCOTrainer", "ChunkedCPOTrainer", "ChunkedDPOTrainer", "ChunkedKTOTrainer", "ChunkedORPOTrainer"]
 
@@ -78,18 +83,15 @@ F_DIVERGENCES = {"js_divergence": "js", "alpha_divergence": "alpha"}  # TRL's na
 TESTED = "1.16."
 BCO_STATE = "bco_running_mean.json"
 
-Means = dict[str, tuple[Tensor, Tensor]]  # by name: a sum and its weight, of this process
-
-if not trl.__version__.startswith(TESTED):
-    warnings.warn(f"alignment.trl is written for trl {TESTED}x and not tried with {trl.__version__}", stacklevel=2)
+warn_untested("alignment.trl", trl, TESTED)
 
 
-class _Chunked:
+class _Chunked(HeadTrainer):
     """What the trainers share: a loss that runs inside the policy's forward, a check of the models, and metrics.
 
     Args:
-        loss: an object of ``alignment`` to use instead of the one that ``args`` describe. Its scale and soft-cap of
-            logits are set to the model's.
+        loss: an object of ``alignment`` to use instead of the one that ``args`` describe. The scale and soft-cap of the
+            logits are the model's.
         loss_options: keywords of the loss that ``args`` describe, such as ``{"chunk_size": 4096}``.
     """
 
@@ -97,10 +99,7 @@ class _Chunked:
     _trl_module: ClassVar[Any] = None
     """Where TRL's constructor finds the fused head that ours replaces."""
     # What is TRL's, in the class behind this one.
-    args: Any
-    model: Any
     ref_model: Any
-    accelerator: Any
     processing_class: Any
     aux_loss_enabled: bool
     router_aux_loss_coef: float
@@ -112,20 +111,13 @@ class _Chunked:
     def __init__(
         self, *args: Any, loss: PreferenceLoss | None = None, loss_options: Mapping[str, Any] | None = None, **kw: Any
     ) -> None:
-        if loss is not None and not isinstance(loss, self._loss_base):
-            raise TypeError(f"expected loss to be a {self._loss_base.__name__}, got {type(loss).__name__}")
-        if loss is not None and loss_options:
-            raise ValueError("expected loss or loss_options, got both: options go to the loss that you make")
+        check_given_loss(loss, self._loss_base, loss_options)
         self._given_loss = loss
         self._loss_options = dict(loss_options or {})
-        self._checked: set[int] = set()
         self._hashed = False
         with _our_head(self._trl_module):
             super().__init__(*args, **kw)  # precomputes reference log-probabilities if asked to
-        causal_lm.attach(self.model)
-        parallel = self.accelerator.parallelism_config
-        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
-            raise ValueError("expected whole sequences on each process, got context or sequence parallelism")
+        self.attach_model()
         self.chunked_loss.check()  # now, rather than at the first batch
 
     @cached_property
@@ -136,16 +128,6 @@ class _Chunked:
     def _make_loss(self, args: Any, options: dict[str, Any]) -> PreferenceLoss:
         raise NotImplementedError
 
-    def _forward(self, model: nn.Module, inputs: Mapping[str, Any], fn: Callable[[causal_lm.Head], Any]) -> Any:
-        """``fn`` of the head inside the model's forward."""
-        self._check(model, inputs)
-        return model(**inputs, head_fn=fn)
-
-    def _check(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        if id(model) not in self._checked:
-            self._checked.add(id(model))
-            causal_lm.check(model, inputs)
-
     def _precompute_ref_logps(self, *args: Any) -> Any:
         """TRL keeps what it computed by the reference and the data; here it also depends on numbers of the loss."""
         if not self._hashed:
@@ -155,29 +137,21 @@ class _Chunked:
         return super()._precompute_ref_logps(*args)  # type: ignore[misc]
 
     def _loss(
-        self, model: nn.Module, inputs: Mapping[str, Any], target: Tensor, reference: Mapping[str, Any], *given: Any,
-        **keywords: Any,
-    ) -> tuple[LossOutput, Tensor | None]:  # fmt: skip
-        """The loss of a batch, and the auxiliary loss of a mixture of experts."""
-        loss = self.chunked_loss
-        metrics: dict[str, Tensor] = {}  # past the model's outputs, which mixed precision under FSDP2 rounds
+        self, model: nn.Module, inputs: Mapping[str, Any], target: Tensor, given: Mapping[str, Any]
+    ) -> tuple[LossOutput, Tensor | None]:
+        """The loss of a batch, with further arguments by name, and the auxiliary loss of a mixture of experts."""
+        self.check_once(model, inputs)
 
-        def run(head: causal_lm.Head) -> Tensor:
-            loss.logit_scale, loss.logit_softcap = head.logit_scale, head.logit_softcap
-            head = head.shifted(target.shape[1] + 1)
-            extra = {**keywords, **reference, "bias": head.bias, "extra": head.extra}
-            out = loss(head.hidden, head.weight, target, *given, **extra)
-            metrics.update(out.metrics)
-            return out.loss
+        def run(head: Head, target: Tensor) -> LossOutput:
+            there = {k: v.to(target.device) if isinstance(v, Tensor) else v for k, v in given.items()}
+            return self.chunked_loss(head, target=target, **there)
 
-        out = self._forward(model, inputs, run)
-        return LossOutput(out.value, metrics), out.aux_loss
+        return self.run_loss(model, inputs, target, run)
 
     def _token_logps(self, model: nn.Module, inputs: Mapping[str, Any], target: Tensor) -> Tensor:
-        options = {name: getattr(self.chunked_loss, name) for name in ("chunk_size", "max_chunk_bytes", "compiled")}
-        options["temperature"] = self.chunked_loss.temperature
-        fn = lambda head: head.shifted(target.shape[1] + 1).logps(target, **options)  # noqa: E731
-        return self._forward(model, inputs, fn).value
+        self.check_once(model, inputs)
+        names = ("chunk_size", "max_chunk_bytes", "compiled", "temperature")
+        return self.token_logps(model, inputs, target, **{name: getattr(self.chunked_loss, name) for name in names})
 
     @property
     def _reference_model(self) -> nn.Module:
@@ -194,12 +168,6 @@ class _Chunked:
         with torch.no_grad(), checkpointing, adapters, self.accelerator.autocast():
             yield self._reference_model
 
-    def _means(self, sums: Means) -> dict[str, float]:
-        """Means over the tokens or sequences of all processes, where there are any: one gather, one transfer."""
-        table = torch.stack([torch.stack([total.float(), weight.float()]) for total, weight in sums.values()])
-        gathered = self.accelerator.gather(table[None]).sum(0)
-        return {name: total / weight for name, (total, weight) in zip(sums, gathered.tolist(), strict=True) if weight}
-
     def _store(self, mode: str, means: Mapping[str, float], attention_mask: Tensor) -> None:
         """Into what TRL's ``log`` averages."""
         if mode == "train":
@@ -209,19 +177,12 @@ class _Chunked:
         for name, mean in means.items():
             self._metrics[mode][name].append(mean)
 
-    def _with_aux(self, loss: Tensor, aux_loss: Tensor | None, sums: Means) -> Tensor:
+    def _with_aux(self, loss: Tensor, aux_loss: Tensor | None, sums: Sums) -> Tensor:
         if not self.aux_loss_enabled:
             return loss
         assert aux_loss is not None
         sums["aux_loss"] = aux_loss.detach(), torch.ones_like(aux_loss.detach())
         return loss + self.router_aux_loss_coef * aux_loss
-
-    def _with_outputs(self, model: nn.Module, inputs: Mapping[str, Any], loss: Tensor, wanted: bool) -> Any:
-        """TRL hands logits to ``compute_metrics``: by another forward."""
-        if not wanted:
-            return loss
-        with torch.no_grad():
-            return loss, model(**inputs)
 
 
 @contextlib.contextmanager
@@ -240,21 +201,11 @@ def _our_head(module: Any) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _pair_sums(out: LossOutput) -> Means:
-    """What TRL logs of pairs, as sums and weights: over pairs, or over completion tokens."""
-    metrics = dict(out.metrics)
-    chosen, rejected = metrics.pop("tokens/chosen").sum(), metrics.pop("tokens/rejected").sum()
-    tokens = {
-        "entropy": chosen + rejected,
-        "mean_token_accuracy": chosen,
-        "logits/chosen": chosen,
-        "logits/rejected": rejected,
-    }
-    sums: Means = {}
-    for name, value in metrics.items():
-        weight = tokens[name] if name in tokens else value.new_full((), value.numel())
-        sums[name] = (value * weight if name in tokens else value.sum()), weight
-    return sums
+def _pair_sums(out: LossOutput) -> Sums:
+    """What TRL logs of pairs, as sums and counts: over pairs, or over completion tokens."""
+    sums = {name: pair for name, pair in out.sums.items() if not name.startswith("tokens/")}
+    loss = out.metrics["nll_loss"]  # TRL means it over processes, not tokens: so does its loss
+    return {**sums, "nll_loss": (loss, torch.ones_like(loss))}
 
 
 # --- with a reference ------------------------------------------------------------------------------------------------
@@ -288,7 +239,7 @@ class ChunkedDPOTrainer(_Chunked, DPOTrainer):
         )
 
     def _precompute_ref_logps(self, *args: Any) -> Any:
-        if not self.chunked_loss.takes_ref_logps:
+        if self.chunked_loss.needs_kl:
             name = type(self.chunked_loss).__name__
             raise ValueError(f"expected precompute_ref_log_probs=False: {name} needs the reference's distributions")
         return super()._precompute_ref_logps(*args)
@@ -305,7 +256,7 @@ class ChunkedDPOTrainer(_Chunked, DPOTrainer):
         arguments, target = self._split(inputs)
         with self._as_reference():
             logps = self._token_logps(model, arguments, target)
-        tail_weight = self.chunked_loss._tail_weight()
+        tail_weight = self.chunked_loss.tail_weight
         if tail_weight is not None:
             used = target != -100
             shared = used.sum(1).view(2, -1).amin(0).repeat(2)[:, None]
@@ -318,21 +269,11 @@ class ChunkedDPOTrainer(_Chunked, DPOTrainer):
         loss = self.chunked_loss
         if loss.takes_reference is False:
             return {}
-        if not loss.takes_ref_logps:
+        if loss.needs_kl:
             arguments, target = self._split(inputs)
             with self._as_reference() as model:
-                self._check(model, arguments)
-                head = causal_lm.capture(model, arguments).shifted(target.shape[1] + 1)
-                policy = causal_lm.logit_transform(self.model.config)
-                if policy != (head.logit_scale, head.logit_softcap):
-                    got = head.logit_scale, head.logit_softcap
-                    raise ValueError(f"expected a reference with the policy's logit scale and cap {policy}, got {got}")
-                return {
-                    "ref_hidden": head.hidden,
-                    "ref_weight": head.weight,
-                    "ref_bias": head.bias,
-                    "ref_extra": head.extra,
-                }
+                self.check_once(model, arguments, "the reference")
+                return {"ref": self.frozen_head(model, arguments, target)}
         if self.precompute_ref_logps:
             logps = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
@@ -342,16 +283,15 @@ class ChunkedDPOTrainer(_Chunked, DPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
         mode = "train" if self.model.training else "eval"
         arguments, target = self._split(inputs)
-        reference = self._reference(inputs)
         if self.aux_loss_enabled:
             arguments["output_router_logits"] = True
-        out, aux_loss = self._loss(model, arguments, target, reference)
+        out, aux_loss = self._loss(model, arguments, target, self._reference(inputs))
         sums = _pair_sums(out)
         if not self.chunked_loss.takes_nll_target:
             del sums["nll_loss"]  # TRL has none there
         loss = self._with_aux(out.loss, aux_loss, sums)
-        self._store(mode, self._means(sums), inputs["attention_mask"])
-        return self._with_outputs(model, arguments, loss, return_outputs)
+        self._store(mode, self.means_of(sums), inputs["attention_mask"])
+        return self.with_outputs(model, arguments, loss, return_outputs)
 
 
 class ChunkedKTOTrainer(_Chunked, KTOTrainer):
@@ -405,32 +345,22 @@ class ChunkedKTOTrainer(_Chunked, KTOTrainer):
             arguments["output_router_logits"] = True
         desirable = torch.as_tensor(batch["label"], dtype=torch.bool, device=target.device)
         self.chunked_loss.train(mode == "train")
-        reference = {"ref_logps": ref_logps}
-        out, aux_loss = self._loss(model, arguments, target, reference, desirable, **self._keywords(batch, kl))
-        sums = self._sums(out, desirable)
+        given = {"preference_labels": desirable, "ref_logps": ref_logps, **self._keywords(batch, kl)}
+        out, aux_loss = self._loss(model, arguments, target, given)
+        sums = self._sums(out)
         loss = self._with_aux(out.loss, aux_loss, sums)
-        means = self._means(sums)
+        means = self.means_of(sums)
         if {"rewards/chosen", "rewards/rejected"} <= means.keys():
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         self._store(mode, means, batch["attention_mask"])
-        return self._with_outputs(model, arguments, loss, return_outputs)
+        return self.with_outputs(model, arguments, loss, return_outputs)
 
     @staticmethod
-    def _sums(out: LossOutput, desirable: Tensor) -> Means:
+    def _sums(out: LossOutput) -> Sums:
         """What TRL logs: of the desirable (chosen) and of the other (rejected) sequences, or their tokens."""
-        metrics = out.metrics
-        one = metrics["logps"].new_ones(())
-        sums: Means = {name: (metrics[name].mean(), one) for name in ("kl", "delta") if name in metrics}
-        tokens = {side: metrics[f"tokens/{side}"].sum() for side in ("chosen", "rejected")}
-        if "entropy" in metrics:
-            both = tokens["chosen"] + tokens["rejected"]
-            sums["entropy"] = metrics["entropy"] * both, both
-        for side, member in (("chosen", desirable), ("rejected", ~desirable)):
-            for name in ("rewards", "logps"):
-                sums[f"{name}/{side}"] = (metrics[name] * member).sum(), member.sum()
-            if f"logits/{side}" in metrics:
-                sums[f"logits/{side}"] = metrics[f"logits/{side}"] * tokens[side], tokens[side]
-        return sums
+        sides = [f"{name}/{side}" for name in ("rewards", "logps", "logits") for side in ("chosen", "rejected")]
+        logged = {"kl", "delta", "entropy", *sides}
+        return {name: pair for name, pair in out.sums.items() if name in logged}
 
 
 class ChunkedBCOTrainer(ChunkedKTOTrainer):
@@ -499,13 +429,13 @@ class _Concatenated(_Chunked):
         if self.aux_loss_enabled:
             arguments["output_router_logits"] = True
         keywords = {"nll_target": self._nll_target(both)} if self.chunked_loss.takes_nll_target else {}
-        out, aux_loss = self._loss(model, arguments, both["labels"][:, 1:], {}, **keywords)
+        out, aux_loss = self._loss(model, arguments, both["labels"][:, 1:], keywords)
         sums = _pair_sums(out)
         loss = out.loss
         if self.aux_loss_enabled:
             assert aux_loss is not None
             loss = loss + self.aux_loss_coef * aux_loss
-        means = {"logits/chosen": 0.0, "logits/rejected": 0.0} | self._means(sums)
+        means = {"logits/chosen": 0.0, "logits/rejected": 0.0} | self.means_of(sums)
         prefix = "eval_" if train_eval == "eval" else ""
         return loss, {f"{prefix}{name}": mean for name, mean in means.items()}
 
@@ -533,14 +463,14 @@ class ChunkedCPOTrainer(_Concatenated, CPOTrainer):
 class _ShapedCPOLoss(CPOLoss):
     """CPO over AlphaPO's rewards, for ``CPOConfig(alpha=...)`` with a loss type other than "simpo"."""
 
-    def __init__(self, beta: float, loss_type: str, *, reward_alpha: float, **options: Any) -> None:
-        self.reward_alpha = reward_alpha
-        super().__init__(beta, loss_type, **options)
+    _: KW_ONLY
+    reward_alpha: float = number(0.0, FINITE)
 
     def pair_loss(self, x: PairScores) -> Any:
         chosen, rejected = (AF.alphapo_reward(v, self.reward_alpha) for v in self.logps(x))
-        scale = (x.nc.clamp_min(1), x.nr.clamp_min(1)) if self.averages() else (1, 1)  # which "ipo" divides by
-        return super().pair_loss(replace(x, c=chosen * scale[0], r=rejected * scale[1]))
+        if self.per_token:  # its loss divides by the tokens
+            chosen, rejected = chosen * x.chosen_tokens.clamp_min(1), rejected * x.rejected_tokens.clamp_min(1)
+        return super().pair_loss(replace(x, chosen=chosen, rejected=rejected))
 
     def rewards(self, x: PairScores) -> tuple[Tensor, Tensor]:
         chosen, rejected = (self.beta * AF.alphapo_reward(v, self.reward_alpha) for v in self.logps(x))

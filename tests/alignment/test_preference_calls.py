@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -11,7 +14,10 @@ from preference_zoo import CASES, IGNORE, Batch, Vectors, make_batch
 
 import alignment as A
 from alignment import functional as AF
-from chunked_embed import FlexChunkLoss, linear_logps
+from chunked_embed import Head, linear_logps
+from chunked_embed.checks import POSITIVE
+from chunked_embed.engine.formula import Formula
+from chunked_embed.fields import number
 
 EAGER: dict[str, Any] = {"compiled": False}
 
@@ -108,6 +114,91 @@ def test_the_reference_is_frozen() -> None:
     loss = A.DPOLoss(**EAGER)
     loss(batch.hidden, batch.weight, batch.target, batch.bias, **batch.reference()).loss.backward()
     assert batch.ref_hidden.grad is None and batch.ref_weight.grad is None and batch.hidden.grad is not None
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+def as_heads(batch: Batch, scale: float, ref_scale: float, cap: float | None = None) -> dict[str, Head]:
+    policy = Head(batch.hidden, batch.weight, batch.bias, logit_scale=scale, logit_softcap=cap)
+    reference = Head(batch.ref_hidden, batch.ref_weight, batch.ref_bias, logit_scale=ref_scale)
+    return {"hidden": policy, "ref": reference}
+
+
+@pytest.mark.parametrize("name", ["dpo_sigmoid", "dpo_aot", "tdpo2", "kto", "bco", "dpo_wpo"])
+def test_heads_in_place_of_tensors(name: str) -> None:
+    case, batch = CASES[name], make_batch(3)
+    labels = {"preference_labels": batch.labels} if case.unpaired else {}
+    arguments = {"target": batch.target, **labels, **case.arguments(batch)}
+    loose = case.call(case.loss(**EAGER), batch)
+    found = case.loss(**EAGER)(**as_heads(batch, 1.0, 1.0), **arguments)
+    torch.testing.assert_close(found.loss, loose.loss)
+    for key, value in loose.metrics.items():
+        torch.testing.assert_close(found.metrics[key], value)
+    ours, theirs = (torch.autograd.grad(out.loss, batch.leaves) for out in (found, loose))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "tdpo"])
+@pytest.mark.parametrize("scales", [(0.3, 0.3), (0.3, 1.7)])
+def test_each_head_brings_its_scale_and_cap(kind: str, scales: tuple[float, float]) -> None:
+    """The model's own, which ``causal_lm.check`` compared; policy and reference may differ."""
+    batch = make_batch(3)
+    loss = A.DPOLoss(0.2, **EAGER) if kind == "dpo" else A.TDPOLoss(0.2, kl_weight=0.0, **EAGER)
+    heads = as_heads(batch, *scales, cap=2.0)
+    z, zr = (head.logits() for head in heads.values())
+    expected = logistic(z, zr.detach(), batch.target, 0.2)
+    for _ in range(2):  # nothing of a head stays behind
+        out = loss(**heads, target=batch.target)
+        torch.testing.assert_close(out.loss, expected)
+    ours, theirs = (torch.autograd.grad(v, batch.leaves) for v in (out.loss, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    loose = loss(batch.hidden, batch.weight, batch.target, batch.bias, **batch.reference())
+    torch.testing.assert_close(loose.loss, logistic(batch.logits(), batch.logits(reference=True), batch.target, 0.2))
+    assert (loss.logit_scale, loss.logit_softcap) == (1.0, None)
+
+
+def test_a_head_beside_reference_log_probabilities() -> None:
+    batch = make_batch(2)
+    ref_logps = Vectors(batch).ref
+    head = as_heads(batch, 0.5, 1.0)["hidden"]
+    out = A.DPOLoss(0.2, **EAGER)(head, target=batch.target, ref_logps=ref_logps)
+    picked = Vectors.pick(head.logits().log_softmax(-1), batch.target).sum(1)
+    c, r = (picked - ref_logps).chunk(2)
+    torch.testing.assert_close(out.loss, -F.logsigmoid(0.2 * (c - r)).mean())
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        ({"logit_scale": 0.3}, {}, "expected logit_scale of the head alone, got 0.5 there and 0.3 of DPOLoss"),
+        ({"logit_softcap": 30.0}, {}, "expected logit_softcap of the head alone, got None there and 30.0 of DPOLoss"),
+        ({}, {"weight": torch.zeros(13, 5)}, "a Head alone, and what follows it by keyword .*, got weight beside it"),
+        ({}, {"extra": ((torch.zeros(1), torch.zeros(1)),)}, "expected a Head alone, .* got extra beside it"),
+        ({}, {"ref": None}, "compares with a reference"),
+        ({}, {"ref": None, "ref_hidden": torch.zeros(4, 9, 4), "ref_weight": torch.zeros(13, 4)}, "both in parts"),
+        ({}, {"hidden": torch.zeros(4, 9, 5), "weight": torch.zeros(13, 5)}, "both in parts"),
+        ({}, {"ref": torch.zeros(4, 9, 4)}, "expected ref to be a Head, got Tensor"),
+        ({}, {"ref_logps": torch.zeros(4)}, "expected one reference, got both ref and ref_logps"),
+    ],
+)
+def test_heads_that_are_refused(options: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    batch = make_batch(2, dtype=torch.float32)
+    call = {**as_heads(batch, 0.5, 0.5), "target": batch.target, **change}
+    with pytest.raises((TypeError, ValueError), match=message):
+        A.DPOLoss(**options, **EAGER)(**call)
+
+
+def test_a_loss_may_repeat_what_the_head_says() -> None:
+    batch = make_batch(2)
+    heads = as_heads(batch, 0.5, 0.5)
+    plain, said = A.DPOLoss(**EAGER), A.DPOLoss(logit_scale=0.5, **EAGER)
+    torch.testing.assert_close(*(loss(**heads, target=batch.target).loss for loss in (plain, said)))
+
+
+# --- references, dtypes, targets -------------------------------------------------------------------------------------
 
 
 def test_policy_and_reference_may_share_a_head() -> None:
@@ -226,15 +317,34 @@ def logistic_of(batch: Batch, beta: float) -> torch.Tensor:
     return logistic(batch.logits(), batch.logits(reference=True), batch.target, beta)
 
 
-def test_a_reference_of_another_vocabulary() -> None:
-    """Padded to another size: log-probabilities of the same ids."""
-    batch = make_batch(2)
-    padded = torch.cat([batch.ref_weight, torch.randn(3, 4, dtype=torch.float64)])
-    out = A.DPOLoss(0.2, **EAGER)(
-        batch.hidden, batch.weight, batch.target, ref_hidden=batch.ref_hidden, ref_weight=padded
+def of_width(batch: Batch, policy: int, reference: int) -> dict[str, Any]:
+    weight, ref_weight = (
+        torch.randn(v, w.shape[1], dtype=torch.float64)
+        for v, w in zip((policy, reference), (batch.weight, batch.ref_weight))
     )
-    expected = logistic(batch.hidden @ batch.weight.T, batch.ref_hidden @ padded.T, batch.target, 0.2)
-    torch.testing.assert_close(out.loss, expected)
+    return {"weight": weight, "ref_weight": ref_weight}
+
+
+def test_padding_of_a_head() -> None:
+    """Each model's probabilities are over its own vocabulary, as with ``ref_logps``. A KL is over what both have."""
+    batch = make_batch(2)
+    for sizes in ((60, 63), (63, 60)):
+        heads = of_width(batch, *sizes)
+        call = {"hidden": batch.hidden, "target": batch.target, "ref_hidden": batch.ref_hidden, **heads}
+        z, zr = batch.hidden @ heads["weight"].T, batch.ref_hidden @ heads["ref_weight"].T
+        torch.testing.assert_close(A.DPOLoss(0.2, **EAGER)(**call).loss, logistic(z, zr, batch.target, 0.2))
+        found = A.TDPOLoss(0.2, kl_weight=0.0, **EAGER)(**call)
+        torch.testing.assert_close(found.loss, logistic(z[..., :60], zr[..., :60], batch.target, 0.2))
+
+
+@pytest.mark.parametrize("loss", [A.DPOLoss, A.TDPOLoss, A.KTOLoss])
+def test_more_than_padding_is_another_vocabulary(loss: Any) -> None:
+    batch = make_batch(2)
+    batch.target[batch.target > 1] = 1
+    call = {"hidden": batch.hidden, "target": batch.target, "ref_hidden": batch.ref_hidden, **of_width(batch, 9, 2)}
+    unpaired = {"preference_labels": batch.labels, "kl": torch.zeros(())} if loss is A.KTOLoss else {}
+    with pytest.raises(ValueError, match=r"policy and reference of one vocabulary.* got 9 and 2 tokens"):
+        loss(**EAGER)(**call, **unpaired)
 
 
 def test_plan() -> None:
@@ -258,32 +368,35 @@ def test_plan_of_sequences() -> None:
 def test_the_docstring_runs() -> None:
     import doctest
 
-    from alignment import paired
+    from alignment import losses
 
-    failed, tried = doctest.testmod(paired)
+    failed, tried = doctest.testmod(losses)
     assert tried and not failed
 
 
-def test_one_step_is_compiled_for_all_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_step_is_compiled_for_all_losses() -> None:
     """Losses share their token scores: what identifies a compiled step does not name the loss."""
-    keys = []
-    score = FlexChunkLoss._score
-
-    def spy(self: FlexChunkLoss, call: Any, names: tuple[str, ...]) -> Any:
-        keys.append(score(self, call, names).key)
-        return score(self, call, names)
-
-    monkeypatch.setattr(FlexChunkLoss, "_score", spy)
-    batch = make_batch(2)
-    for name in ("dpo_sigmoid", "dpo_aot", "orpo", "irpo", "bco", "kto", "fpo_js_live"):
-        CASES[name].call(CASES[name].loss(**EAGER), batch)
-    assert len(set(keys)) == 2  # the policy's statistics, and the reference's
+    names = ("dpo_sigmoid", "dpo_aot", "orpo", "irpo", "bco", "kto", "fpo_js_live")
+    assert len({Formula.snapshot(CASES[name].loss()._engine).key for name in names}) == 1
 
 
 REFUSED_OPTIONS = [
     (A.DPOLoss, {"beta": 0.0}, "beta"),
     (A.DPOLoss, {"beta": float("nan")}, "beta"),
     (A.DPOLoss, {"beta": "0.1"}, "beta"),
+    (A.DPOLoss, {"beta": torch.nn.Parameter(torch.tensor(0.1))}, "beta"),
+    (A.DPOLoss, {"beta": torch.tensor(0.1)}, "beta"),
+    (A.DPOLoss, {"ignore_index": True}, "ignore_index"),
+    (A.DPOLoss, {"ignore_index": -100.0}, "ignore_index"),
+    (A.KTOLoss, {"ignore_index": "-100"}, "ignore_index"),
+    (A.DPOLoss, {"temperature": 0}, "temperature"),
+    (A.DPOLoss, {"logit_scale": "1"}, "logit_scale"),
+    (A.DPOLoss, {"token_metrics": 1}, "token_metrics"),
+    (A.DPOLoss, {"use_weighting": "yes"}, "use_weighting"),
+    (A.DPOLoss, {"loss_weights": 1.0}, "loss_weights"),
+    (A.DPOLoss, {"loss_weights": ["1"]}, "loss_weights"),
+    (A.DPOLoss, {"max_chunk_bytes": 1e6}, "max_chunk_bytes"),
+    (A.DPOLoss, {"betta": 1.0}, "betta"),
     (A.DPOLoss, {"loss_type": "sigmoidal"}, "loss_type"),
     (A.DPOLoss, {"loss_type": []}, "loss_type"),
     (A.DPOLoss, {"loss_type": None}, "loss_type"),
@@ -327,6 +440,17 @@ def refused_calls(b: Batch) -> dict[str, tuple[Any, dict[str, Any], str]]:
         "width": (dpo, {**given, "weight": b.weight[:, 1:]}, "weight of shape"),
         "target": (dpo, {**given, "target": b.target[:, 1:]}, "target of shape"),
         "target dtype": (dpo, {**given, "target": b.target.double()}, "integers"),
+        "no target": (dpo, {**given, "target": None}, "expected target to be a tensor, got None"),
+        "list of targets": (dpo, {**given, "target": b.target.tolist()}, "expected target to be a tensor, got list"),
+        "list of hidden states": (dpo, {**given, "hidden": b.hidden.tolist()}, "expected hidden to be a tensor"),
+        "list of ref_logps": (dpo, {**call, "ref_logps": [0.0] * 4}, "expected ref_logps to be a tensor, got list"),
+        "meta": (dpo, {**given, "hidden": b.hidden.to("meta")}, "expected hidden in memory"),
+        "meta weight": (dpo, {**given, "weight": b.weight.to("meta")}, "expected weight on cpu, got meta"),
+        "list of labels": (kto, {**unpaired, "preference_labels": [True] * 4, "kl": torch.zeros(())}, "to be a tensor"),
+        "bias": (dpo, {**given, "bias": torch.zeros(3).double()}, r"expected bias of shape \(13,\), got \(3,\)"),
+        "extra": (dpo, {**given, "extra": b.weight}, "expected extra to be a tuple"),
+        "ref_extra": (dpo, {**call, **b.reference(), "ref_extra": ((b.hidden, b.weight[1:]),)}, r"ref_extra\[0\]\[1\]"),
+        "number kl": (kto, {**unpaired, "kl": 0.5}, "expected kl to be a tensor, got float"),
         "ids": (dpo, {**given, "target": torch.where(b.used, 99, b.target)}, "target"),
         "no reference": (dpo, call, "ref_hidden and ref_weight, or ref_logps"),
         "two references": (dpo, {**given, "ref_hidden": b.ref_hidden, "ref_weight": b.ref_weight}, "both"),
@@ -339,7 +463,7 @@ def refused_calls(b: Batch) -> dict[str, tuple[Any, dict[str, Any], str]]:
         "other nll ids": (cpo, {**call, "nll_target": torch.where(b.used, (b.target + 1) % 13, -100)}, "agree"),
         "unknown vector": (dpo, {**given, "sft_logps": torch.zeros(2)}, "sft_logps"),
         "tdpo ref_logps": (A.TDPOLoss(**EAGER), given, "ref_logps"),
-        "tdpo vocabulary": (
+        "vocabulary": (
             A.TDPOLoss(**EAGER),
             {**call, "ref_hidden": b.ref_hidden, "ref_weight": b.ref_weight[1:]},
             "one vocabulary",
@@ -367,7 +491,7 @@ class Margin(A.PairLoss):
     takes_vectors = ("margin",)
 
     def pair_loss(self, x: A.PairScores) -> torch.Tensor:
-        return F.relu(x.given["margin"] - x.c / x.nc + x.r / x.nr)
+        return F.relu(x.given["margin"] - x.chosen_mean + x.rejected_mean)
 
 
 def test_a_loss_of_ones_own() -> None:
@@ -381,6 +505,175 @@ def test_a_loss_of_ones_own() -> None:
         torch.testing.assert_close(a, b)
 
 
+class Smoothed(A.PairLoss):
+    """Its numbers are fields: arguments, checks, ``repr`` and documentation."""
+
+    takes_reference = False
+    margin: float = number(0.5, POSITIVE, "least distance of the two")
+
+    def pair_loss(self, x: A.PairScores) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return F.softplus(self.margin - x.chosen_mean + x.rejected_mean), {"spread": x.chosen - x.rejected}
+
+
+def test_a_loss_of_ones_own_has_its_numbers_as_fields() -> None:
+    batch, loss = make_batch(3), Smoothed(0.2, temperature=2.0, **EAGER)
+    out = loss(batch.hidden, batch.weight, batch.target, batch.bias)
+    log_p = (batch.logits() / 2).log_softmax(-1)
+    c, r = (Vectors.pick(log_p, batch.target).sum(1) / batch.used.sum(1)).chunk(2)
+    torch.testing.assert_close(out.loss, F.softplus(0.2 - c + r).mean())
+    assert out.metrics["spread"].shape == (3,)
+    assert repr(loss) == "Smoothed(margin=0.2, temperature=2.0, compiled=False)"
+    assert "margin: least distance of the two; a positive, finite number." in Smoothed.__doc__
+    assert [*inspect.signature(Smoothed).parameters][:2] == ["margin", "logit_scale"]
+    with pytest.raises(ValueError, match="expected margin to be a positive, finite number, got 0"):
+        Smoothed(0)
+
+
+class Learning(Smoothed):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.tau = torch.nn.Parameter(torch.tensor(2.0))
+
+    def pair_loss(self, x: A.PairScores) -> torch.Tensor:
+        return F.softplus(self.tau * (x.rejected - x.chosen))
+
+
+class Averaging(Smoothed):
+    def pair_loss(self, x: A.PairScores) -> torch.Tensor:
+        return F.softplus(x.rejected - x.chosen.mean())
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (Learning, r"expected what learns to be an argument .* got .*tau"),
+        (Averaging, "a loss that couples the batch says so"),
+        (A.PairLoss, "expected PairLoss to have a pair_loss"),
+    ],
+)
+def test_a_loss_of_ones_own_that_would_go_wrong(loss: Any, message: str) -> None:
+    batch = make_batch(2)
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        loss(**EAGER)(
+            batch.hidden, batch.weight, batch.target, **({"ref_logps": torch.zeros(4)} if loss is A.PairLoss else {})
+        )
+
+
+def test_a_number_that_is_made_to_learn_is_refused() -> None:
+    batch, loss = make_batch(2), A.CPOLoss(**EAGER)
+    loss.beta = torch.nn.Parameter(torch.tensor(0.1))
+    with pytest.raises(TypeError, match="expected beta to be a positive, finite number, got a parameter"):
+        loss(batch.hidden, batch.weight, batch.target)
+
+
+ARGUMENTS = {
+    A.DPOLoss: "beta=0.1, loss_type='sigmoid', loss_weights=None, label_smoothing=0.0, f_divergence='reverse_kl', "
+    "f_alpha=0.5, ld_alpha=None, use_weighting=False, discopop_tau=0.05",
+    A.IRPOLoss: "beta=0.1, alpha=1.0",
+    A.DPOPLoss: "beta=0.1, dpop_lambda=50.0",
+    A.RDPOLoss: "beta=0.1, length_weight=0.01",
+    A.TDPOLoss: "beta=0.1, loss_type='tdpo2', kl_weight=0.5",
+    A.FPOLoss: "beta=2.0, gamma=0.5, divergence='js', divergence_order=0.1",
+    A.CPOLoss: "beta=0.1, loss_type='sigmoid', alpha=1.0, label_smoothing=0.0",
+    A.SimPOLoss: "beta=0.1, gamma=0.5, label_smoothing=0.0",
+    A.CPOSimPOLoss: "beta=0.1, gamma=0.5, alpha=1.0, label_smoothing=0.0",
+    A.AlphaPOLoss: "beta=0.1, gamma=0.5, reward_alpha=0.25, label_smoothing=0.0, *, alpha=0.0",
+    A.ORPOLoss: "beta=0.1",
+    A.SLiCLoss: "delta=1.0, alpha=0.1",
+    A.KTOLoss: "beta=0.1, loss_type='kto', desirable_weight=1.0, undesirable_weight=1.0",
+    A.BCOLoss: "beta=0.1",
+}
+
+
+@pytest.mark.parametrize("cls", ARGUMENTS)
+def test_arguments_in_order_with_their_defaults(cls: Any) -> None:
+    own, options = [], []
+    for p in inspect.signature(cls).parameters.values():
+        if p.kind is p.KEYWORD_ONLY and "*" not in own and "*" in ARGUMENTS[cls]:
+            own.append("*")
+        (options if p.name in inspect.signature(A.PreferenceLoss).parameters else own).append(f"{p.name}={p.default!r}")
+        assert p.kind is p.KEYWORD_ONLY or p.name not in inspect.signature(A.PreferenceLoss).parameters
+    assert ", ".join(own) == ARGUMENTS[cls]
+    assert options == [
+        "logit_scale=1.0", "logit_softcap=None", "temperature=1.0", "ignore_index=-100", "token_metrics=True",
+        "chunk_size=None", "max_chunk_bytes=None", "compiled=None",
+    ]  # fmt: skip
+    assert all(f"    {name}: " in cls.__doc__ for name in cls.fields if name not in A.PreferenceLoss.fields)
+
+
+def test_prepare_plans_before_it_runs() -> None:
+    batch = make_batch(2)
+    loss = A.DPOLoss(0.2, **EAGER)
+    call = loss.prepare(batch.hidden, batch.weight, batch.target, batch.bias, **batch.reference())
+    loss.beta = 0.7  # of the next call
+    assert call.plan.used_rows == int(batch.used.sum())
+    torch.testing.assert_close(call.run().loss, logistic_of(batch, 0.2))
+    assert inspect.signature(A.DPOLoss.forward).parameters == inspect.signature(A.DPOLoss.prepare).parameters
+    assert "nll_target" in A.DPOLoss.forward.__doc__
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss))])
+def test_copies_are_losses_of_their_own(how: Any) -> None:
+    batch, loss = make_batch(2), A.BCOLoss(0.2, **EAGER)
+    CASES["bco"].call(loss, batch)
+    other = how(loss)
+    CASES["bco"].call(other, batch)
+    assert (loss.running_count.item(), other.running_count.item()) == (4, 8)
+    assert not list(loss.children())
+
+
+# --- what is reported ------------------------------------------------------------------------------------------------
+
+
+def test_means_count_what_the_metrics_count() -> None:
+    batch = make_batch(3)
+    out = A.CPOLoss(**EAGER)(batch.hidden, batch.weight, batch.target, batch.bias, nll_target=batch.prompt_target)
+    n, means, (c, r) = batch.used.sum(1), out.means, Vectors(batch).logps.chunk(2)
+    log_p = batch.logits().log_softmax(-1)
+    expected = {
+        "logps/chosen": c.mean(),
+        "rewards/margins": 0.1 * (c - r).mean(),
+        "tokens/rejected": n[3:].double().mean(),
+        "entropy": -(log_p.exp() * log_p).sum(-1)[batch.used].mean(),
+        "logits/rejected": batch.logits().mean(-1)[3:][batch.used[3:]].mean(),
+        "nll_loss": Vectors(batch).prompt_nll,
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(means[name], value.detach())
+    counted = {
+        "entropy": n.sum(),
+        "logits/chosen": n[:3].sum(),
+        "mean_token_accuracy": n[:3].sum(),
+        "nll_loss": (batch.prompt_target[:3] != IGNORE).sum(),
+        "logps/chosen": 3,
+    }
+    assert {name: int(out.sums[name][1]) for name in counted} == {name: int(count) for name, count in counted.items()}
+
+
+def test_means_of_sequences() -> None:
+    batch = make_batch(3)
+    out = CASES["apo_zero_unpaired"].call(A.KTOLoss(0.2, "apo_zero_unpaired", **EAGER), batch)
+    x, chosen = Vectors(batch), batch.labels
+    means = out.means
+    torch.testing.assert_close(means["logps/chosen"], x.logps[chosen].mean().detach())
+    torch.testing.assert_close(means["logps"], x.logps.mean().detach())
+    torch.testing.assert_close(means["rewards/rejected"], 0.2 * (x.logps - x.ref)[~chosen].mean().detach())
+    torch.testing.assert_close(means["tokens/rejected"], batch.used.sum(1)[~chosen].double().mean())
+    assert means["count/chosen"] == chosen.sum() and out.sums["rewards/rejected"][1] == (~chosen).sum()
+
+
+@pytest.mark.parametrize("name", ["dpo_sigmoid", "dpo_ipo", "dpo_hinge", "cpo", "dpo_aot", "simpo", "irpo"])
+def test_an_infinite_loss_is_infinite(name: str) -> None:
+    """A chosen token of probability zero: told as it is, not as a large number."""
+    batch = make_batch(3, dtype=torch.float32)
+    with torch.no_grad():
+        batch.bias[batch.target[0][batch.used[0]][0]] = -torch.inf
+    case = CASES[name]
+    out = case.call(case.loss(**EAGER), batch)
+    assert out.loss == torch.inf
+    assert out.metrics["logps/chosen"][0] == -torch.inf
+
+
 def test_no_tokens_at_all() -> None:
     batch = make_batch(2)
     with pytest.raises(ValueError, match="one token or more"):
@@ -392,7 +685,7 @@ def test_repr_says_what_it_is() -> None:
 
 
 def test_every_dpo_loss_type_is_documented() -> None:
-    assert all(f"        {name} " in A.DPOLoss.__doc__ for name in AF.DPO_LOSSES)
+    assert all(f"    {name} " in A.DPOLoss.__doc__ for name in AF.DPO_LOSSES)
     assert all(f"{name} " in A.FPOLoss.__doc__ for name in AF.FPO_DIVERGENCES)
 
 

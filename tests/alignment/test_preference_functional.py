@@ -11,43 +11,46 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from alignment import DPOLoss
 from alignment import functional as AF
 
 Function = Callable[..., Tensor]
 COUNTS = (torch.tensor([3.0, 1, 5, 2]), torch.tensor([2.0, 4, 1, 2]))
 
-# name: (function of log-probabilities, how many of those it takes)
+SMOOTH = {"beta": 0.1, "label_smoothing": 0.2}
+
+
+def dpo(name: str, divergence: str, c: Tensor, r: Tensor, rc: Tensor, rr: Tensor, alpha: float = 0.5) -> Tensor:
+    terms = AF.ratios(c, r, rc, rr, *COUNTS, f_divergence=divergence, f_alpha=alpha)
+    return AF.DPO_LOSSES[name](terms, DPOLoss(label_smoothing=0.2))
+
+
+# name: (function of vectors, how many of those it takes)
 FUNCTIONS: dict[str, tuple[Function, int]] = {
+    **{f"dpo_{name}": (partial(dpo, name, "reverse_kl"), 4) for name in AF.DPO_LOSSES},
     **{
-        f"dpo_{name}": (
-            lambda c, r, rc, rr, t=name: AF.dpo(c, r, rc, rr, *COUNTS, loss_type=t, label_smoothing=0.2),
-            4,
-        )
-        for name in AF.DPO_LOSSES
-    },
-    **{
-        f"dpo_{name}_{divergence}": (
-            lambda c, r, rc, rr, t=name, d=divergence: AF.dpo(
-                c, r, rc, rr, *COUNTS, loss_type=t, f_divergence=d, label_smoothing=0.2
-            ),
-            4,
-        )
+        f"dpo_{name}_{divergence}": (partial(dpo, name, divergence), 4)
         for name in sorted(AF.DIFFERENCES)
         for divergence in AF.F_DIVERGENCES
     },
-    "irpo": (lambda c, r, rc, rr: AF.irpo(c, r, rc, rr, COUNTS[0]), 4),
-    "dpop": (AF.dpop, 4),
-    "rdpo": (lambda c, r, rc, rr: AF.rdpo(c, r, rc, rr, *COUNTS), 4),
-    "tdpo1": (partial(AF.tdpo, loss_type="tdpo1"), 6),
-    **{f"cpo_{t}": (lambda c, r, t=t: AF.cpo(c, r, *COUNTS, loss_type=t), 2) for t in ("sigmoid", "hinge", "ipo")},
-    "simpo": (lambda c, r: AF.simpo(c, r, *COUNTS, label_smoothing=0.1), 2),
-    "alphapo": (lambda c, r: AF.alphapo(c, r, *COUNTS), 2),
-    "orpo": (lambda c, r: AF.orpo(c, r, *COUNTS), 2),
-    "slic": (AF.slic, 3),
-    **{f"fpo_{d}": (partial(AF.fpo, divergence=d), 2) for d in AF.FPO_DIVERGENCES},
-    "kto": (lambda x: AF.kto(x, COUNTS[0] > 2, torch.tensor(0.3), undesirable_weight=2.0), 1),
-    "apo_zero_unpaired": (lambda x: AF.apo_zero_unpaired(x, COUNTS[0] > 2), 1),
-    "bco": (lambda x: AF.bco(x, COUNTS[0] > 2, torch.tensor(0.3)), 1),
+    "irpo": (partial(AF.irpo, beta=0.1, alpha=1.0), 3),
+    "dpop": (partial(AF.dpop, beta=0.1, dpop_lambda=50.0), 2),
+    "rdpo": (lambda lc, lr: AF.rdpo(lc, lr, *COUNTS, beta=0.1, length_weight=0.01), 2),
+    "tdpo1": (partial(AF.tdpo, beta=0.1, loss_type="tdpo1", kl_weight=0.5), 4),
+    **{f"cpo_{t}": (partial(AF.cpo, loss_type=t, **SMOOTH), 2) for t in ("sigmoid", "hinge", "ipo")},
+    "simpo": (partial(AF.simpo, gamma=0.5, **SMOOTH), 2),
+    "alphapo_reward": (partial(AF.alphapo_reward, reward_alpha=0.25), 1),
+    "orpo": (partial(AF.orpo, beta=0.1), 2),
+    "slic": (partial(AF.slic, delta=1.0, alpha=0.1), 3),
+    **{
+        f"fpo_{d}": (partial(AF.fpo, divergence=d, beta=2.0, gamma=0.5, divergence_order=0.1), 2)
+        for d in AF.FPO_DIVERGENCES
+    },
+    "kto": (
+        lambda x: AF.kto(x, COUNTS[0] > 2, torch.tensor(0.3), beta=0.1, desirable_weight=1.0, undesirable_weight=2.0),
+        1,
+    ),
+    "bco": (lambda x: AF.bco(x, COUNTS[0] > 2, torch.tensor(0.3), beta=0.1), 1),
     "log1mexp": (AF.log1mexp, 1),
 }
 
@@ -87,16 +90,26 @@ def test_log1mexp() -> None:
 
 def test_limits() -> None:
     c, r, rc, rr = logps(4)
-    near = AF.dpo(c, r, rc, rr, *COUNTS, f_divergence="alpha", f_alpha=1 + 1e-5)
-    torch.testing.assert_close(near, AF.dpo(c, r, rc, rr, *COUNTS), rtol=1e-4, atol=1e-5)
-    near = AF.alphapo(c, r, *COUNTS, reward_alpha=1e-6)
-    torch.testing.assert_close(near, AF.simpo(c, r, *COUNTS), rtol=1e-5, atol=1e-6)
+    near = dpo("sigmoid", "alpha", c, r, rc, rr, 1 + 1e-5)
+    torch.testing.assert_close(near, dpo("sigmoid", "reverse_kl", c, r, rc, rr), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(AF.alphapo_reward(c, 1e-6), AF.alphapo_reward(c, 0.0), rtol=1e-5, atol=1e-6)
+    numbers = {"beta": 2.0, "gamma": 0.5}
     for order, name in ((1e-6, "exo"), (1 - 1e-6, "dpo")):
-        near = AF.fpo(c, r, divergence="alpha", divergence_order=order)
+        near = AF.fpo(c, r, divergence="alpha", divergence_order=order, **numbers)
         q = torch.tensor([1, math.exp(-10)], dtype=torch.float64)
         shift = 1 - q.sum()  # q is no distribution: the limits differ from the names' by sum(p) - sum(q)
-        exact = AF.fpo(c, r, divergence=name) + (-shift if name == "exo" else shift)
+        exact = AF.fpo(c, r, divergence=name, divergence_order=order, **numbers) + (-shift if name == "exo" else shift)
         torch.testing.assert_close(near, exact, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ipo", "sigmoid", "hinge"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+def test_what_is_infinite_stays_so(name: str, divergence: str) -> None:
+    """Capped exponents are for finite log-probabilities."""
+    c, r, rc, rr = (x.detach() for x in logps(4))
+    c[0] = -torch.inf
+    value = dpo(name, divergence, c, r, rc, rr)
+    assert value[0] == torch.inf and value[1:].isfinite().all()
 
 
 def test_token_mean_is_the_mean_of_shares() -> None:

@@ -178,8 +178,8 @@ def test_compiled_steps_give_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", ["dpo_mpo", "dpo_wpo", "dpo_ld", "dpo_aot", "orpo", "kto", "bco"])
 def test_the_kernel_path_gives_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: statistics and gradient by the kernel pair (its plain twins), nothing compiled."""
-    monkeypatch.setattr("chunked_embed.engine.logps.available", lambda device: True)
-    monkeypatch.setattr("chunked_embed.engine.steps.compiled_step", None)
+    monkeypatch.setattr("chunked_embed.tokens.available", lambda device: True)
+    monkeypatch.setattr("chunked_embed.engine.specialize.run", None)
     case, batch = CASES[name], make_batch(4, dtype=torch.float32)
     eager = case.call(case.loss(**EAGER), batch)
     wanted = grads(eager.loss, batch)

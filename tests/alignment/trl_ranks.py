@@ -66,7 +66,7 @@ def preference_loss(model: Any, data: dict[str, Tensor], primitive: bool) -> Ten
         head = head.shifted()
         if primitive:  # forms the logits again in backward
             return -head.logps(target, compiled=False).mean(1).mean()
-        return loss(head.hidden, head.weight, target)
+        return loss(head, target=target)
 
     value = model(input_ids=data["input_ids"], head_fn=fn).value
     return value if primitive else value.loss

@@ -1,0 +1,301 @@
+"""The one path of all preference losses: token statistics by the engine, summed per segment, and a small loss on them.
+
+``PreferenceLoss`` is what pairs and single sequences share: options, heads, the call to the engine. A loss says which
+statistics it wants and what it makes of their sums; nothing here knows one loss from another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chunked_embed import ChunkPlan, FlexChunkLoss, Head, LossOutput, TokenStatistics, checks, transform_logits
+from chunked_embed.checks import POSITIVE
+from chunked_embed.fields import KW_ONLY, ChunkFields, flag, integer, number
+
+Named: TypeAlias = dict[str, Tensor]
+Extra: TypeAlias = tuple[tuple[Tensor, Tensor], ...]
+Loose: TypeAlias = tuple[Any, Any, Any, Any]
+"""A head in parts: hidden, weight, bias, extra."""
+Result: TypeAlias = Tensor | tuple[Tensor, Named]
+"""One value a unit, and metrics if there are any."""
+TOKEN_METRICS = ("entropy", "mean_logits", "is_top1")
+"""Statistics of a token that need more of its logits than its log-probability."""
+
+
+@dataclass(frozen=True)
+class PreparedLoss:
+    """A call, ready to run: print its ``plan`` before."""
+
+    call: Any  # of the engine
+    report: Callable[[Named], tuple[Named, Named]]  # the engine's metrics -> metrics, and their counts
+
+    @property
+    def plan(self) -> ChunkPlan:
+        return self.call.plan
+
+    def run(self) -> LossOutput:
+        out = self.call.run()
+        # A batch without a token has no loss; the product keeps it differentiable.
+        loss = out.loss if self.plan.used_rows else 0 * out.loss
+        return LossOutput(loss, *self.report(dict(out.metrics)))
+
+
+class PreferenceLoss(ChunkFields, nn.Module):
+    """A preference loss from hidden states and an LM head; the logits are never held whole.
+
+    ``chunk_size``, ``max_chunk_bytes`` and ``compiled`` are as for ``FlexChunkLoss``.
+    """
+
+    _: KW_ONLY
+    logit_scale: float = number(
+        1.0, POSITIVE, "of the logits of loose tensors, policy and reference; a Head has its own"
+    )
+    logit_softcap: float | None = number(None, POSITIVE, "likewise")
+    temperature: float = number(1.0, POSITIVE, "divides all logits, as for ``linear_logps``")
+    ignore_index: int = integer(-100, doc="target of tokens that count for nothing: dropped before any product")
+    token_metrics: bool = flag(True, "also report what needs more of a token's logits than its log-probability")
+
+    takes_reference: ClassVar[bool | None] = True
+    """True: needs a reference; False: has none; None: either."""
+    needs_kl: ClassVar[bool] = False
+    """The loss reads ``sums["kl"]``, KL(reference || policy): log-probabilities are not enough of the reference."""
+    takes_vectors: ClassVar[tuple[str, ...]] = ()
+    """Further arguments of a call, one number a pair or a sequence; those of pairs may require grad."""
+    takes_numbers: ClassVar[tuple[str, ...]] = ()
+    """Further arguments of one number each, which the loss sees once a sequence."""
+    segments_per_unit: ClassVar[int] = 1
+    """How many sums of its tokens a pair, or a sequence, has."""
+
+    @cached_property
+    def _engine(self) -> TokenSums | DivergenceSums:
+        """Kept for its layouts. No child of this module: it has nothing of its own."""
+        return DivergenceSums() if self.needs_kl else TokenSums()
+
+    # --- what a loss may say of itself ---
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What ``sums`` shall hold besides log-probabilities: names of ``linear_logps``'s outputs."""
+        return ()
+
+    @property
+    def couples_batch(self) -> bool:
+        """Whether the loss sorts or averages over the batch; it then sees all units at once."""
+        return False
+
+    @property
+    def reward_scale(self) -> float:
+        """Of the rewards that are logged: beta, where a loss has it."""
+        return getattr(self, "beta", 1.0)
+
+    @property
+    def needed(self) -> Mapping[str, str]:
+        """Vectors and numbers that a call must have, and what each is."""
+        return {}
+
+    # --- a call ---
+
+    def prepare(self, *arguments: Any, **keywords: Any) -> PreparedLoss:
+        raise NotImplementedError
+
+    def of_sums(self, scores: Any, groups: Named) -> tuple[Tensor, Named]:
+        """The loss of some units, from sums over their segments: ``(units, segments)`` for each statistic."""
+        raise NotImplementedError
+
+    def _heads(self, policy: Loose, ref: Head | None, reference: Loose, ref_logps: Tensor | None) -> dict[str, Head]:
+        """What is projected, checked: the policy, and the reference where there is one."""
+        name = type(self).__name__
+        ref_hidden, *rest = reference
+        given = {"ref": ref, "ref_hidden": ref_hidden, "ref_logps": ref_logps}
+        given = {key: value for key, value in given.items() if value is not None}
+        heads = {"policy": self._head("", policy)}
+        hidden = checks.tensor("hidden", heads["policy"].hidden, ("batch", "tokens", "features"))
+        if not hidden.shape[1]:
+            raise ValueError(f"expected hidden of one token or more, got {tuple(hidden.shape)}")
+        if self.takes_reference is False and given:
+            raise ValueError(f"expected no reference, {name} has none, got {next(iter(given))}")
+        if self.takes_reference and not given:
+            raise ValueError(
+                f"expected ref_hidden and ref_weight, or ref_logps, or ref: {name} compares with a reference"
+            )
+        if len(given) > 1:
+            raise ValueError(f"expected one reference, got both {' and '.join(given)}")
+        if ref_hidden is None and any(map(_given, rest)):
+            raise ValueError("expected ref_hidden with the reference's head, got the head alone")
+        if self.needs_kl and ref_logps is not None:
+            raise ValueError(f"expected ref, or ref_hidden and ref_weight, got ref_logps: {name} needs distributions")
+        if ref_logps is not None:
+            checks.tensor("ref_logps", ref_logps, hidden.shape[:1], device=hidden.device, kind="floating")
+            return heads
+        if not given:
+            return heads
+        if ref is not None:
+            checks.instance("ref", ref, Head)
+        if (ref is not None) != isinstance(policy[0], Head):
+            raise TypeError(f"expected policy and reference both as heads or both in parts, got {next(iter(given))}")
+        # The reference is frozen, whatever its tensors say.
+        heads["reference"] = other = self._head("ref_", reference if ref is None else (ref, None, None, ())).detach()
+        checks.tensor("ref_hidden", other.hidden, (*hidden.shape[:2], "features"), device=hidden.device)
+        sizes = [len(head.weight) for head in heads.values()]
+        shared = checks.one_vocabulary("policy and reference", sizes[0], sizes[1])
+        return {key: head.cut(shared) for key, head in heads.items()} if self.needs_kl else heads
+
+    def _head(self, prefix: str, parts: Loose) -> Head:
+        head, *rest = parts
+        if not isinstance(head, Head):
+            if prefix and rest[0] is None:
+                raise ValueError(f"expected {prefix}weight with {prefix}hidden, got None")
+            return Head.of(prefix, *parts, self.logit_scale, self.logit_softcap)
+        for part, value in zip(("weight", "bias", "extra"), rest, strict=True):
+            if _given(value):
+                raise TypeError(
+                    "expected a Head alone, and what follows it by keyword (target=, ref=), "
+                    f"got {prefix}{part} beside it"
+                )
+        for option in ("logit_scale", "logit_softcap"):
+            own, theirs = getattr(self, option), getattr(head, option)
+            if own not in (self.fields[option].default, theirs):
+                raise ValueError(
+                    f"expected {option} of the head alone, got {theirs!r} there and {own!r} of {type(self).__name__}"
+                )
+        return head
+
+    def _refuse_unknown(self, given: Mapping[str, Any]) -> None:
+        """Before anything else: a name with a slip of the pen would look like an argument that is missing."""
+        known = (*self.takes_vectors, *self.takes_numbers)
+        unknown = [name for name, value in given.items() if name not in known and value is not None]
+        if unknown:
+            raise TypeError(f"expected arguments that {type(self).__name__} takes, got {unknown[0]!r}")
+
+    def _vectors(self, given: Mapping[str, Any], size: int, device: torch.device) -> Named:
+        """The further arguments of a call, checked."""
+        found = {name: value for name, value in given.items() if value is not None}
+        for name in found:
+            if name in self.takes_numbers:
+                if checks.tensor(name, found[name], kind="real").numel() != 1:
+                    raise ValueError(f"expected {name} to be a tensor of one number, got {tuple(found[name].shape)}")
+                found[name] = found[name].to(device).reshape(1).expand(size)
+            checks.tensor(name, found[name], (size,), device=device, kind="real")
+        for name, what in self.needed.items():
+            if name not in found:
+                raise ValueError(f"expected {name}, {what}, got None")
+        return found
+
+    def _prepared(
+        self,
+        heads: Mapping[str, Head],
+        target: Tensor,
+        segments: Tensor,
+        groups: Named,
+        report: Callable[[Named], tuple[Named, Named]],
+    ) -> PreparedLoss:
+        """The engine's call, with the numbers that the loss has now."""
+        metrics = TOKEN_METRICS if self.token_metrics else ()
+        engine = self._engine
+        engine.read(heads, tuple(dict.fromkeys(("logps", *metrics, *self.statistics))))
+        now = object.__new__(type(self))
+        now.__dict__.update(self.__dict__)  # buffers are shared, and may be written to
+        engine.asked_by = (now,)
+        engine.temperature = self.temperature
+        engine.segments_per_group, engine.couples_batch = self.segments_per_unit, self.couples_batch
+        engine.chunk_size, engine.max_chunk_bytes = self.chunk_size, self.max_chunk_bytes
+        engine.compiled, engine.ignore_index = self.compiled, self.ignore_index
+        projections = {name: head.projection for name, head in heads.items()}
+        call = engine.prepare(projections, {"target": target}, groups=groups, segments=segments)
+        return PreparedLoss(call, report)
+
+
+def _given(part: Any) -> bool:
+    return part is not None and not (isinstance(part, (tuple, list)) and not part)
+
+
+def token_means(metrics: Named) -> Named:
+    """Sums over tokens become means, over all tokens of a kind in the batch; -> how many those are."""
+    chosen, rejected = metrics["tokens/chosen"].sum(), metrics["tokens/rejected"].sum()
+    kinds = {
+        "entropy": chosen + rejected,
+        "mean_token_accuracy": chosen,
+        "logits/chosen": chosen,
+        "logits/rejected": rejected,
+    }
+    counts = {name: count for name, count in kinds.items() if name in metrics}
+    metrics.update({name: metrics[name].sum() / count.clamp_min(1) for name, count in counts.items()})
+    return counts
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- what the engine is asked for ------------------------------------------------------------------------------------
+
+
+class TokenSums(TokenStatistics):
+    """Token by token, each projection on its own. Who asks for the sums is an attribute, and what is made of them no
+    function of this class: all losses share their compiled steps."""
+
+    asked_by: tuple[PreferenceLoss]
+
+    def __init__(self) -> None:
+        super().__init__(gradients_of=("logps",), separate_outputs=True)
+
+    def read(self, heads: Mapping[str, Head], names: tuple[str, ...]) -> None:
+        """Of these heads: the reference is asked for its log-probabilities alone."""
+        transforms = {name: head.transform for name, head in heads.items()}
+        of_reference = ("logps",) if "reference" in heads else names
+        # What all have in common names none of them, so that they share a step.
+        self.names = names if of_reference == names else {"policy": names, "reference": of_reference}
+        same = len(set(transforms.values())) == 1
+        self.logit_scale, self.softcap = heads["policy"].transform if same else (1.0, None)
+        self.transforms = None if same else transforms
+
+    def loss_fn(self, scores: Any, groups: Named) -> tuple[Tensor, Named]:
+        return self.asked_by[0].of_sums(scores, groups)
+
+
+class DivergenceSums(FlexChunkLoss):
+    """Policy and reference side by side, for what needs both their distributions: KL(reference || policy)."""
+
+    asked_by: tuple[PreferenceLoss]
+
+    def __init__(self) -> None:
+        super().__init__(targets=("target",), float32_outputs=True)
+        self.temperature = 1.0
+
+    def read(self, heads: Mapping[str, Head], names: tuple[str, ...]) -> None:
+        self.names = names
+        self.transforms = tuple((name, head.transform) for name, head in heads.items())
+
+    def logits(self, outputs: Any, name: str) -> Tensor:
+        scale, softcap = dict(self.transforms)[name]
+        return transform_logits(outputs[name], logit_scale=scale, softcap=softcap, temperature=self.temperature)
+
+    def score_fn(self, outputs: Any, rows: Named) -> Named:
+        z, zr = self.logits(outputs, "policy"), self.logits(outputs, "reference")
+        target = rows["target"].long()
+        policy, reference = z.log_softmax(1), zr.log_softmax(1)
+        kl = reference.exp() * (reference.clamp_min(-800.0) - policy.clamp_min(-800.0))  # 0 * -inf is 0 here
+        scores = {
+            "logps": -F.cross_entropy(z, target, reduction="none"),
+            "ref_logps": -F.cross_entropy(zr, target, reduction="none"),
+            "kl": kl.sum(1),
+        }
+        if self.names != ("logps",):
+            z, policy = z.detach(), policy.detach()
+            own = torch.where(torch.arange(z.shape[1], device=z.device) == target[:, None], z, -torch.inf)
+            scores["entropy"] = -(policy.exp() * policy.clamp_min(-800.0)).sum(1)
+            scores["mean_logits"] = z.mean(1)
+            scores["is_top1"] = (own.amax(1) >= z.amax(1)).to(z.dtype)
+        return scores
+
+    def loss_fn(self, scores: Named, groups: Named) -> tuple[Tensor, Named]:
+        policy = {name: value for name, value in scores.items() if name not in ("ref_logps", "count")}
+        reference = {"logps": scores["ref_logps"]}
+        return self.asked_by[0].of_sums({"policy": policy, "reference": reference, "count": scores["count"]}, groups)
