@@ -28,10 +28,10 @@ from .losses import (
     SkewKLLoss,
     SkewReverseKLLoss,
     TAIDLoss,
-    TopKLoss,
     TVDLoss,
     ULDLoss,
 )
+from .topk import TopKLoss
 
 __all__ = [
     "DIVERGENCES",

@@ -5,29 +5,187 @@ numbers by keyword, and returns one value per row ``(R,)``. Below, ``q = softmax
 ``p = softmax(teacher)`` the teacher. Numbers may be Python floats or 0-d tensors; where a formula has a limit of its
 own (a generalised JSD at beta 0 or 1), a Python float at that value takes it.
 
-``DIVERGENCES`` has them by name. All work in log space from ``d = log p - log q``, in forms that vanish term by term
-where ``d`` does: equal rows give zero, and close rows lose no digits to cancellation. Logits of ``-inf`` are tokens
-that cannot occur. Gradients are the student's: the teacher is a constant.
+``@divergence()`` enters a function in ``DIVERGENCES``, with what a loss must know about it. Defaults and ranges stand
+in its signature, as fields: ``beta: Number = number(0.5, UNIT)``. A call of the function itself does not check them.
+
+All work in log space from ``d = log p - log q``, in forms that vanish term by term where ``d`` does: equal rows give
+zero, and close rows lose no digits to cancellation. Logits of ``-inf`` are tokens that cannot occur. Gradients are the
+student's: the teacher is a constant.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple, Protocol, TypeAlias
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chunked_embed.checks import UNIT, Range
+from chunked_embed.fields import Field, choice, flag, integer, number
+
 Number: TypeAlias = "float | Tensor"  # a Python float, or a 0-d tensor
 
 FLOOR = -1e30  # log-probability of what cannot occur: its exp is zero, and its differences are not NaN
 TINY = 1e-30
+BELOW_ONE = Range(0, 1 - 1e-6)
+ORDERS = Range(0, 10)
+
+
+# --- what a loss must know about a divergence ------------------------------------------------------------------------
+
+C = TypeVar("C", bound=Callable[..., Tensor])
+When: TypeAlias = "bool | tuple[str, Any]"
+"""Always, never, or where an option has a value: ``("beta", 1.0)``."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence and what a loss must know about it. ``Divergence(my_function)`` does for most.
+
+    The function's keyword arguments are the divergence's options. Their defaults may be fields: ``margin:
+    Number = number(0.1, POSITIVE)`` from ``chunked_embed.fields`` says what a loss may set it to; a plain float is any
+    finite number, and what is no float any value.
+
+    Args:
+        function: ``(student, teacher, **options) -> (R,)``, logits ``(R, V)``.
+        tempered: it takes logits divided by the temperature (and ``scale_by_t2`` counts for it).
+        needs_support: infinite or undefined where the teacher's probability is zero.
+        takes_head: where it takes the teacher head's rows ``(V, H)``, too, as ``embedding``.
+        not_all_zero: numbers of which one or more must not be zero.
+        shared_vocabulary: the two rows are over the same tokens.
+        tokenwise: a sum over tokens that may come in any order, some of them as one.
+        workspace_bytes: bytes per output that it needs beside them (a sort: 12).
+    """
+
+    unchanging: ClassVar[bool] = True  # compiled steps need not compare it
+
+    function: Callable[..., Tensor]
+    tempered: bool = True
+    needs_support: When = False
+    takes_head: When = False
+    not_all_zero: tuple[str, ...] = ()
+    shared_vocabulary: bool = True
+    tokenwise: bool = True
+    workspace_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        fields_of(self.function)
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+    def __reduce__(self) -> Any:  # a copy is one of which steps may be compiled already
+        if DIVERGENCES.get(self.name) is self:
+            return by_name, (self.name,)
+        return _known, self.traits
+
+    @property
+    def traits(self) -> tuple[Any, ...]:
+        """What it was made of."""
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    def __call__(self, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+        return self.function(student, teacher, **options)
+
+    def __getitem__(self, option: str) -> Any:
+        """An option as the field of a class: ``beta: float = DIVERGENCES["jsd"]["beta"]``."""
+        return self.fields[option]
+
+    @property
+    def name(self) -> str:
+        return name_of(self.function)
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """Options by name."""
+        found = dict(fields_of(self.function))
+        if self.takes_head:
+            del found["embedding"]
+        return found
+
+    @property
+    def core(self) -> Callable[..., Tensor] | None:
+        """The function of two ``LogProbs``, where it is one of distributions alone."""
+        return getattr(self.function, "core", None)
+
+
+def fields_of(function: Callable) -> dict[str, Field]:
+    """A function's keyword arguments. Where a field stands for a default, the function gets the field's."""
+    inner: Any = inspect.unwrap(function)
+    known = getattr(inner, "fields", None)
+    if known is not None:
+        return known
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:  # a builtin may have none
+        return {}
+    defaults = {
+        p.name: p.default
+        for i, p in enumerate(parameters)
+        if (i > 1 or p.kind is p.KEYWORD_ONLY) and p.default is not p.empty
+    }
+    found = {name: _field(value) for name, value in defaults.items()}
+    if any(isinstance(value, Field) for value in defaults.values()):
+        inner.fields = found
+        inner.__kwdefaults__ = {name: _plain(value) for name, value in (inner.__kwdefaults__ or {}).items()}
+        inner.__defaults__ = tuple(_plain(value) for value in inner.__defaults__ or ())
+    return found
+
+
+def _field(default: Any) -> Field:
+    if isinstance(default, Field):
+        return default
+    return number(default) if isinstance(default, float) else Field(default)
+
+
+def _plain(default: Any) -> Any:
+    return default.default if isinstance(default, Field) else default
+
+
+def name_of(kind: Any) -> str:
+    """Of a function or a divergence, as a part of names."""
+    function = kind.function if isinstance(kind, Divergence) else kind
+    name = getattr(function, "__name__", type(function).__name__)
+    return re.sub(r"\W", "", name).strip("_") or "divergence"
+
+
+DIVERGENCES: dict[str, Divergence] = {}
+
+
+def by_name(name: str) -> Divergence:
+    if name not in DIVERGENCES:
+        raise ValueError(f"expected a divergence among {sorted(DIVERGENCES)}, or a function, got {name!r}")
+    return DIVERGENCES[name]
+
+
+def by_function(function: Callable[..., Tensor]) -> Divergence:
+    return _known(*Divergence(function).traits)
+
+
+@functools.lru_cache(maxsize=256)
+def _known(*traits: Any) -> Divergence:
+    return Divergence(*traits)
+
+
+def divergence(**traits: Any) -> Callable[[C], C]:
+    """Enter a function in ``DIVERGENCES``, by its name. ``traits`` are those of ``Divergence``."""
+
+    def enter(function: C) -> C:
+        DIVERGENCES[function.__name__] = Divergence(function, **traits)
+        return function
+
+    return enter
+
+
+# --- two distributions -----------------------------------------------------------------------------------------------
 
 
 class LogProbs(NamedTuple):
@@ -62,16 +220,16 @@ class OfLogits(Protocol):
     def __call__(self, student: Tensor, teacher: Tensor, **numbers: Any) -> Tensor: ...
 
 
-def of_distributions(divergence: Callable[..., Tensor]) -> OfLogits:
+def of_distributions(function: Callable[..., Tensor]) -> OfLogits:
     """Make a function of two ``LogProbs`` one of two tensors of logits. Several terms may share the softmax: for those
     the function itself stays there, as ``core``."""
 
-    @functools.wraps(divergence)
+    @functools.wraps(function)
     def of_logits(student: Tensor, teacher: Tensor, **numbers: Any) -> Tensor:
         _same_width(student, teacher)
-        return divergence(normalized(student), normalized(teacher.detach()), **numbers)
+        return function(normalized(student), normalized(teacher.detach()), **numbers)
 
-    of_logits.core = divergence  # type: ignore[attr-defined]
+    of_logits.core = function  # type: ignore[attr-defined]
     return of_logits  # type: ignore[return-value]
 
 
@@ -137,12 +295,14 @@ def _excess(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
 # --- Kullback-Leibler and its relatives ------------------------------------------------------------------------------
 
 
+@divergence()
 @of_distributions
 def kl(student: LogProbs, teacher: LogProbs) -> Tensor:
     """Forward KL: ``sum p log(p/q)``. Its gradient by the student's logits is ``q - p``."""
     return _sum(_excess(teacher.p, student.p, teacher.log - student.log), -teacher.p, student, total=-1.0)
 
 
+@divergence(needs_support=True)
 @of_distributions
 def reverse_kl(student: LogProbs, teacher: LogProbs) -> Tensor:
     """Reverse KL: ``sum q log(q/p)``. Its gradient is ``q (log(q/p) - RKL)``. Infinite where p is zero and q is not."""
@@ -150,8 +310,9 @@ def reverse_kl(student: LogProbs, teacher: LogProbs) -> Tensor:
     return _sum(_excess(student.p, teacher.p, r), student.p * r, student)
 
 
+@divergence(needs_support=("beta", 1.0))
 @of_distributions
-def jsd(student: LogProbs, teacher: LogProbs, *, beta: Number = 0.5) -> Tensor:
+def jsd(student: LogProbs, teacher: LogProbs, *, beta: Number = number(0.5, UNIT, limits=(0.0, 1.0))) -> Tensor:
     """Generalised Jensen-Shannon: ``beta KL(p|m) + (1-beta) KL(q|m)``, ``m = (1-beta) q + beta p``.
 
     Its gradient is ``(1-beta) q (log(q/m) - KL(q|m))``. By the convention of GKD, beta 0 is the forward and beta 1 the
@@ -166,8 +327,9 @@ def jsd(student: LogProbs, teacher: LogProbs, *, beta: Number = 0.5) -> Tensor:
     return _sum(beta * (teacher.p * p_over_m) + of_q, of_q, student)
 
 
+@divergence()
 @of_distributions
-def skew_kl(student: LogProbs, teacher: LogProbs, *, skew: Number = 0.1) -> Tensor:
+def skew_kl(student: LogProbs, teacher: LogProbs, *, skew: Number = number(0.1, BELOW_ONE, limits=(0.0,))) -> Tensor:
     """Skew forward KL: ``KL(p | m)``, ``m = skew p + (1-skew) q``; skew 0 is the forward KL.
 
     Its gradient is ``q sum(c) - c`` with ``c = (1-skew) p q / m``.
@@ -179,9 +341,14 @@ def skew_kl(student: LogProbs, teacher: LogProbs, *, skew: Number = 0.1) -> Tens
     return _sum(_excess(teacher.p, m, p_over_m), (skew - 1) * teacher.p * q_over_m.exp(), student)
 
 
+@divergence(needs_support=("skew", 0.0))
 @of_distributions
 def skew_reverse_kl(
-    student: LogProbs, teacher: LogProbs, *, skew: Number = 0.1, detach_mixture: bool = False
+    student: LogProbs,
+    teacher: LogProbs,
+    *,
+    skew: Number = number(0.1, BELOW_ONE, limits=(0.0,)),
+    detach_mixture: bool = flag(False),
 ) -> Tensor:
     """Skew reverse KL: ``KL(q | m)``, ``m = (1-skew) p + skew q``; skew 0 is the reverse KL.
 
@@ -198,8 +365,15 @@ def skew_reverse_kl(
     return _sum(values, q * (q_over_m - through_m), student)
 
 
+@divergence(needs_support=("ab_alpha", 0.0), not_all_zero=("ab_alpha", "ab_beta"))
 @of_distributions
-def alpha_beta(student: LogProbs, teacher: LogProbs, *, ab_alpha: Number = 0.2, ab_beta: Number = 0.7) -> Tensor:
+def alpha_beta(
+    student: LogProbs,
+    teacher: LogProbs,
+    *,
+    ab_alpha: Number = number(0.2, ORDERS, limits=(0.0,)),
+    ab_beta: Number = number(0.7, ORDERS, limits=(0.0,)),
+) -> Tensor:
     """alpha-beta divergence (arXiv 2505.04560), with ``a = ab_alpha``, ``b = ab_beta`` and ``s = a + b``.
 
     ``-1/(a b) sum [p^a q^b - (a/s) p^s - (b/s) q^s]``; for ``b = 0`` its limit ``1/a^2 sum [p^a log(p^a/q^a) - p^a +
@@ -226,8 +400,9 @@ def alpha_beta(student: LogProbs, teacher: LogProbs, *, ab_alpha: Number = 0.2, 
     return _sum(largest * inner / (-a * b), slope, student)
 
 
+@divergence(needs_support=True, workspace_bytes=12)
 @of_distributions
-def adaptive_kl(student: LogProbs, teacher: LogProbs, *, head: Number = 0.5) -> Tensor:
+def adaptive_kl(student: LogProbs, teacher: LogProbs, *, head: Number = number(0.5, UNIT)) -> Tensor:
     """Adaptive KL: ``w KL(p|q) + (1-w) KL(q|p)``, ``w = gap_head / (gap_head + gap_tail)``, detached.
 
     The head are the teacher's most probable tokens, up to and including the one that brings their mass to ``head``
@@ -245,7 +420,8 @@ def adaptive_kl(student: LogProbs, teacher: LogProbs, *, head: Number = 0.5) -> 
     return _sum(w * _excess(p, q, d) + (1 - w) * _excess(q, p, -d), (w - 1) * q * d - w * p, student)
 
 
-def taid(student: Tensor, teacher: Tensor, *, t: Number = 0.4) -> Tensor:
+@divergence()
+def taid(student: Tensor, teacher: Tensor, *, t: Number = number(0.4, UNIT, limits=(0.0, 1.0))) -> Tensor:
     """TAID: the cross-entropy of q to ``p_t = softmax((1-t) student.detach() + t teacher)``.
 
     Its gradient is ``q - p_t``. It is an entropy, not zero, where the two are equal.
@@ -260,6 +436,7 @@ def taid(student: Tensor, teacher: Tensor, *, t: Number = 0.4) -> Tensor:
 # --- distances -------------------------------------------------------------------------------------------------------
 
 
+@divergence()
 @of_distributions
 def tvd(student: LogProbs, teacher: LogProbs) -> Tensor:
     """Total variation: ``1/2 sum |p - q|``."""
@@ -267,19 +444,22 @@ def tvd(student: LogProbs, teacher: LogProbs) -> Tensor:
     return _sum(0.5 * gap.abs(), 0.5 * student.p * gap.sign(), student)
 
 
+@divergence(tempered=False, needs_support=True)
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     """``1 - cos(student, teacher)`` of the logits themselves, as half the squared distance of their unit vectors."""
     _same_width(student, teacher)
     return 0.5 * (F.normalize(student, dim=1) - F.normalize(teacher, dim=1)).square().sum(1)
 
 
+@divergence(tempered=False, needs_support=True)
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of the logits themselves: ``mean_V (student - teacher)^2``."""
     _same_width(student, teacher)
     return (student - teacher).square().mean(1)
 
 
-def earth_mover(student: Tensor, teacher: Tensor, *, p: int = 1) -> Tensor:
+@divergence(tokenwise=False)
+def earth_mover(student: Tensor, teacher: Tensor, *, p: int = integer(1, 1, 2)) -> Tensor:
     """Earth mover's distance over token ids: ``sum_k |C_q(k) - C_p(k)| / (V-1)``, C the cumulative probabilities.
 
     ``p=2`` squares the differences instead: the Cramér distance. The order of token ids carries no meaning.
@@ -289,7 +469,14 @@ def earth_mover(student: Tensor, teacher: Tensor, *, p: int = 1) -> Tensor:
     return (gap.square() if p == 2 else gap.abs()).sum(1) / max(gap.shape[1] - 1, 1)
 
 
-def kvd(student: Tensor, teacher: Tensor, *, kernel: str = "linear", embedding: Tensor | None = None) -> Tensor:
+@divergence(takes_head=("kernel", "linear"), needs_support=("kernel", "linear"), tokenwise=False)
+def kvd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    kernel: str = choice("linear", ("linear", "delta")),
+    embedding: Tensor | None = None,
+) -> Tensor:
     """Kernel distance (squared MMD): ``(q-p)' K (q-p)``.
 
     ``kernel="linear"``: ``K = E E'`` with the unit rows of ``embedding`` ``(V, H)``, so ``|(q-p) E|^2``: two more
@@ -308,6 +495,7 @@ def kvd(student: Tensor, teacher: Tensor, *, kernel: str = "linear", embedding: 
     return moved.to(gap.dtype).square().sum(1)
 
 
+@divergence(shared_vocabulary=False, workspace_bytes=24)
 def uld(student: Tensor, teacher: Tensor) -> Tensor:
     """Universal logit distillation: ``sum |sort(q) - sort(p)|``, the shorter vocabulary padded with zeros.
 
@@ -334,95 +522,3 @@ def _same_width(student: Tensor, teacher: Tensor) -> None:
         raise ValueError(
             f"expected two tensors of logits (R, V), got {tuple(student.shape)} and {tuple(teacher.shape)}"
         )
-
-
-# --- by name ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """A divergence and what a loss must know about it. ``Divergence(my_function)`` does for most.
-
-    Keyword arguments of the function whose defaults are floats are numbers of the loss, which change without a new
-    compilation; those with a string, boolean or integer default are options, each compiled for itself.
-
-    Args:
-        function: ``(student, teacher, **numbers) -> (R,)``, logits ``(R, V)``.
-        tempered: it takes logits divided by the temperature (and ``scale_by_t2`` counts for it).
-        limits: values of a number at which the function takes another formula, (name, value) pairs.
-        bounds: name -> the least and the largest value of a number.
-        choices: name -> the values that an option may have.
-        supplied: keywords that a loss fills in.
-        not_all_zero: numbers of which one or more must not be zero.
-        needs_support: infinite or undefined where the teacher's probability is zero: True, or at which (name, value).
-        shared_vocabulary: the two rows are over the same tokens.
-        workspace_bytes: bytes per output that it needs beside them (a sort: 12).
-    """
-
-    function: Callable[..., Tensor]
-    tempered: bool = True
-    limits: tuple[tuple[str, float], ...] = ()
-    bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
-    choices: dict[str, tuple] = field(default_factory=dict)
-    supplied: tuple[str, ...] = ()
-    not_all_zero: tuple[str, ...] = ()
-    needs_support: bool | tuple[str, Any] = False
-    shared_vocabulary: bool = True
-    workspace_bytes: int = 0
-
-    def __hash__(self) -> int:  # part of the key of a compiled step
-        return hash(self.function)
-
-    @cached_property
-    def keywords(self) -> dict[str, Any]:
-        """Keyword arguments and their defaults."""
-        given = inspect.signature(self.function).parameters.values()
-        empty = inspect.Parameter.empty
-        return {
-            p.name: p.default
-            for i, p in enumerate(given)
-            if (i > 1 or p.kind is p.KEYWORD_ONLY) and p.default is not empty and p.name not in self.supplied
-        }
-
-    @property
-    def core(self) -> Callable[..., Tensor] | None:
-        """The function of two ``LogProbs``, where it is one of distributions alone."""
-        return getattr(self.function, "core", None)
-
-    def __call__(self, student: Tensor, teacher: Tensor, **numbers: Any) -> Tensor:
-        return self.function(student, teacher, **numbers)
-
-
-UNIT = (0.0, 1.0)
-BELOW_ONE = (0.0, 1.0 - 1e-6)
-
-DIVERGENCES: dict[str, Divergence] = {
-    "kl": Divergence(kl),
-    "reverse_kl": Divergence(reverse_kl, needs_support=True),
-    "jsd": Divergence(jsd, limits=(("beta", 0.0), ("beta", 1.0)), bounds={"beta": UNIT}, needs_support=("beta", 1.0)),
-    "skew_kl": Divergence(skew_kl, limits=(("skew", 0.0),), bounds={"skew": BELOW_ONE}),
-    "skew_reverse_kl": Divergence(
-        skew_reverse_kl,
-        limits=(("skew", 0.0),),
-        bounds={"skew": BELOW_ONE},
-        choices={"detach_mixture": (True, False)},
-        needs_support=("skew", 0.0),
-    ),
-    "tvd": Divergence(tvd),
-    "alpha_beta": Divergence(
-        alpha_beta,
-        limits=(("ab_alpha", 0.0), ("ab_beta", 0.0)),
-        bounds={"ab_alpha": (0.0, 10.0), "ab_beta": (0.0, 10.0)},
-        needs_support=("ab_alpha", 0.0),
-        not_all_zero=("ab_alpha", "ab_beta"),
-    ),
-    "adaptive_kl": Divergence(adaptive_kl, bounds={"head": UNIT}, needs_support=True, workspace_bytes=12),
-    "taid": Divergence(taid, limits=(("t", 0.0), ("t", 1.0)), bounds={"t": UNIT}),
-    "cosine": Divergence(cosine, tempered=False, needs_support=True),
-    "mse": Divergence(mse, tempered=False, needs_support=True),
-    "earth_mover": Divergence(earth_mover, choices={"p": (1, 2)}),
-    "kvd": Divergence(
-        kvd, choices={"kernel": ("linear", "delta")}, supplied=("embedding",), needs_support=("kernel", "linear")
-    ),
-    "uld": Divergence(uld, shared_vocabulary=False, workspace_bytes=24),
-}

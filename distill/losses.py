@@ -1,78 +1,63 @@
 """Distillation losses: a divergence between a teacher's and a student's logits, without holding either's.
 
-``DistillationLoss`` is what they share: the call, ignored tokens, temperature, vocabularies, the hard loss. A loss adds
-a function (``divergences.py``) and a small class.
+``DistillationLoss`` is what they share: the call, ignored tokens, temperature, vocabularies, the hard loss. A loss of
+one divergence names its entry in ``DIVERGENCES`` and takes its options from there.
 """
 
 from __future__ import annotations
 
-import math
-import re
+import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
-from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chunked_embed import ChunkPlan, FlexChunkLoss, LossOutput, Projection
+from chunked_embed import ChunkPlan, FlexChunkLoss, Head, LossOutput, checks, transform_logits
+from chunked_embed.checks import PADDING, POSITIVE
+from chunked_embed.fields import KW_ONLY, ChunkFields, Field, choice, flag, integer, number
+from chunked_embed.signatures import with_arguments_of
 
-from .divergences import DIVERGENCES, FLOOR, Divergence, LogProbs, floored, nll, normalized
+from .divergences import (
+    DIVERGENCES,
+    Divergence,
+    LogProbs,
+    When,
+    by_function,
+    by_name,
+    floored,
+    name_of,
+    nll,
+    normalized,
+)
 
-Extra = tuple[tuple[Tensor, Tensor], ...]
+Extra: TypeAlias = "Sequence[tuple[Tensor, Tensor]]"
 REPORTS = ("student_entropy", "teacher_agreement")
-POSITIVE = ("temperature", "student_logit_scale", "teacher_logit_scale", "student_softcap", "teacher_softcap")
 
 
 class Term(NamedTuple):
-    """One divergence of a loss, and the attributes of the loss that hold its weight and numbers."""
+    """One divergence of a loss."""
 
     label: str  # of its metric
     divergence: Divergence
-    numbers: tuple[tuple[str, str], ...]  # keyword -> attribute
-    options: tuple[tuple[str, Any], ...]  # keyword -> value, static
-    weight: str | None = None
+    options: tuple[tuple[str, str], ...]  # keyword of the divergence -> attribute of the loss
+    weight: str | None = None  # attribute
 
 
 def as_report(report: Sequence[str] | str | None) -> tuple[str, ...]:
     return (report,) if isinstance(report, str) else tuple(report or ())
 
 
-def make_term(
-    label: str, divergence: str | Divergence | Callable, keywords: Mapping[str, Any], prefix: str = ""
-) -> tuple[Term, dict[str, float]]:
-    """A term, and the numbers that the loss keeps for it, by attribute."""
-    if isinstance(divergence, str):
-        if divergence not in DIVERGENCES:
-            raise ValueError(f"expected a divergence among {sorted(DIVERGENCES)}, or a function, got {divergence!r}")
-        divergence = DIVERGENCES[divergence]
-    elif not isinstance(divergence, Divergence):
-        if not callable(divergence):
-            raise TypeError(f"expected the name of a divergence or a function, got {divergence!r}")
-        divergence = Divergence(divergence)
-    known = divergence.keywords
-    if unknown := sorted(set(keywords) - set(known)):
-        raise TypeError(f"expected options of {label!r} among {sorted(known)}, got {unknown}")
-    given = {name: value for name, value in (known | dict(keywords)).items() if value is not None}
-    numbers = {name: value for name, value in given.items() if isinstance(known[name], float)}
-    options = tuple((name, value) for name, value in given.items() if name not in numbers)
-    for name, allowed in divergence.choices.items():
-        if given.get(name) not in allowed:
-            raise ValueError(f"expected {name} of {label!r} to be one of {list(allowed)}, got {given.get(name)!r}")
-    term = Term(label, divergence, tuple((name, prefix + name) for name in numbers), options)
-    return term, {prefix + name: value for name, value in numbers.items()}
-
-
-class DistillationLoss(FlexChunkLoss):
+class DistillationLoss(ChunkFields, FlexChunkLoss):
     """What the distillation losses share.
 
         loss = sum over valid tokens of (weight_soft * D(student, teacher) + weight_hard * CE(student, target)) / tokens
 
-    A subclass hands its terms to ``__init__``; see ``JSDLoss``. All of its numbers (temperature, weights, beta, ...)
-    are plain attributes: setting one counts from the next call on, and compiles nothing anew. (Switching
-    ``weight_hard`` on or off does, once, and so does reaching a value where a formula has a limit of its own, or a
-    temperature or logit scale of one.)
+    A subclass names its divergence; see ``JSDLoss``. All options are plain attributes: setting one counts from the
+    next call on. Numbers (temperature, weights, beta, ...) may change in every step without a new compilation, but for
+    the values at which a formula is another one: a weight of zero, a beta of 0 or 1, a temperature of one.
 
     Args:
         temperature: of both softmaxes in D; cosine similarity, squared error and the hard loss do without.
@@ -81,76 +66,119 @@ class DistillationLoss(FlexChunkLoss):
         ignore_index: tokens with this target are dropped before any product.
         scale_by_t2: multiply what takes a temperature by its square, so that gradients keep their size (Hinton's
             convention; TRL, Liger and DistiLLM do not).
-        student_logit_scale, student_softcap: logits are ``scale * x``, then ``softcap * tanh(. / softcap)``.
+        student_logit_scale, student_softcap: logits are ``scale * x``, then ``softcap * tanh(. / softcap)``. A ``Head``
+            brings its own.
         teacher_logit_scale, teacher_softcap: likewise.
         vocabulary: what happens where one head has more rows than the other (padding, as a rule). "cut" compares the
-            two on the ids that both have, each with its softmax over those. "mask" lets the teacher give probability
-            zero to what it lacks: a longer student then pays for probability out there (not for divergences that are
-            infinite where the teacher is zero). "refuse" raises. A longer teacher is cut in any case (logits of -inf
-            would be the same), and the hard loss always sees the student's whole vocabulary.
+            two on the ids that both have, each with its softmax over those, with a warning where that is more than
+            padding. "mask" lets the teacher give probability zero to what it lacks: a longer student then pays for
+            probability out there (not for divergences that are infinite where the teacher is zero). "refuse" raises. A
+            longer teacher is cut in any case (logits of -inf would be the same), and the hard loss always sees the
+            student's whole vocabulary.
         report: further metrics, "student_entropy" and "teacher_agreement" (whether their top tokens are the same).
         float32_outputs: products of half-precision operands write float32 logits. Without it a divergence between
             close distributions is off by about a percent, in less memory.
         chunk_size, max_chunk_bytes, compiled: as for ``FlexChunkLoss``.
     """
 
-    def __init__(
-        self,
-        terms: Sequence[Term],
-        attributes: Mapping[str, Any],
-        temperature: float = 1.0,
-        weight_hard: float = 0.0,
-        weight_soft: float = 1.0,
-        *,
-        ignore_index: int = -100,
-        scale_by_t2: bool = False,
-        student_logit_scale: float = 1.0,
-        student_softcap: float | None = None,
-        teacher_logit_scale: float = 1.0,
-        teacher_softcap: float | None = None,
-        vocabulary: str = "cut",
-        report: Sequence[str] | str | None = (),
-        float32_outputs: bool = True,
-        **options: Any,
-    ) -> None:
-        for name in ("loss_fn", "score_fn"):
-            if name in options:
-                raise TypeError(f"expected no {name}: a divergence of your own goes to DistillLoss(loss_fn=...)")
-        super().__init__(**options)
-        self.temperature = temperature
-        self.weight_hard = weight_hard
-        self.weight_soft = weight_soft
-        self.student_logit_scale = student_logit_scale
-        self.student_softcap = student_softcap
-        self.teacher_logit_scale = teacher_logit_scale
-        self.teacher_softcap = teacher_softcap
-        self.ignore_index = ignore_index
-        self.scale_by_t2 = bool(scale_by_t2)
-        self.vocabulary = vocabulary
-        self.report = as_report(report)
-        self.float32_outputs = bool(float32_outputs)
+    entry: ClassVar[Divergence]
+    """The divergence of a class that has one."""
+
+    _: KW_ONLY
+    temperature: float = number(1.0, POSITIVE, by_position=True)
+    weight_hard: float = number(0.0, by_position=True)
+    weight_soft: float = number(1.0, by_position=True)
+    ignore_index: int = integer(-100)
+    scale_by_t2: bool = flag(False)
+    student_logit_scale: float = number(1.0, POSITIVE)
+    student_softcap: float | None = number(None, POSITIVE)
+    teacher_logit_scale: float = number(1.0, POSITIVE)
+    teacher_softcap: float | None = number(None, POSITIVE)
+    vocabulary: str = choice("cut", ("cut", "mask", "refuse"))
+    report: Sequence[str] | str | None = ()
+    float32_outputs: bool = flag(True)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        entry: Divergence | None = getattr(cls, "entry", None)
+        for name in () if entry is None else entry.fields:
+            if name not in cls.fields:
+                raise TypeError(f"expected a field of {cls.__name__} for each option of its entry, got no {name!r}")
+
+    def begin(self, values: Mapping[str, Any]) -> None:
+        of_engine = ("ignore_index", "float32_outputs", *ChunkFields.fields)
+        FlexChunkLoss.__init__(self, targets={"target": "student"}, **{name: values[name] for name in of_engine})
+        self.terms: tuple[Term, ...] = ()
+        self.further: dict[str, Field] = {}
+        # What follows from a call, for its step: see ``settle``.
+        self.hard = self.soft = False
+        self.pinned: tuple[tuple[str, float], ...] = ()
+        self.student_scale = self.teacher_scale = 1.0
+        self.student_cap: float | None = None
+        self.teacher_cap: float | None = None
+
+    def setup(self) -> None:
+        if hasattr(self, "entry"):
+            self.set_terms([Term(self.entry.name, self.entry, tuple((name, name) for name in self.entry.fields))])
+
+    def set_terms(self, terms: Sequence[Term]) -> None:
         self.terms = tuple(terms)
-        self.workspace_bytes = max((term.divergence.workspace_bytes for term in self.terms), default=0)
-        if vocabulary not in ("cut", "mask", "refuse"):
-            raise ValueError(f'expected vocabulary to be "cut", "mask" or "refuse", got {vocabulary!r}')
-        if unknown := [name for name in self.report if name not in REPORTS]:
+        self.workspace_bytes = max((term.divergence.workspace_bytes for term in terms), default=0)
+
+    def make_term(
+        self, kind: str | Divergence | Callable, keywords: Mapping[str, Any], label: str | None = None, prefix: str = ""
+    ) -> Term:
+        """A term whose options become attributes of this loss, with ``prefix`` before their names."""
+        if isinstance(kind, str):
+            kind = by_name(kind)
+        elif not isinstance(kind, Divergence):
+            if not callable(kind):
+                raise TypeError(f"expected the name of a divergence or a function, got {kind!r}")
+            kind = by_function(kind)
+        label = kind.name if label is None else label
+        if unknown := sorted(set(keywords) - set(kind.fields)):
+            raise TypeError(f"expected options of {label!r} among {sorted(kind.fields)}, got {unknown}")
+        for name, field in kind.fields.items():
+            self.add_field(prefix + name, field, keywords.get(name, field.default))
+        return Term(label, kind, tuple((name, prefix + name) for name in kind.fields))
+
+    def add_field(self, name: str, field: Field, value: Any) -> None:
+        """One more option of this instance."""
+        if hasattr(self, name):
+            raise ValueError(f"expected terms whose numbers have names of their own, got {name!r} again")
+        self.further[name] = field
+        setattr(self, name, field.check(name, value))
+
+    def known_fields(self) -> Mapping[str, Field]:
+        return {**self.fields, **self.further}
+
+    def check(self) -> None:
+        super().check()
+        if unknown := [name for name in as_report(self.report) if name not in REPORTS]:
             raise ValueError(f"expected report among {list(REPORTS)}, got {unknown}")
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(f"expected ignore_index to be an integer, got {ignore_index!r}")
-        for name, value in attributes.items():
-            if hasattr(self, name):
-                raise ValueError(f"expected terms whose numbers have names of their own, got {name!r} again")
-            setattr(self, name, value)
-        self._settle()
+        for term in self.terms:
+            some = [attribute for name, attribute in term.options if name in term.divergence.not_all_zero]
+            if some and not any(getattr(self, attribute) for attribute in some):
+                raise ValueError(f"expected {' or '.join(some)} above zero, got 0 for all")
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The attributes that may change from call to call, by a schedule for one. Logit scales and soft-caps are the
+        models'."""
+        weights = [term.weight for term in self.terms if term.weight]
+        options = [attribute for term in self.terms for _, attribute in term.options]
+        fields = self.known_fields()
+        of_terms = [name for name in options if fields[name].range is not None]
+        return ("temperature", "weight_hard", "weight_soft", *weights, *of_terms)
 
     # --- the call ---
 
-    def forward(  # type: ignore[override]  # the call of this family, in front of the engine's
+    def prepare(  # type: ignore[override]
         self,
-        student_hidden: Tensor,  # (..., Hs)
-        student_weight: Tensor,  # (Vs, Hs)
-        teacher_hidden: Tensor | None,  # (..., Ht)
-        teacher_weight: Tensor | None,  # (Vt, Ht)
+        student_hidden: Tensor | Head,  # (..., Hs)
+        student_weight: Tensor | Head | None = None,  # (Vs, Hs)
+        teacher_hidden: Tensor | Head | None = None,  # (..., Ht)
+        teacher_weight: Tensor | None = None,  # (Vt, Ht)
         target: Tensor | None = None,  # (...)
         student_bias: Tensor | None = None,  # (Vs,)
         teacher_bias: Tensor | None = None,  # (Vt,)
@@ -158,10 +186,16 @@ class DistillationLoss(FlexChunkLoss):
         num_items: float | Tensor | None = None,
         student_extra: Extra = (),
         teacher_extra: Extra = (),
-    ) -> LossOutput:
-        """The mean over valid tokens; gradients for the student's tensors that require one, none for the teacher's.
+    ) -> Any:
+        """The mean over valid tokens, and metrics; gradients for the student's tensors that require one, none for the
+        teacher's. (``prepare`` stops before the first product: it has the call's ``plan``, and ``run()``.)
+
+        ``loss(student, teacher, target=labels)`` with two ``Head`` is the same as with their parts.
 
         Args:
+            student_hidden, student_weight, student_bias: hidden states and LM head; or a ``Head`` alone.
+            teacher_hidden, teacher_weight, teacher_bias: likewise, of as many tokens; behind a student's ``Head`` the
+                teacher's comes second.
             target: labels, aligned with the hidden states; tokens with ``ignore_index`` take no part. Needed for a
                 hard loss; without one it may be any mask of that form, or None: every token counts.
             num_items: divide the sum over tokens by this instead of the valid tokens of this batch: those of all
@@ -170,108 +204,97 @@ class DistillationLoss(FlexChunkLoss):
                 head.
 
         Returns:
-            The loss, and ``metrics``: the value of each term for every token, unweighted, zero where ignored.
+            ``loss``, and ``metrics``: the value of each term for every token, unweighted, zero where ignored; ``means``
+            has their means over the others.
         """
-        call = self._call(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, target, student_bias, teacher_bias,
-            num_items=num_items, student_extra=student_extra, teacher_extra=teacher_extra,
-        )  # fmt: skip
-        return super().forward(**call)
+        self.check()
+        if isinstance(student_hidden, Head) and isinstance(student_weight, Head):
+            if teacher_hidden is not None:
+                raise TypeError("expected what follows two heads by name (target=...), got a third argument")
+            student_weight, teacher_hidden = None, student_weight
+        student = self.head_of("student", student_hidden, student_weight, student_bias, student_extra)
+        teacher = None
+        if teacher_hidden is not None or teacher_weight is not None:
+            if isinstance(student_hidden, Head) != isinstance(teacher_hidden, Head):
+                raise TypeError(
+                    "expected a Head for both or for neither, got one: the other's scale and soft-cap would be a guess"
+                )
+            teacher = self.head_of("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_extra)
+        return super().prepare(**self.arguments(student, teacher, target, num_items))
 
-    def plan(self, *arguments: Any, **keywords: Any) -> ChunkPlan:
-        """What ``forward`` with the same arguments will do."""
-        return super().plan(**self._call(*arguments, **keywords))
+    @with_arguments_of(prepare)
+    def forward(self, *arguments: Any, **keywords: Any) -> LossOutput:  # type: ignore[override]
+        return super().forward(*arguments, **keywords)
 
-    def _call(
-        self,
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_weight: Tensor | None,
-        target: Tensor | None = None,
-        student_bias: Tensor | None = None,
-        teacher_bias: Tensor | None = None,
-        *,
-        num_items: float | Tensor | None = None,
-        student_extra: Extra = (),
-        teacher_extra: Extra = (),
+    @with_arguments_of(prepare)
+    def plan(self, *arguments: Any, **keywords: Any) -> ChunkPlan:  # type: ignore[override]
+        """What ``forward`` with the same arguments will do: print it before running."""
+        return super().plan(*arguments, **keywords)
+
+    def head_of(self, side: str, hidden: Any, weight: Any, bias: Any = None, extra: Any = ()) -> Head:
+        """A side's tensors as one; a ``Head`` must not be at odds with the loss's own transform of that side."""
+        own = getattr(self, f"{side}_logit_scale"), getattr(self, f"{side}_softcap")
+        if not isinstance(hidden, Head):
+            return Head.of(f"{side}_", hidden, weight, bias, extra, *own)
+        if weight is not None or bias is not None or extra:
+            raise TypeError(f"expected no {side}_weight, {side}_bias or {side}_extra beside a Head, which has its own")
+        for name, mine, theirs in zip(("logit_scale", "softcap"), own, hidden.transform):
+            option = f"{side}_{name}"
+            if mine not in (self.fields[option].default, theirs):
+                raise ValueError(
+                    f"expected a {side} whose Head agrees with {option}={mine} of {type(self).__name__}, got {theirs}: "
+                    "leave the option out, the Head's counts"
+                )
+        return hidden
+
+    def among_others(self, student: Head, teacher: Head, own: Tensor) -> LossOutput:  # own: (M,)
+        """The loss of rows that are themselves among the columns: each leaves out the column ``own``, on both sides."""
+        self.check()
+        if len({term.divergence.tempered for term in self.terms}) > 1:
+            labels = [term.label for term in self.terms]
+            raise ValueError(f"expected terms that all take a softmax, or none, for texts of one column, got {labels}")
+        if student.logit_softcap is not None or teacher.logit_softcap is not None:
+            raise ValueError("expected no soft-cap for texts of one column, each of which leaves itself out")
+        call = self.arguments(student, teacher)
+        call["rows"]["own"] = own
+        return super().prepare(**call).run()
+
+    def arguments(
+        self, student: Head, teacher: Head | None, target: Tensor | None = None, num_items: float | Tensor | None = None
     ) -> dict[str, Any]:
-        """The arguments of ``FlexChunkLoss.forward``."""
-        self._settle()
-        if self.soft and not (isinstance(teacher_hidden, Tensor) and isinstance(teacher_weight, Tensor)):
-            got = type(teacher_hidden).__name__, type(teacher_weight).__name__
-            raise TypeError(f"expected tensors teacher_hidden and teacher_weight, got {got}")
-        rows = len(teacher_weight) if self.soft and teacher_weight is not None else None
-        call = self._student(student_hidden, student_weight, target, student_bias, num_items, student_extra, rows)
-        if teacher_hidden is None or teacher_weight is None or not self.soft:
-            return call
-        if teacher_bias is not None:
-            if teacher_bias.shape != teacher_weight.shape[:1]:
-                expected = len(teacher_weight)
-                raise ValueError(f"expected teacher_bias of shape ({expected},), got {tuple(teacher_bias.shape)}")
-            teacher_bias = teacher_bias.detach()
-        weight, width = teacher_weight.detach(), self._compared(student_weight.shape[0], teacher_weight.shape[0])
-        if width < len(weight) and all(term.divergence.shared_vocabulary for term in self.terms):
-            weight = weight[:width]
-            teacher_bias = None if teacher_bias is None else teacher_bias[:width]
-            teacher_extra = tuple((x, w[:width]) for x, w in teacher_extra)
-        extra = tuple((x.detach(), w.detach()) for x, w in teacher_extra)
-        call["projections"]["teacher"] = Projection(teacher_hidden.detach(), weight, teacher_bias, extra)
-        if any(("kernel", "linear") in term.options for term in self.terms):
-            call["columns"] = {"embedding": weight}
+        """The arguments of ``FlexChunkLoss.prepare``."""
+        self.settle(student, teacher)
+        if not self.soft:
+            return self.of_student(student, target, num_items)
+        if teacher is None:
+            raise TypeError("expected teacher_hidden and teacher_weight, or a Head, got None")
+        call = self.of_student(student, target, num_items)
+        width = self.compared(len(student.weight), len(teacher.weight))
+        if width < len(teacher.weight) and all(term.divergence.shared_vocabulary for term in self.terms):
+            teacher = teacher.cut(width)
+        call["projections"]["teacher"] = frozen = teacher.detach().projection
+        if any(self.holds(term, term.divergence.takes_head) for term in self.terms):
+            call["columns"] = {"embedding": frozen.weight}
         return call
 
-    def _student(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor | None,
-        bias: Tensor | None,
-        num_items: float | Tensor | None,
-        extra: Extra,
-        width: int | None = None,
-    ) -> dict[str, Any]:
-        """The student's part of the call: its projection, the labels, and the weight of every token.
-
-        ``width`` is the teacher's, where there is one.
-        """
-        for name, given in (("student_hidden", hidden), ("student_weight", weight)):
-            if not isinstance(given, Tensor):
-                raise TypeError(f"expected {name} to be a tensor, got {type(given).__name__}")
-        if weight.dim() != 2:
-            raise ValueError(f"expected student_weight of shape (V, H), got {tuple(weight.shape)}")
-        leading = hidden.shape[:-1]
-        call: dict[str, Any] = {"projections": {"student": Projection(hidden, weight, bias, tuple(extra))}, "rows": {}}
+    def of_student(self, student: Head, target: Any, num_items: float | Tensor | None) -> dict[str, Any]:
+        """The student's part of the call: its projection, the labels, and the weight of every token."""
+        hidden = student.hidden
+        call: dict[str, Any] = {"projections": {"student": student.projection}, "rows": {}}
         if target is None:
             if self.hard:
                 raise ValueError("expected a target: weight_hard is not zero")
-            valid = torch.ones(leading, dtype=torch.bool, device=hidden.device)
+            used = torch.ones(hidden.shape[:-1], device=hidden.device)
         else:
-            if not isinstance(target, Tensor):
-                raise TypeError(f"expected target to be a tensor, got {type(target).__name__}")
-            if target.is_floating_point() or target.dtype == torch.bool:
-                raise TypeError(f"expected target to hold integers, got {target.dtype}")
-            if target.shape != leading or target.device != hidden.device:
-                raise ValueError(
-                    f"expected target of shape {tuple(leading)} on {hidden.device}, "
-                    f"got {tuple(target.shape)} on {target.device}"
-                )
-            valid = target != self.ignore_index
-        if self.hard and target is not None:
-            call["rows"]["target"] = target
-            # The engine checks labels against the narrower head, in the one transfer that it makes anyway.
-            self.index_rows = ("target",) if width is None or width >= len(weight) else ()
-            if not self.index_rows:
-                outside = int((valid & ((target < 0) | (target >= len(weight)))).sum())
-                if outside:
-                    raise ValueError(f"expected target in [0, {len(weight)}), got {outside} outside")
-        else:
-            self.index_rows = ()
-        used = valid.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+            checks.tensor("target", target, tuple(hidden.shape[:-1]), device=hidden.device, kind="integer")
+            used = target != self.ignore_index
+            if self.hard:
+                call["rows"]["target"] = target
+        used = used.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
         call["row_weight"] = used / (used.sum().clamp_min(1) if num_items is None else _items(num_items, used))
         return call
 
-    def _compared(self, student: int, teacher: int) -> int:
+    def compared(self, student: int, teacher: int) -> int:
         """How many ids the two are compared on."""
         if student == teacher:
             return student
@@ -279,98 +302,79 @@ class DistillationLoss(FlexChunkLoss):
             raise ValueError(f"expected vocabularies of one size, got {student} (student) and {teacher} (teacher)")
         if self.vocabulary == "mask" and student > teacher:
             for term in self.terms:
-                if self._needs_support(term):
+                if self.holds(term, term.divergence.needs_support):
                     raise ValueError(
                         f'expected vocabulary="cut" for {term.label!r}, which is not defined where the teacher\'s '
                         f"probability is zero, for a student of {student} tokens and a teacher of {teacher}"
                     )
             return student
-        return min(student, teacher)
+        few, many = sorted((student, teacher))
+        if many > few * (1 + PADDING) and any(term.divergence.shared_vocabulary for term in self.terms):
+            _warn_cut(student, teacher)
+        return few
 
-    def _needs_support(self, term: Term) -> bool:
-        needs = term.divergence.needs_support
-        if isinstance(needs, bool):
-            return needs
-        values = {name: getattr(self, attribute) for name, attribute in term.numbers} | dict(term.options)
-        return values[needs[0]] == needs[1]
-
-    def _settle(self) -> None:
-        """Check the numbers of this call, and fix what they imply for the compiled step."""
-        for name in POSITIVE:
-            value = getattr(self, name)
-            if value is None and name.endswith("softcap"):
-                continue
-            if not _finite(value) or value <= 0:
-                raise ValueError(f"expected {name} to be a positive, finite number, got {value!r}")
-        weights = ["weight_hard", "weight_soft", *(term.weight for term in self.terms if term.weight)]
-        numbers = [(name, attribute, term) for term in self.terms for name, attribute in term.numbers]
-        for attribute in [*weights, *(attribute for _, attribute, _ in numbers)]:
-            if not _finite(getattr(self, attribute)):
-                raise ValueError(f"expected {attribute} to be a finite number, got {getattr(self, attribute)!r}")
-        pinned = []
-        for name, attribute, term in numbers:
-            value = float(getattr(self, attribute))
-            least, most = term.divergence.bounds.get(name, (-math.inf, math.inf))
-            if not least <= value <= most:
-                raise ValueError(f"expected {attribute} in [{least:g}, {most:g}], got {value!r}")
-            if (name, value) in term.divergence.limits:
-                pinned.append((attribute, value))
-        for term in self.terms:
-            some = [attribute for name, attribute in term.numbers if name in term.divergence.not_all_zero]
-            if some and not any(getattr(self, attribute) for attribute in some):
-                raise ValueError(f"expected {' or '.join(some)} above zero, got 0 for all")
-        for name in ("temperature", "student_logit_scale", "teacher_logit_scale"):
-            if getattr(self, name) == 1:  # all terms then share a softmax
-                pinned.append((name, 1.0))
-        self.pinned = tuple(pinned)
+    def settle(self, student: Head, teacher: Head | None = None) -> None:
+        """Set what follows from options and heads for the step of this call."""
+        self.student_scale, self.student_cap = student.transform
+        self.teacher_scale, self.teacher_cap = (1.0, None) if teacher is None else teacher.transform
+        self.report = as_report(self.report)
         self.hard = self.weight_hard != 0
         self.soft = bool(self.terms) and self.weight_soft != 0
+        fields = self.known_fields()
+        limits = [(name, fields[name].limits) for term in self.terms for _, name in term.options]
+        # At one, nothing is multiplied: all terms then share a softmax.
+        limits += [(name, (1.0,)) for name in ("temperature", "student_scale", "teacher_scale")]
+        self.pinned = tuple((name, float(getattr(self, name))) for name, at in limits if getattr(self, name) in at)
 
-    @property
-    def numbers(self) -> tuple[str, ...]:
-        """The attributes that may change from call to call, by a schedule for one. Logit scales and soft-caps are the
-        models'."""
-        of_terms = [attribute for term in self.terms for _, attribute in term.numbers]
-        weights = [term.weight for term in self.terms if term.weight]
-        return ("temperature", "weight_hard", "weight_soft", *weights, *of_terms)
+    def holds(self, term: Term, when: When) -> bool:
+        """Whether something is so for a term, which may hang on one of its options."""
+        return when if isinstance(when, bool) else getattr(self, dict(term.options)[when[0]]) == when[1]
 
     # --- a chunk ---
 
-    def loss_fn(self, outputs: Any, rows: Any, hp: Any, columns: Any = None) -> Any:
-        student = self._logits("student", outputs, hp)
+    def loss_fn(self, outputs: Any, rows: Any, columns: Any = None) -> Any:
+        if "own" in rows:
+            outputs = self.without_own(outputs, rows["own"][:, None])
+        student, reports = self.logits("student", outputs), as_report(self.report)
         total, metrics = student.z.new_zeros(student.z.shape[0]), {}
-        sides = self._sides(student, outputs, rows, hp) if self.soft else {}
+        sides = self.sides(student, outputs, rows) if self.soft else {}
         for term in self.terms if self.soft else ():
-            value = self._term(term, sides, hp, columns)
+            value = self.value(term, sides, columns)
             if not isinstance(value, Tensor) or value.shape != total.shape:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"expected {term.label!r} to give a value a row, {tuple(total.shape)}, got {got}")
             metrics[term.label] = value
             if term.divergence.tempered and self.scale_by_t2:
-                value = value * hp.temperature**2
-            weight = hp.weight_soft if term.weight is None else hp.weight_soft * getattr(hp, term.weight)
+                value = value * self.temperature**2
+            weight = self.weight_soft if term.weight is None else self.weight_soft * getattr(self, term.weight)
             total = total + weight * value
-        if self.soft and "teacher_agreement" in self.report:
+        if self.soft and "teacher_agreement" in reports:
             ours, theirs = sides["common"]
             metrics["teacher_agreement"] = (ours.z.detach().argmax(1) == theirs.z.argmax(1)).to(total.dtype)
         if self.hard:
             metrics["ce"] = nll(student.softmax(), rows["target"])
-            total = total + hp.weight_hard * metrics["ce"]
-        if "student_entropy" in self.report:
+            total = total + self.weight_hard * metrics["ce"]
+        if "student_entropy" in reports:
             q = student.softmax()
             metrics["student_entropy"] = -(q.p * q.log.detach()).sum(1)
         return total, metrics
 
-    def _logits(self, side: str, outputs: Any, hp: Any) -> Logits:
-        z, name = outputs[side], f"{side}_logit_scale"
-        if name not in dict(self.pinned):
-            z = _times(z, getattr(hp, name))
-        cap = getattr(hp, f"{side}_softcap", None)
-        return Logits(z if cap is None else cap * torch.tanh(z / cap))
+    def without_own(self, outputs: Any, own: Tensor) -> Any:
+        """To a softmax what is left out is a logit of -1e4 on both sides: its probability is zero and its difference
+        finite, unlike that of -inf. To a distance of logits it is two zeros."""
+        value = -1e4 if any(term.divergence.tempered for term in self.terms) else 0.0
+        index = torch.arange(outputs["student"].shape[1], device=own.device)
+        return {name: z.masked_fill(index == own, value) for name, z in outputs.items()}
 
-    def _sides(self, student: Logits, outputs: Any, rows: Any, hp: Any) -> Sides:
+    def logits(self, side: str, outputs: Any) -> Logits:
+        z, name, cap = outputs[side], f"{side}_scale", getattr(self, f"{side}_cap")
+        if cap is not None:
+            return Logits(transform_logits(z, logit_scale=getattr(self, name), softcap=cap))
+        return Logits(z if name in dict(self.pinned) else _times(z, getattr(self, name)))
+
+    def sides(self, student: Logits, outputs: Any, rows: Any) -> Sides:
         """Pairs of logits: "whole" vocabularies, and what they have in "common"."""
-        teacher = self._logits("teacher", outputs, hp)
+        teacher = self.logits("teacher", outputs)
         ours, theirs = student, teacher
         more = student.z.shape[1] - teacher.z.shape[1]
         if more > 0 and self.vocabulary == "mask":
@@ -381,17 +385,17 @@ class DistillationLoss(FlexChunkLoss):
             theirs = Logits(teacher.z[:, :more])
         return {"common": (ours, theirs), "whole": (student, teacher)}
 
-    def _term(self, term: Term, sides: Sides, hp: Any, columns: Any) -> Tensor:
-        pinned = dict(self.pinned)
-        numbers = {name: pinned[a] if a in pinned else getattr(hp, a) for name, a in term.numbers}
-        options = dict(term.options)
-        student, teacher = sides["common" if term.divergence.shared_vocabulary else "whole"]
-        if options.get("kernel") == "linear":
+    def value(self, term: Term, sides: Sides, columns: Any) -> Tensor:  # (R,)
+        """A term, unweighted."""
+        pinned, divergence = dict(self.pinned), term.divergence
+        options = {name: pinned[a] if a in pinned else getattr(self, a) for name, a in term.options}
+        student, teacher = sides["common" if divergence.shared_vocabulary else "whole"]
+        if self.holds(term, divergence.takes_head):
             options["embedding"] = columns["embedding"][: student.z.shape[1]]
-        factor = 1 / hp.temperature if term.divergence.tempered and "temperature" not in pinned else None
-        if term.divergence.core is not None:
-            return term.divergence.core(student.softmax(factor), teacher.softmax(factor), **numbers, **options)
-        return term.divergence.function(student.times(factor), teacher.times(factor), **numbers, **options)
+        factor = 1 / self.temperature if divergence.tempered and "temperature" not in pinned else None
+        if divergence.core is not None:
+            return divergence.core(student.softmax(factor), teacher.softmax(factor), **options)
+        return divergence.function(student.times(factor), teacher.times(factor), **options)
 
 
 class Logits:
@@ -401,10 +405,10 @@ class Logits:
         self.z = z
         self.found: dict[bool, LogProbs] = {}
 
-    def times(self, factor: Tensor | None) -> Tensor:
+    def times(self, factor: Any) -> Tensor:
         return self.z if factor is None else _times(self.z, factor)
 
-    def softmax(self, factor: Tensor | None = None) -> LogProbs:
+    def softmax(self, factor: Any = None) -> LogProbs:
         """Of the logits times ``factor``, the inverse temperature: of one value in a step."""
         plain = factor is None
         if plain not in self.found:
@@ -415,50 +419,34 @@ class Logits:
 Sides: TypeAlias = dict[str, tuple[Logits, Logits]]
 
 
-def _times(z: Tensor, factor: Tensor) -> Tensor:
+def _times(z: Tensor, factor: Any) -> Tensor:
     """``z * factor``, in a form that inductor does not take for a scaled softmax: for that it would read z twice."""
     return floored(z * factor)
 
 
-def is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _finite(value: object) -> bool:
-    return is_number(value) and math.isfinite(value)
-
-
 def _items(num_items: float | Tensor, like: Tensor) -> float | Tensor:
     """The normaliser. A tensor on a GPU is not looked at: that would wait for it."""
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1 or (num_items.device.type == "cpu" and not bool(num_items > 0)):
-            raise ValueError(f"expected num_items to be a positive number, got {num_items}")
-        return num_items.detach().to(like.device, like.dtype).reshape(())
-    if not _finite(num_items) or num_items <= 0:
-        raise ValueError(f"expected num_items to be a positive number, got {num_items!r}")
-    return float(num_items)
+    if not isinstance(num_items, Tensor):
+        return checks.number("num_items", num_items, POSITIVE)
+    if num_items.numel() != 1 or (num_items.device.type == "cpu" and not bool(num_items > 0)):
+        raise ValueError(f"expected num_items to be a positive number, got {num_items}")
+    return num_items.detach().to(like.device, like.dtype).reshape(())
 
 
-def _single(name: str, **keywords: Any) -> tuple[list[Term], dict[str, float]]:
-    term, numbers = make_term(name, name, keywords)
-    return [term], numbers
+@functools.cache  # one warning for two sizes, but an error each time where warnings are errors
+def _warn_cut(student: int, teacher: int) -> None:
+    warnings.warn(
+        f"expected vocabularies of about one size, got {student} tokens (student) and {teacher} (teacher), which are "
+        f"compared on their first {min(student, teacher)}: right where these ids mean the same. Cut the wider head "
+        '(weight[:size], head.cut(size)) where they do; vocabulary="refuse" makes this an error',
+        stacklevel=2,
+    )
 
 
 # --- one divergence --------------------------------------------------------------------------------------------------
 
 
-class PlainLoss(DistillationLoss):
-    """A divergence without numbers of its own, by its name."""
-
-    divergence: ClassVar[str]
-
-    def __init__(
-        self, temperature: float = 1.0, weight_hard: float = 0.0, weight_soft: float = 1.0, **options: Any
-    ) -> None:
-        super().__init__(*_single(self.divergence), temperature, weight_hard, weight_soft, **options)
-
-
-class KLDivLoss(PlainLoss):
+class KLDivLoss(DistillationLoss):
     """Forward KL, ``sum_v p log(p/q)``: p the teacher, q the student, both softmax(logits / temperature).
 
     Covers the teacher's modes. Metrics: "kl", and "ce" with a hard loss.
@@ -474,16 +462,16 @@ class KLDivLoss(PlainLoss):
     Reference: Hinton et al., https://arxiv.org/abs/1503.02531
     """
 
-    divergence = "kl"
+    entry = DIVERGENCES["kl"]
 
 
-class ReverseKLLoss(PlainLoss):
+class ReverseKLLoss(DistillationLoss):
     """Reverse KL, ``sum_v q log(q/p)``: seeks a mode of the teacher. Metrics: "reverse_kl".
 
     Reference: MiniLLM, https://arxiv.org/abs/2306.08543
     """
 
-    divergence = "reverse_kl"
+    entry = DIVERGENCES["reverse_kl"]
 
 
 class JSDLoss(DistillationLoss):
@@ -494,63 +482,41 @@ class JSDLoss(DistillationLoss):
     Reference: GKD, https://arxiv.org/abs/2306.13649
     """
 
-    def __init__(
-        self,
-        beta: float = 0.5,
-        temperature: float = 1.0,
-        weight_hard: float = 0.0,
-        weight_soft: float = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(*_single("jsd", beta=beta), temperature, weight_hard, weight_soft, **options)
+    entry = DIVERGENCES["jsd"]
+    beta: float = entry["beta"]
 
 
 class SkewKLLoss(DistillationLoss):
-    """Skew forward KL: ``KL(p | skew p + (1-skew) q)``, 0 <= skew < 1. Metrics: "skew_kl".
+    """Skew forward KL: ``KL(p | skew p + (1-skew) q)``. Metrics: "skew_kl".
 
     Reference: DistiLLM, https://arxiv.org/abs/2402.03898
     """
 
-    def __init__(
-        self,
-        skew: float = 0.1,
-        temperature: float = 1.0,
-        weight_hard: float = 0.0,
-        weight_soft: float = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(*_single("skew_kl", skew=skew), temperature, weight_hard, weight_soft, **options)
+    entry = DIVERGENCES["skew_kl"]
+    skew: float = entry["skew"]
 
 
 class SkewReverseKLLoss(DistillationLoss):
-    """Skew reverse KL: ``KL(q | (1-skew) p + skew q)``, 0 <= skew < 1. Metrics: "skew_reverse_kl".
+    """Skew reverse KL: ``KL(q | (1-skew) p + skew q)``. Metrics: "skew_reverse_kl".
 
     ``detach_mixture=True`` takes no gradient through the mixture, as DistiLLM-2 does.
 
     Reference: DistiLLM, https://arxiv.org/abs/2402.03898, and DistiLLM-2, https://arxiv.org/abs/2503.07067
     """
 
-    def __init__(
-        self,
-        skew: float = 0.1,
-        temperature: float = 1.0,
-        weight_hard: float = 0.0,
-        weight_soft: float = 1.0,
-        *,
-        detach_mixture: bool = False,
-        **options: Any,
-    ) -> None:
-        term = _single("skew_reverse_kl", skew=skew, detach_mixture=bool(detach_mixture))
-        super().__init__(*term, temperature, weight_hard, weight_soft, **options)
+    entry = DIVERGENCES["skew_reverse_kl"]
+    skew: float = entry["skew"]
+    _: KW_ONLY
+    detach_mixture: bool = entry["detach_mixture"]
 
 
-class TVDLoss(PlainLoss):
+class TVDLoss(DistillationLoss):
     """Total variation distance: ``1/2 sum_v |p - q|``, between 0 and 1. Metrics: "tvd".
 
     Reference: f-DISTILL, https://arxiv.org/abs/2307.15190
     """
 
-    divergence = "tvd"
+    entry = DIVERGENCES["tvd"]
 
 
 class AlphaBetaLoss(DistillationLoss):
@@ -563,17 +529,9 @@ class AlphaBetaLoss(DistillationLoss):
     Reference: ABKD, https://arxiv.org/abs/2505.04560
     """
 
-    def __init__(
-        self,
-        ab_alpha: float = 0.2,
-        ab_beta: float = 0.7,
-        temperature: float = 1.0,
-        weight_hard: float = 0.0,
-        weight_soft: float = 1.0,
-        **options: Any,
-    ) -> None:
-        term = _single("alpha_beta", ab_alpha=ab_alpha, ab_beta=ab_beta)
-        super().__init__(*term, temperature, weight_hard, weight_soft, **options)
+    entry = DIVERGENCES["alpha_beta"]
+    ab_alpha: float = entry["ab_alpha"]
+    ab_beta: float = entry["ab_beta"]
 
 
 class AdaptiveKLLoss(DistillationLoss):
@@ -585,15 +543,8 @@ class AdaptiveKLLoss(DistillationLoss):
     Reference: https://arxiv.org/abs/2404.02657
     """
 
-    def __init__(
-        self,
-        head: float = 0.5,
-        temperature: float = 1.0,
-        weight_hard: float = 0.0,
-        weight_soft: float = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(*_single("adaptive_kl", head=head), temperature, weight_hard, weight_soft, **options)
+    entry = DIVERGENCES["adaptive_kl"]
+    head: float = entry["head"]
 
 
 class TAIDLoss(DistillationLoss):
@@ -606,30 +557,23 @@ class TAIDLoss(DistillationLoss):
     Reference: TAID, https://arxiv.org/abs/2501.16937
     """
 
-    def __init__(
-        self,
-        t: float = 0.4,
-        temperature: float = 1.0,
-        weight_hard: float = 0.0,
-        weight_soft: float = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(*_single("taid", t=t), temperature, weight_hard, weight_soft, **options)
+    entry = DIVERGENCES["taid"]
+    t: float = entry["t"]
 
 
-class CosineSimilarityLoss(PlainLoss):
+class CosineSimilarityLoss(DistillationLoss):
     """``1 - cos`` of the student's and the teacher's logits, without temperature. Metrics: "cosine"."""
 
-    divergence = "cosine"
+    entry = DIVERGENCES["cosine"]
 
 
-class LogitMSELoss(PlainLoss):
+class LogitMSELoss(DistillationLoss):
     """Mean squared difference of the logits, ``mean_v (student_v - teacher_v)^2``, without temperature. Metrics: "mse".
 
     Reference: https://arxiv.org/abs/2105.08919
     """
 
-    divergence = "mse"
+    entry = DIVERGENCES["mse"]
 
 
 class EarthMoverLoss(DistillationLoss):
@@ -642,15 +586,8 @@ class EarthMoverLoss(DistillationLoss):
     Reference: https://arxiv.org/abs/1705.10743 (Cramér distance)
     """
 
-    def __init__(
-        self,
-        p: int = 1,
-        temperature: float = 1.0,
-        weight_hard: float = 0.0,
-        weight_soft: float = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(*_single("earth_mover", p=p), temperature, weight_hard, weight_soft, **options)
+    entry = DIVERGENCES["earth_mover"]
+    p: int = entry["p"]
 
 
 class KVDLoss(DistillationLoss):
@@ -664,18 +601,11 @@ class KVDLoss(DistillationLoss):
     is ``TVDLoss``. Reference for the distance: https://jmlr.org/papers/v13/gretton12a.html
     """
 
-    def __init__(
-        self,
-        kernel: str = "linear",
-        temperature: float = 1.0,
-        weight_hard: float = 0.0,
-        weight_soft: float = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(*_single("kvd", kernel=kernel), temperature, weight_hard, weight_soft, **options)
+    entry = DIVERGENCES["kvd"]
+    kernel: str = entry["kernel"]
 
 
-class ULDLoss(PlainLoss):
+class ULDLoss(DistillationLoss):
     """Universal logit distillation, across tokenizers: ``sum_v |sort(q) - sort(p)|``, the shorter vocabulary padded
     with zeros.
 
@@ -685,10 +615,10 @@ class ULDLoss(PlainLoss):
     Reference: https://arxiv.org/abs/2402.12030
     """
 
-    divergence = "uld"
+    entry = DIVERGENCES["uld"]
 
 
-# --- several, and a teacher that is not there ------------------------------------------------------------------------
+# --- several ---------------------------------------------------------------------------------------------------------
 
 
 class DistillLoss(DistillationLoss):
@@ -698,6 +628,7 @@ class DistillLoss(DistillationLoss):
         DistillLoss([("jsd", 1.0, {"beta": 0.1}), (my_divergence, 0.5, {"margin": 0.2})])
 
     Args:
+        temperature, options: as for ``DistillationLoss``, but for ``weight_hard`` and ``weight_soft``.
         terms: (name or function, weight) or (name or function, weight, keywords). Names are those of
             ``divergences.DIVERGENCES`` and "ce", the hard loss. A function of yours takes ``(student, teacher)``
             logits ``(R, V)`` divided by the temperature, and keywords, and returns ``(R,)``; define it once, at module
@@ -719,7 +650,7 @@ class DistillLoss(DistillationLoss):
     def __init__(
         self,
         terms: Sequence[tuple] | None = None,
-        temperature: float = 1.0,
+        temperature: float = DistillationLoss.fields["temperature"].default,
         *,
         loss_fn: Callable[..., Tensor] | None = None,
         **options: Any,
@@ -730,209 +661,34 @@ class DistillLoss(DistillationLoss):
             raise TypeError("expected either terms or a loss_fn")
         if isinstance(terms, (str, Mapping)):
             raise ValueError(f"expected terms [(name, weight), ...], got {terms!r}")
-        terms = [(loss_fn, 1.0)] if terms is None else list(terms)
-        if not terms:
+        given = [(loss_fn, 1.0)] if terms is None else list(terms)
+        if not given:
             raise ValueError("expected terms [(name, weight), ...], got none")
+        super().__init__(temperature=temperature, **options)
         made: list[Term] = []
-        numbers: dict[str, float] = {}
         hard: float | None = None
-        for given in terms:
-            if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
-                raise ValueError(f"expected a term (name or function, weight[, keywords]), got {given!r}")
-            kind, weight, keywords = (*given, {}) if len(given) == 2 else given
-            if not isinstance(keywords, Mapping):
-                raise TypeError(f"expected the keywords of {kind!r} as a dict, got {keywords!r}")
-            if not _finite(weight):
-                raise ValueError(f"expected the weight of {kind!r} to be a finite number, got {weight!r}")
+        for kind, weight, keywords in map(_read, given):
             if kind == "ce":
                 if hard is not None or keywords:
                     raise ValueError('expected one term "ce", without keywords')
-                hard = float(weight)
+                self.weight_hard = hard = weight
                 continue
-            base = kind if isinstance(kind, str) else _name_of(kind)
+            base = kind if isinstance(kind, str) else name_of(kind)
             labels, label, n = {"ce", *REPORTS, *(term.label for term in made)}, base, 2
             while label in labels:
                 label, n = f"{base}_{n}", n + 1
-            term, found = make_term(label, kind, keywords, prefix=f"{label}_")
+            term = self.make_term(kind, keywords, label, prefix=f"{label}_")
+            self.add_field(f"{label}_weight", number(weight), weight)
             made.append(term._replace(weight=f"{label}_weight"))
-            if clash := found.keys() & {*numbers, f"{label}_weight"}:
-                raise ValueError(f"expected terms whose numbers have names of their own, got {sorted(clash)} again")
-            numbers |= found | {f"{label}_weight": float(weight)}
-        super().__init__(made, numbers, temperature, hard or 0.0, 1.0, **options)
+        self.set_terms(made)
+        self.check()
 
 
-def _name_of(kind: Any) -> str:
-    function = kind.function if isinstance(kind, Divergence) else kind
-    name = getattr(function, "__name__", type(function).__name__)
-    return re.sub(r"\W", "", name).strip("_") or "divergence"
-
-
-class TopKLoss(DistillationLoss):
-    """A divergence from a teacher of whom only the top k log-probabilities were kept.
-
-    With p the teacher's k probabilities and q the student's at the same ids:
-
-    * ``tail="bucket"``: what is left of both is one more token: ``sum_k p log(p/q) + p_tail log(p_tail/q_tail)``;
-    * ``tail="renorm"``: the teacher's k are scaled to sum to one, and it gives zero to everything else;
-    * ``tail="zero"``: its k as they are, nothing for the rest: ``sum_k p log(p/q)`` (forward KL only, and no
-      distance: it may be negative).
-
-    Args:
-        divergence: a name of ``DIVERGENCES`` over shared tokens; with "renorm" not one that is infinite where the
-            teacher's probability is zero. Its keywords go in ``divergence_options``.
-        teacher_temperature: at which the log-probabilities were taken. "bucket" and "zero" need the loss's
-            ``temperature`` to be the same; "renorm" can change it, since it does without the tail.
-
-    The call is ``loss(student_hidden, student_weight, teacher_ids, teacher_logprobs, target=None, student_bias=None)``,
-    ids and log-probabilities ``(..., K)``, distinct ids; a log-probability of ``-inf`` marks an entry that is not
-    there. Metrics: the divergence's name.
-    """
-
-    def __init__(
-        self,
-        divergence: str = "kl",
-        tail: str = "bucket",
-        temperature: float = 1.0,
-        weight_hard: float = 0.0,
-        weight_soft: float = 1.0,
-        *,
-        teacher_temperature: float = 1.0,
-        divergence_options: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        if tail not in ("bucket", "renorm", "zero"):
-            raise ValueError(f'expected tail to be "bucket", "renorm" or "zero", got {tail!r}')
-        if tail == "zero" and divergence != "kl":
-            raise ValueError(f'expected divergence "kl" with tail="zero", got {divergence!r}')
-        if not isinstance(divergence, str):
-            raise TypeError(f"expected the name of a divergence, got {divergence!r}")
-        for name in ("vocabulary", "teacher_logit_scale", "teacher_softcap"):
-            if name in options:
-                raise TypeError(f"expected no {name}: the teacher is what was kept of it")
-        terms, numbers = _single(divergence, **(divergence_options or {}))
-        kind = terms[0].divergence
-        if not (kind.shared_vocabulary and kind.tempered) or divergence in ("kvd", "earth_mover"):
-            raise ValueError(f"expected a divergence of probabilities token by token, got {divergence!r}")
-        if "teacher_agreement" in as_report(options.get("report")):
-            raise ValueError("expected report without teacher_agreement, which needs the teacher's logits")
-        attributes = numbers | {"tail": tail, "teacher_temperature": teacher_temperature}
-        super().__init__(terms, attributes, temperature, weight_hard, weight_soft, **options)
-        if tail != "zero":
-            self.workspace_bytes += 8  # the student's others, padded and then scattered into
-
-    def _settle(self) -> None:
-        super()._settle()
-        own = self.teacher_temperature
-        if not _finite(own) or own <= 0:
-            raise ValueError(f"expected teacher_temperature to be a positive, finite number, got {own!r}")
-        if self.tail != "renorm" and own != self.temperature:
-            raise ValueError(
-                f'expected log-probabilities at the temperature of the loss, {self.temperature} (tail="{self.tail}": '
-                f"the rest of the vocabulary is not there to change it), got teacher_temperature={own}"
-            )
-        if self.tail == "renorm" and self._needs_support(self.terms[0]):
-            raise ValueError(f'expected tail="bucket" for {self.terms[0].label!r}: it is infinite where p is zero')
-
-    def forward(  # type: ignore[override]  # the call of this family, in front of the engine's
-        self,
-        student_hidden: Tensor,  # (..., H)
-        student_weight: Tensor,  # (V, H)
-        teacher_ids: Tensor | None,  # (..., K)
-        teacher_logprobs: Tensor | None,  # (..., K)
-        target: Tensor | None = None,  # (...)
-        student_bias: Tensor | None = None,  # (V,)
-        *,
-        num_items: float | Tensor | None = None,
-        student_extra: Extra = (),
-    ) -> LossOutput:
-        """As for the other losses, with ids and log-probabilities in place of the teacher."""
-        call = self._call(
-            student_hidden, student_weight, teacher_ids, teacher_logprobs, target, student_bias,
-            num_items=num_items, student_extra=student_extra,
-        )  # fmt: skip
-        return FlexChunkLoss.forward(self, **call)
-
-    def _call(  # type: ignore[override]
-        self,
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        teacher_ids: Tensor | None,
-        teacher_logprobs: Tensor | None,
-        target: Tensor | None = None,
-        student_bias: Tensor | None = None,
-        *,
-        num_items: float | Tensor | None = None,
-        student_extra: Extra = (),
-    ) -> dict[str, Any]:
-        self._settle()
-        call = self._student(student_hidden, student_weight, target, student_bias, num_items, student_extra)
-        if not self.soft:
-            return call
-        if not isinstance(teacher_ids, Tensor) or not isinstance(teacher_logprobs, Tensor):
-            got = type(teacher_ids).__name__, type(teacher_logprobs).__name__
-            raise TypeError(f"expected tensors teacher_ids and teacher_logprobs, got {got}")
-        ids, logprobs = teacher_ids, teacher_logprobs.detach()
-        if ids.is_floating_point() or ids.dtype == torch.bool or not logprobs.is_floating_point():
-            raise TypeError(
-                f"expected integer teacher_ids and floating teacher_logprobs, got {ids.dtype}, {logprobs.dtype}"
-            )
-        if ids.shape != logprobs.shape or ids.shape[:-1] != student_hidden.shape[:-1] or ids.shape[-1] == 0:
-            raise ValueError(
-                f"expected teacher_ids and teacher_logprobs of shape {(*student_hidden.shape[:-1], 'K')}, "
-                f"got {tuple(ids.shape)} and {tuple(logprobs.shape)}"
-            )
-        used = call["row_weight"] != 0
-        outside = used[..., None] & (logprobs > -torch.inf) & ((ids < 0) | (ids >= len(student_weight)))
-        # A twentieth more than one: what half precision may round up to.
-        wrong = used & ~(logprobs.to(call["row_weight"].dtype).exp().sum(-1) < 1.05)
-        n_outside, n_wrong = torch.stack([outside.sum(), wrong.sum()]).tolist()
-        if n_outside:
-            raise ValueError(f"expected teacher_ids in [0, {len(student_weight)}), got {n_outside} outside")
-        if n_wrong:
-            raise ValueError(
-                "expected teacher_logprobs to be logarithms of probabilities, which sum to one at most, "
-                f"got others for {n_wrong} tokens"
-            )
-        if self.tail == "renorm":
-            empty = used & (logprobs == -torch.inf).all(-1)
-            if bool(empty.any()):
-                raise ValueError(
-                    f"expected an entry or more for each token that counts, got {int(empty.sum())} without"
-                )
-        call["rows"] |= {"ids": ids, "logprobs": logprobs}
-        return call
-
-    def _sides(self, student: Logits, outputs: Any, rows: Any, hp: Any) -> Sides:
-        """Logits whose softmax at the loss's temperature are the few probabilities: log-probabilities, times it."""
-        log_p = rows["logprobs"].to(student.z.dtype)
-        there = log_p > -torch.inf
-        index = rows["ids"].long().clamp(0, student.z.shape[1] - 1)
-        z = student.z / hp.temperature
-        total = z.logsumexp(1, keepdim=True)
-        log_q = torch.where(there, z.gather(1, index) - total, -torch.inf)
-        if self.tail == "zero":
-            return {"common": (Logits(log_q), Logits(log_p))}
-        # The sum of the others, not what the few leave of one: that would have few digits, or none. What is not there
-        # takes a column behind the last.
-        others = F.pad(z, (0, 1), value=FLOOR).scatter(1, torch.where(there, index, z.shape[1]), FLOOR)
-        log_q_tail = others.logsumexp(1, keepdim=True) - total
-        log_q_tail = log_q_tail.clamp_min(math.log(torch.finfo(z.dtype).tiny))
-        if self.tail == "renorm":
-            log_p = log_p * (hp.teacher_temperature / hp.temperature)
-            log_p_tail = torch.full_like(log_q_tail, -torch.inf)
-        else:
-            log_p_tail = _log_rest(log_p)
-        ours, theirs = torch.cat([log_q, log_q_tail], 1), torch.cat([log_p, log_p_tail], 1)
-        return {"common": (Logits(ours * hp.temperature), Logits(theirs * hp.temperature))}
-
-    def _term(self, term: Term, sides: Sides, hp: Any, columns: Any) -> Tensor:
-        if self.tail != "zero":
-            return super()._term(term, sides, hp, columns)
-        log_q, log_p = (side.z.clamp_min(FLOOR) for side in sides["common"])
-        return (log_p.exp() * (log_p - log_q)).sum(1)
-
-
-def _log_rest(log_probs: Tensor) -> Tensor:  # (R, K) -> (R, 1)
-    """``log(1 - sum exp)``: what a few probabilities leave, at least the rounding error of their sum."""
-    rest = -torch.expm1(log_probs.logsumexp(1, keepdim=True))
-    return rest.clamp_min(torch.finfo(log_probs.dtype).tiny).log()
+def _read(given: Any) -> tuple[Any, float, Mapping[str, Any]]:
+    """A term of ``DistillLoss``."""
+    if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
+        raise ValueError(f"expected a term (name or function, weight[, keywords]), got {given!r}")
+    kind, weight, keywords = (*given, {}) if len(given) == 2 else given
+    if not isinstance(keywords, Mapping):
+        raise TypeError(f"expected the keywords of {kind!r} as a dict, got {keywords!r}")
+    return kind, checks.number(f"the weight of {kind!r}", weight), keywords

@@ -8,17 +8,16 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chunked_embed import FlexChunkLoss
+from chunked_embed import checks
+from chunked_embed.checks import POSITIVE
 from chunked_embed.gather import ranks
 from chunked_embed.losses._bags import is_bag
 from chunked_embed.losses._base import ChunkedLoss
@@ -27,7 +26,8 @@ from chunked_embed.losses._learnable import averaged
 from chunked_embed.losses.gist import _MiniBatches
 
 from .divergences import Divergence
-from .losses import DistillationLoss, DistillLoss, Term, TopKLoss, _finite
+from .losses import DistillationLoss, DistillLoss
+from .topk import TopKLoss
 
 
 class EmbedDistillLoss(ChunkedLoss, nn.Module):
@@ -110,8 +110,7 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
             raise ValueError("expected a loss or hidden, got None for both")
         teacher_scale = scale if teacher_scale is None else teacher_scale
         for name, value in (("scale", scale), ("teacher_scale", teacher_scale), ("hidden_weight", hidden_weight)):
-            if not _finite(value) or value <= 0:
-                raise ValueError(f"expected {name} to be a positive, finite number, got {value!r}")
+            checks.number(name, value, POSITIVE)
         self._set_options(**options)
         self.gather_across_devices: bool
         self._given = loss
@@ -119,7 +118,7 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
         self.scale, self.teacher_scale = scale, teacher_scale
         self.hidden, self.hidden_weight = hidden, hidden_weight
         terms: Any = [(loss, 1.0)] if own or isinstance(loss, str) else loss
-        self.loss = DistillLoss(terms, **self._chunking) if isinstance(terms, (list, tuple)) else terms
+        self.loss = DistillLoss(terms, **self._chunking.keywords) if isinstance(terms, (list, tuple)) else terms
         if isinstance(teacher, SentenceTransformer):
             teacher.requires_grad_(False).eval()
             self._same_tokens = _reads_the_same(model, teacher)
@@ -227,19 +226,17 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
                 'expected two columns of texts or more for the hard loss ("ce", or a weight_hard): the right text of a '
                 "row is its own in the second column, got one column"
             )
-        sides = []
-        for columns, scale in ((student, self.scale), (teacher, self.teacher_scale)):
+        heads = []
+        for side, columns, scale in (("student", student, self.scale), ("teacher", teacher, self.teacher_scale)):
             query, *documents = (F.normalize(column, dim=1) for column in columns)
-            sides += [scale * query, torch.cat(processes.gather(*(documents or [query])))]
+            heads.append(loss.head_of(side, scale * query, torch.cat(processes.gather(*(documents or [query])))))
+        ours, theirs = heads
         own = processes.offset + torch.arange(len(student[0]), device=student[0].device)
         if not alone:
-            return loss(*sides, target=own).loss
-        if len(sides[1]) < 2:
-            return 0 * sides[0].sum()  # the last batch of an epoch may be a single text
-        loss = _others_only(loss)
-        call = loss._call(*sides)
-        call["rows"]["own"] = own
-        return FlexChunkLoss.forward(loss, **call).loss
+            return loss(ours, theirs, target=own).loss
+        if len(ours.weight) < 2:
+            return 0 * ours.hidden.sum()  # the last batch of an epoch may be a single text
+        return loss.among_others(ours, theirs, own).loss
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.projection is not None:
@@ -305,40 +302,3 @@ def _reads_the_same(model: SentenceTransformer, teacher: SentenceTransformer) ->
     if mine is None or other is None or type(mine) is not type(other) or mine.get_vocab() != other.get_vocab():
         return False
     return (teacher.max_seq_length or math.inf) >= (model.max_seq_length or math.inf)
-
-
-# ---- texts of one column: none is compared with itself
-
-
-class _OthersOnly:
-    """Mixed in before a divergence's class: ``rows["own"]`` is the column that a row leaves out.
-
-    To a softmax that is a logit of -1e4 on both sides, whose probability is zero and whose difference is finite, unlike
-    that of -inf; to a distance of logits, two zeros.
-    """
-
-    terms: tuple[Term, ...]
-
-    def loss_fn(self, outputs: Any, rows: Any, hp: Any, columns: Any = None) -> Any:
-        value = -1e4 if any(term.divergence.tempered for term in self.terms) else 0.0
-        index = torch.arange(outputs["student"].shape[1], device=outputs["student"].device)
-        filled = {name: z.masked_fill(index == rows["own"][:, None], value) for name, z in outputs.items()}
-        return super().loss_fn(filled, rows, hp, columns)  # type: ignore[misc]
-
-
-@cache
-def _without_own(kind: Any) -> type:
-    return type(kind.__name__, (_OthersOnly, kind), {})
-
-
-def _others_only(loss: DistillationLoss) -> DistillationLoss:
-    """The same loss with the numbers of this moment, and the own text left out."""
-    if len({term.divergence.tempered for term in loss.terms}) > 1:
-        labels = [term.label for term in loss.terms]
-        raise ValueError(f"expected terms that all take a softmax, or none, for texts of one column, got {labels}")
-    if loss.student_softcap is not None or loss.teacher_softcap is not None:
-        raise ValueError("expected no soft-cap for texts of one column, each of which leaves itself out")
-    kind: Any = type(loss)
-    view = copy.copy(loss)
-    view.__class__ = _without_own(kind)
-    return view

@@ -34,10 +34,12 @@ except ImportError as missing:
         f"expected transformers 5 and accelerate (pip install 'transformers[torch]'): {missing}"
     ) from missing
 
-from chunked_embed import causal_lm
+from chunked_embed import LossOutput, causal_lm, checks
+from chunked_embed.trainers import HeadTrainer, check_given_loss
 
 from .divergences import DIVERGENCES
-from .losses import REPORTS, DistillationLoss, DistillLoss, TopKLoss, as_report, is_number
+from .losses import REPORTS, DistillationLoss, DistillLoss, as_report
+from .topk import TopKLoss
 
 __all__ = ["DistillCollator", "DistillTrainer"]
 
@@ -47,40 +49,24 @@ COLUMNS = ("input_ids", "attention_mask", "labels", *OFFLINE)
 Schedule = Mapping[str, Callable[[float], float]]
 
 
-class Distilling:
+class Distilling(HeadTrainer):
     """What the trainers share, in front of a ``Trainer``: the loss in the student's forward, and means over tokens.
 
-    A trainer calls ``_open`` in its constructor and, after that of its library, ``_attach``.
+    A trainer calls ``take_loss`` in its constructor and, after that of its library, ``attach_model``.
     """
 
     loss: DistillationLoss
     teacher_model: Any
-    model: Any  # these are Trainer's
-    args: Any
-    accelerator: Any
 
-    def _open(self, loss: DistillationLoss, report: Sequence[str] | None, check: bool) -> None:
-        if loss.ignore_index != -100:
-            raise ValueError(
-                f"expected a loss with ignore_index=-100, as trainers count labels, got {loss.ignore_index}"
-            )
+    def take_loss(self, loss: DistillationLoss, report: Sequence[str] | None, check: bool) -> None:
+        check_given_loss(loss, DistillationLoss, None)
         possible = REPORTS[:1] if isinstance(loss, TopKLoss) else REPORTS
         loss.report = possible if report is None else as_report(report)
         if unknown := [name for name in loss.report if name not in possible]:
             raise ValueError(f"expected report of {type(loss).__name__} among {list(possible)}, got {unknown}")
         self.loss = loss
-        self._unchecked = bool(check)
-        self._sums: dict[str, dict[str, tuple[Any, Any]]] = {"train": {}, "eval": {}}
-
-    def _attach(self) -> None:
-        causal_lm.attach(self.model)  # after what the constructor may have done to its forward
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"expected a process for each GPU (torchrun, accelerate), got {self.args.n_gpu} GPUs in one"
-            )
-        parallel = getattr(self.accelerator, "parallelism_config", None)
-        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
-            raise ValueError("expected whole sequences on each process, got context or sequence parallelism")
+        self.checks_logits = bool(check)
+        self.sums: dict[str, dict[str, tuple[Any, Any]]] = {"train": {}, "eval": {}}
 
     # --- the loss ---
 
@@ -94,96 +80,75 @@ class Distilling:
         """The loss, and the model's own outputs (by another forward) where they are asked for."""
         if inputs.get("labels") is None:
             raise ValueError(f"expected labels in what data_collator returns, got {sorted(inputs)}")
-        arguments = {**self._arguments(inputs), "use_cache": False}
+        arguments = {**self.model_inputs(inputs), "use_cache": False}
         length = inputs["input_ids"].shape[1]
         if length < 2:
             raise ValueError(
                 f"expected sequences of two tokens or more, got input_ids {(len(inputs['labels']), length)}"
             )
         target = inputs["labels"][:, 1:]
-        if self._unchecked:
-            self._unchecked = False
-            _check_ids(model, "the model", inputs["input_ids"])
-            causal_lm.check(model, arguments)
+        if self.checks_logits:
+            self.check_once(model, arguments)
             if self.teacher_model is not None:
-                _check_ids(self.teacher_model, "the teacher_model", inputs["input_ids"])
                 with self.accelerator.autocast():
-                    causal_lm.check(self.teacher_model, arguments)
-        teacher, options = self._teach(inputs, arguments)
-        if num_items_in_batch is not None:  # at least one: a step may consist of ignored tokens
-            options["num_items"] = torch.as_tensor(num_items_in_batch).clamp_min(1)
-
-        metrics: dict[str, Tensor] = {}  # past the model's outputs, which mixed precision under FSDP2 rounds
-
-        def run(head: causal_lm.Head) -> Tensor:
-            self.loss.student_logit_scale, self.loss.student_softcap = head.logit_scale, head.logit_softcap
-            head = head.shifted(length)
-            labels = target.to(head.hidden.device)
-            states = (head.hidden, head.weight, *teacher, labels, head.bias)
-            out = self.loss(*states, student_extra=head.extra, **options)
-            metrics.update(out.metrics)
-            return out.loss
-
-        out = model(**arguments, head_fn=run)
-        loss = out.value
+                    self.check_once(self.teacher_model, arguments, "the teacher_model")
+        teacher = self.teach(inputs, arguments, target)
+        # At least one: a step may consist of ignored tokens.
+        items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).clamp_min(1)
+        out, aux_loss = self.run_loss(
+            model, arguments, target, lambda head, labels: self.loss(head, *teacher, target=labels, num_items=items)
+        )
+        loss = out.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # Gradients are averaged over the processes, but this sum was divided by the tokens of all of them.
             loss = loss * self.accelerator.num_processes
-        if out.aux_loss is not None:
+        if aux_loss is not None:
             steps = getattr(self, "current_gradient_accumulation_steps", 1) if model.training else 1
-            loss = loss + self.model.config.get_text_config().router_aux_loss_coef / steps * out.aux_loss
-        self._store("train" if model.training else "eval", metrics, target != self.loss.ignore_index)
-        if not return_outputs:
-            return loss
-        with torch.no_grad():
-            return loss, model(**arguments)
+            loss = loss + self.model.config.get_text_config().router_aux_loss_coef / steps * aux_loss
+        self.store("train" if model.training else "eval", out)
+        return self.with_outputs(model, arguments, loss, return_outputs)
 
-    def _arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What the models are called with."""
         raise NotImplementedError
 
-    def _teach(self, inputs: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """The teacher's arguments of the loss: in order, and by name."""
+    def teach(self, inputs: Mapping[str, Any], arguments: Mapping[str, Any], target: Tensor) -> tuple[Any, ...]:
+        """What stands behind the student's head in a call of the loss."""
         if self.teacher_model is None or self.loss.weight_soft == 0:
-            return (None, None), {}
-        with self.accelerator.autocast():
-            head = causal_lm.capture(self.teacher_model, arguments).shifted(inputs["input_ids"].shape[1])
-            extra = head.extra
-        self.loss.teacher_logit_scale, self.loss.teacher_softcap = head.logit_scale, head.logit_softcap
-        return (head.hidden, head.weight), {"teacher_bias": head.bias, "teacher_extra": extra}
+            return ()
+        return (self.frozen_head(self.teacher_model, arguments, target),)
 
     # --- what is logged ---
 
-    def _store(self, mode: str, metrics: Mapping[str, Tensor], valid: Tensor) -> None:
+    def store(self, mode: str, out: LossOutput) -> None:
         """Sums over tokens: in training those of this process, in evaluation of all, without rows that only fill up."""
-        table = torch.stack([*metrics.values(), valid.float()], -1).sum(1)  # (B, metrics + 1)
+        found = []
+        for name, value in out.metrics.items():
+            count = (out.counts or {}).get(name, torch.ones_like(value))
+            found.append(torch.stack([(value * count).sum(1), count.sum(1)], 1))
+        table = torch.stack(found, 1)  # (B, metrics, 2)
         if mode == "eval":
             table = self.accelerator.gather_for_metrics(table)
-        *totals, count = table.sum(0).unbind()
-        kept = self._sums[mode]
-        for name, total in zip(metrics, totals, strict=True):
-            before, seen = kept.get(name, (0.0, 0.0))
-            kept[name] = before + total, seen + count
+        kept = self.sums[mode]
+        for name, (total, seen) in zip(out.metrics, table.sum(0), strict=True):
+            before = kept.get(name, (0.0, 0.0))
+            kept[name] = before[0] + total, before[1] + seen
 
-    def _means(self, mode: str) -> dict[str, float]:
+    def take_means(self, mode: str) -> dict[str, float]:
         """The means since the last call, over all processes."""
-        kept, self._sums[mode] = self._sums[mode], {}
-        if not kept:
-            return {}
-        table = torch.stack([torch.stack(pair) for pair in kept.values()])
-        if mode == "train":
-            table = self.accelerator.gather(table[None]).sum(0)
-        return {name: total / count for name, (total, count) in zip(kept, table.tolist(), strict=True) if count}
+        kept, self.sums[mode] = self.sums[mode], {}
+        return self.means_of(kept, gather=mode == "train")
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:  # of training: an evaluation has eval_loss, and what follows
-            logs.update(self._means("train"))
+            logs.update(self.take_means("train"))
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        self._sums["eval"] = {}
+        self.sums["eval"] = {}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
-        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in self._means("eval").items()})
+        means = self.take_means("eval")
+        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         return output
 
 
@@ -199,7 +164,7 @@ class DistillTrainer(Distilling, Trainer):
         teacher_model: the teacher, of the same tokenizer. Its vocabulary may be of another size (the loss's
             ``vocabulary``). It is put into eval mode and never trained. None with ``TopKLoss``.
         loss: a ``DistillationLoss``, or the name of a divergence, which is then weighed like the hard loss: half and
-            half. By default "kl". Its logit scales and soft-caps are set to the models', its ``report`` to ``report``.
+            half. By default "kl". The models' own logit scales and soft-caps count. ``report`` replaces its own.
         data_collator: by default ``DistillCollator()``.
         train_dataset, eval_dataset: with ``input_ids``, and perhaps ``attention_mask`` and ``labels`` (aligned with
             ``input_ids``; -100 is ignored; by default the ids themselves, without padding and where ``completion_mask``
@@ -238,19 +203,15 @@ class DistillTrainer(Distilling, Trainer):
         check: bool = True,
         **trainer_options: Any,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"expected model to be a module, got {type(model).__name__}")
+        checks.instance("model", model, nn.Module)
         if trainer_options.get("compute_loss_func") is not None:
             raise TypeError("expected no compute_loss_func: the loss is the argument loss")
         if args is not None and not isinstance(args, TrainingArguments):
             raise TypeError(f"expected args to be TrainingArguments, got {type(args).__name__}")
-        if max_length is not None and (
-            isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2
-        ):
-            raise ValueError(f"expected max_length to be an integer of two or more, or None, got {max_length!r}")
+        checks.integer_or_none("max_length", max_length, low=2)
         if args is not None and args.label_smoothing_factor != 0:
             raise ValueError(f"expected label_smoothing_factor=0, got {args.label_smoothing_factor}")
-        self._open(_loss(loss), report, check)
+        self.take_loss(_loss(loss), report, check)
         self.offline = isinstance(self.loss, TopKLoss)
         schedule = _schedule(schedule, self.loss)
         self._check_teacher(model, teacher_model, "weight_soft" in schedule)
@@ -266,7 +227,7 @@ class DistillTrainer(Distilling, Trainer):
             processing_class,
             **trainer_options,
         )
-        self._attach()
+        self.attach_model()
         self.model_accepts_loss_kwargs = True  # have the tokens of a step counted ...
         self._loss_shifts_labels = True  # ... without the first of each sequence, which no state predicts
         with self.args.main_process_first(desc="tokenising"):
@@ -290,14 +251,13 @@ class DistillTrainer(Distilling, Trainer):
             return
         if self.offline:
             raise ValueError("expected no teacher_model: TopKLoss reads the dataset's teacher_ids and teacher_logprobs")
-        if not isinstance(teacher, nn.Module):
-            raise TypeError(f"expected teacher_model to be a module, got {type(teacher).__name__}")
+        checks.instance("teacher_model", teacher, nn.Module)
         trained = {id(p) for p in model.parameters() if p.requires_grad}
         if teacher is model or any(id(p) in trained for p in teacher.parameters()):
             raise ValueError("expected a teacher_model apart from the model, got one that would be trained with it")
         ours, theirs = _width(model), _width(teacher)
         if ours is not None and theirs is not None:
-            self.loss._compared(ours, theirs)
+            self.loss.compared(ours, theirs)
         causal_lm.attach(teacher)
 
     # --- the data ---
@@ -341,15 +301,15 @@ class DistillTrainer(Distilling, Trainer):
 
     # --- the loss ---
 
-    def _arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in inputs.items() if name not in ("labels", *OFFLINE)}
 
-    def _teach(self, inputs: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def teach(self, inputs: Mapping[str, Any], arguments: Mapping[str, Any], target: Tensor) -> tuple[Any, ...]:
         if not self.offline:
-            return super()._teach(inputs, arguments)
+            return super().teach(inputs, arguments, target)
         if lacking := [name for name in OFFLINE if inputs.get(name) is None]:
             raise ValueError(f"expected {lacking} in what data_collator returns, got {sorted(inputs)}")
-        return tuple(inputs[name][:, :-1] for name in OFFLINE), {}
+        return tuple(inputs[name][:, :-1] for name in OFFLINE)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -430,7 +390,7 @@ class _Scheduled(TrainerCallback):
         progress = min(state.global_step / max(state.max_steps - 1, 1), 1.0)
         for name, function in self.schedule.items():
             value = function(progress)
-            if not is_number(value):
+            if not checks.is_number(value):
                 raise TypeError(f"expected a number for {name!r} from the schedule at {progress:.3g}, got {value!r}")
             setattr(self.loss, name, float(value))
 
@@ -446,13 +406,6 @@ def _loss(loss: DistillationLoss | str | None) -> DistillationLoss:
     if name not in DIVERGENCES:
         raise ValueError(f"expected loss to be a DistillationLoss or one of {sorted(DIVERGENCES)}, got {name!r}")
     return DistillLoss([("ce", 0.5), (name, 0.5)])
-
-
-def _check_ids(model: Any, label: str, ids: Tensor) -> None:
-    """An id beyond the embeddings would be an IndexError, or on a GPU a dead process."""
-    rows = getattr(getattr(model, "module", model).get_input_embeddings(), "num_embeddings", None)
-    if rows is not None and int(ids.max()) >= rows:
-        raise ValueError(f"expected input_ids below {rows}, the embeddings of {label}, got {int(ids.max())}")
 
 
 def _width(model: Any) -> int | None:

@@ -16,7 +16,6 @@ completions, which were counted before others were generated; the terms that are
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,17 +25,18 @@ try:
 except ImportError as missing:
     raise ImportError(f"expected trl 1.16 and what it needs (pip install 'chunked-embed[trl]'): {missing}") from missing
 
-from chunked_embed import causal_lm
+from torch import Tensor
 
-from .losses import DistillationLoss, JSDLoss, TopKLoss
+from chunked_embed import causal_lm
+from chunked_embed.trainers import check_given_loss, warn_untested
+
+from .losses import DistillationLoss, JSDLoss
+from .topk import TopKLoss
 from .trainer import Distilling
 
 __all__ = ["ChunkedGKDTrainer"]
 
-TESTED = "1.16."
-
-if not trl.__version__.startswith(TESTED):
-    warnings.warn(f"distill.trl is written for trl {TESTED}x and not tried with {trl.__version__}", stacklevel=2)
+warn_untested("distill.trl", trl, "1.16.")
 
 
 class ChunkedGKDTrainer(Distilling, GKDTrainer):
@@ -47,7 +47,7 @@ class ChunkedGKDTrainer(Distilling, GKDTrainer):
 
     Args:
         loss: a ``DistillationLoss`` in place of ``JSDLoss(args.beta)``. As in TRL, ``args.temperature`` is that of
-            sampling, and the loss has its own. Its logit scales and soft-caps are set to the models'.
+            sampling, and the loss has its own. The models' own logit scales and soft-caps count.
         loss_options: keywords of the ``JSDLoss``, such as ``{"chunk_size": 4096}`` or ``{"weight_hard": 0.1}``.
         report, check: as for ``DistillTrainer``.
     """
@@ -63,21 +63,20 @@ class ChunkedGKDTrainer(Distilling, GKDTrainer):
         check: bool = True,
         **trainer_options: Any,
     ) -> None:
-        if loss is not None and (not isinstance(loss, DistillationLoss) or isinstance(loss, TopKLoss)):
-            raise TypeError(f"expected loss to be a DistillationLoss with a teacher, got {type(loss).__name__}")
-        if loss is not None and loss_options:
-            raise ValueError("expected loss or loss_options, got both: options go to the loss that you make")
+        check_given_loss(loss, DistillationLoss, loss_options)
+        if isinstance(loss, TopKLoss):
+            raise TypeError("expected a loss with a teacher, got TopKLoss, which reads what was kept of one")
         if teacher_model is None:
             raise ValueError("expected a teacher_model, got None")
         super().__init__(model, teacher_model, *args, **trainer_options)
-        self._open(JSDLoss(**{"beta": self.beta, **(loss_options or {})}) if loss is None else loss, report, check)
-        self._attach()
+        self.take_loss(JSDLoss(**{"beta": self.beta, **(loss_options or {})}) if loss is None else loss, report, check)
+        self.attach_model()
         # TRL has wrapped its forward for autocast. What goes past that is called under autocast here.
         causal_lm.attach(self.accelerator.unwrap_model(self.teacher_model))
 
-    def _arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
-    def _teach(self, inputs: Mapping[str, Any], arguments: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def teach(self, inputs: Mapping[str, Any], arguments: Mapping[str, Any], target: Tensor) -> tuple[Any, ...]:
         self.teacher_model.eval()
-        return super()._teach(inputs, arguments)
+        return super().teach(inputs, arguments, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import pickle
 import warnings
@@ -12,7 +13,10 @@ import torch.nn.functional as F
 from distill_zoo import CASES, V, assert_same, gradients, labels, learning, logits, make
 
 import distill
-from distill import DistillLoss, Divergence, JSDLoss, KLDivLoss, KVDLoss, TAIDLoss, ULDLoss
+from chunked_embed import Head
+from chunked_embed.checks import POSITIVE
+from chunked_embed.fields import number
+from distill import DistillationLoss, DistillLoss, Divergence, JSDLoss, KLDivLoss, KVDLoss, TAIDLoss, ULDLoss
 
 ALL = pytest.mark.parametrize("name", list(CASES))
 
@@ -131,9 +135,9 @@ def test_num_items_makes_accumulated_batches_one(name):
     tokens = int((x["target"] != -100).sum())
     rows = ("student_hidden", "teacher_hidden", "target")
     total = 0
-    for number in (tokens, float(tokens), torch.tensor(tokens)):
+    for items in (tokens, float(tokens), torch.tensor(tokens)):
         parts = [x | {k: x[k][part] for k in rows} for part in (slice(0, 1), slice(1, 4))]
-        total = sum(run(name, part, weight_hard=0.2, num_items=number).loss for part in parts)
+        total = sum(run(name, part, weight_hard=0.2, num_items=items).loss for part in parts)
         for mine, theirs in zip(gradients(total, x), expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
 
@@ -271,8 +275,10 @@ def test_sides_of_unlike_dtypes():
 # --- vocabularies ----------------------------------------------------------------------------------------------------
 
 SHARED = pytest.mark.parametrize("name", [n for n in CASES if n != "uld"])
+MORE_THAN_PADDING = pytest.mark.filterwarnings("ignore:expected vocabularies of about one size:UserWarning")
 
 
+@MORE_THAN_PADDING
 @SHARED
 @pytest.mark.parametrize("vocabulary", ["cut", "mask"])
 def test_a_teacher_padded_beyond_the_student_is_renormalised(name, vocabulary):
@@ -282,6 +288,7 @@ def test_a_teacher_padded_beyond_the_student_is_renormalised(name, vocabulary):
     assert_same(output.loss, reference(name, short, 1.4, 0.3), x)
 
 
+@MORE_THAN_PADDING
 @SHARED
 def test_a_student_padded_beyond_the_teacher_is_cut(name):
     x = make(v=V + 6, vt=V)
@@ -312,6 +319,27 @@ def test_a_student_padded_beyond_the_teacher_is_masked(name):
     assert_same(output.loss, expected, x)
 
 
+@pytest.mark.parametrize(("v", "vt"), [(9, 2), (2, 9), (20, 18)])
+@pytest.mark.parametrize("vocabulary", ["cut", "mask"])
+def test_more_than_padding_is_not_cut_without_a_word(v, vt, vocabulary):
+    x = make(v=v, vt=vt)
+    if vocabulary == "mask" and v > vt:
+        run("kl", x, vocabulary=vocabulary)  # nothing is cut
+        return
+    distill.losses._warn_cut.cache_clear()
+    with pytest.warns(UserWarning, match=rf"about one size, got {v} tokens \(student\) and {vt} \(teacher\)"):
+        run("kl", x, vocabulary=vocabulary)
+    run("uld", x, vocabulary=vocabulary)  # compares whole vocabularies
+    run("kl", x, vocabulary=vocabulary, weight_hard=1.0, weight_soft=0.0)
+
+
+@pytest.mark.parametrize(("v", "vt"), [(41, 40), (40, 41)])
+def test_padding_is_cut_silently(v, vt):
+    x = make(v=v, vt=vt)
+    cut = x | {k: x[k][:40] for k in x if k.endswith(("weight", "bias"))}
+    torch.testing.assert_close(run("kl", x).loss, run("kl", cut).loss)
+
+
 def test_other_vocabularies_may_be_refused():
     with pytest.raises(ValueError, match="vocabularies of one size, got 20"):
         run("kl", make(v=20, vt=V), vocabulary="refuse")
@@ -328,6 +356,7 @@ def test_uld_takes_both_vocabularies_whole(v, vt):
     assert_same(output.loss, expected, x)
 
 
+@MORE_THAN_PADDING
 def test_kvd_beside_uld_in_vocabularies_of_two_sizes():
     x = make(vt=V + 6)
     output = DistillLoss([("kvd", 1.0), ("uld", 0.5)], compiled=False)(**x)
@@ -347,7 +376,7 @@ def test_numbers_may_be_scheduled():
         expected = -((((1 - t) * student + t * teacher).softmax(1)) * student.log_softmax(1)).sum(1).mean()
         torch.testing.assert_close(loss(**x).loss, expected)
     loss.t = 1.5
-    with pytest.raises(ValueError, match=r"expected t in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"expected t to be a number in \[0, 1\], got 1.5"):
         loss(**x)
 
 
@@ -371,7 +400,58 @@ def test_a_loss_can_be_pickled_and_printed():
     loss = pickle.loads(pickle.dumps(JSDLoss(0.3, 2.0)))
     assert loss.beta == 0.3 and loss.temperature == 2.0
     assert loss.terms == JSDLoss(0.3).terms and hash(loss.terms) == hash(JSDLoss(0.3).terms)  # they share a step
-    assert "JSDLoss" in repr(loss)
+    assert repr(loss) == "JSDLoss(beta=0.3, temperature=2.0)"
+    both = pickle.loads(pickle.dumps(DistillLoss([("jsd", 1.0, {"beta": 0.2}), ("ce", 0.5)])))
+    assert repr(both) == "DistillLoss(weight_hard=0.5, jsd_beta=0.2, jsd_weight=1.0)"
+
+
+def test_signatures_are_told():
+    signature = inspect.signature(JSDLoss)
+    assert list(signature.parameters)[:5] == ["beta", "temperature", "weight_hard", "weight_soft", "ignore_index"]
+    assert {"compiled", "report", "vocabulary"} < set(signature.parameters)
+    assert [signature.parameters[name].default for name in ("beta", "temperature", "compiled")] == [0.5, 1.0, None]
+    assert "beta: a number in [0, 1]." in JSDLoss.__doc__
+    assert inspect.signature(DistillLoss).parameters["temperature"].default == 1.0
+    assert list(inspect.signature(distill.TopKLoss).parameters)[:3] == ["divergence", "tail", "temperature"]
+    assert KVDLoss("delta", 2.0).kernel == "delta"
+
+
+def test_numbers_are_stated_once():
+    """A class of one divergence has its options, with the same defaults, and so has a composite."""
+    for name, entry in distill.DIVERGENCES.items():
+        composite = DistillLoss([(name, 1.0)])
+        for option, field in entry.fields.items():
+            assert getattr(composite, f"{name}_{option}") == field.default
+    kinds = [kind for kind in vars(distill).values() if isinstance(kind, type) and "entry" in vars(kind)]
+    assert {kind.entry.name for kind in kinds} == set(distill.DIVERGENCES)
+    for kind in kinds:
+        assert {name: kind.fields[name].default for name in kind.entry.fields} == {
+            name: field.default for name, field in kind.entry.fields.items()
+        }
+
+
+def test_a_class_of_ones_own():
+    class Margin(DistillationLoss):
+        """A margin."""
+
+        entry = Divergence(bounded)
+        margin: float = entry["margin"]
+
+    x = make()
+    gap = (logits(x, "student").softmax(1) - logits(x, "teacher").softmax(1)).abs().sum(1)
+    assert_same(Margin(0.3, compiled=False)(**x).loss, (gap - 0.3).relu().mean(), x)
+    with pytest.raises(ValueError, match="expected margin to be a positive, finite number, got -1"):
+        Margin(-1)
+    loss = DistillLoss([(bounded, 1.0)])
+    loss.bounded_margin = 0.0
+    with pytest.raises(ValueError, match="bounded_margin"):
+        loss(**x)
+    with pytest.raises(TypeError, match="no 'margin'"):
+        type("Lacking", (DistillationLoss,), {"entry": Divergence(bounded)})
+
+
+def bounded(student, teacher, *, margin=number(0.1, POSITIVE)):
+    return ((student.softmax(1) - teacher.softmax(1)).abs().sum(1) - margin).relu()
 
 
 def test_arguments_by_position():
@@ -393,6 +473,99 @@ def test_adapters_on_the_heads():
     merged = x | {"student_weight": x["student_weight"] + up @ down, "down": down, "up": up}
     merged["teacher_weight"] = x["teacher_weight"] + F.pad(up.detach(), (0, 5))
     assert_same(output.loss, reference("kl", merged), {k: merged[k] for k in ("student_hidden", "down", "up")})
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+def heads(x, student=(1.0, None), teacher=(1.0, None)):
+    """The two sides of ``make()``, with an adapter each."""
+    sides = []
+    for side, transform in (("student", student), ("teacher", teacher)):
+        torch.manual_seed(len(sides))
+        extra = ((x[f"{side}_hidden"][..., :2], torch.randn(V, 2, dtype=torch.float64)),)
+        sides.append(Head(*(x[f"{side}_{part}"] for part in ("hidden", "weight", "bias")), extra, *transform))
+    return sides
+
+
+def loose(x, student, teacher):
+    return x | {"student_extra": student.extra, "teacher_extra": teacher.extra}
+
+
+@ALL
+def test_heads_are_their_parts(name):
+    """With a Cohere-style scale on one side and a soft-cap on the other: what a head says is what is computed."""
+    x = make()
+    student, teacher = heads(x, (0.4, None), (1.0, 2.0))
+    loss = CASES[name].loss(weight_hard=0.3, temperature=1.4, compiled=False)
+    output = loss(student, teacher, target=x["target"])
+    options = {"student_logit_scale": 0.4, "teacher_softcap": 2.0}
+    own = CASES[name].loss(weight_hard=0.3, temperature=1.4, compiled=False, **options)
+    expected = own(**loose(x, student, teacher))
+    assert_same(output.loss, expected.loss, x)
+    for key, metric in expected.metrics.items():
+        torch.testing.assert_close(output.metrics[key], metric)
+    torch.testing.assert_close(own(student, teacher, target=x["target"]).loss, expected.loss)  # they agree
+    assert loss(**loose(x, student, teacher)).loss != output.loss  # the next call has its own transform again
+    assert loss.plan(student, teacher, target=x["target"]).products > 3
+
+
+def test_heads_of_whole_logits():
+    x = make()
+    student, teacher = heads(x, (0.4, 3.0), (1.3, None))
+    s, t = (head.logits()[x["target"] != -100] for head in (student, teacher))
+    expected = F.kl_div(s.log_softmax(1), t.log_softmax(1), reduction="batchmean", log_target=True)
+    torch.testing.assert_close(KLDivLoss(compiled=False)(student, teacher, target=x["target"]).loss, expected)
+    assert KLDivLoss(1.0, 1.0, 0.0, compiled=False)(student, target=x["target"]).loss.isfinite()
+
+
+def test_two_prepared_calls_have_a_head_each():
+    x = make()
+    loss = KLDivLoss(compiled=False)
+    calls = [loss.prepare(*heads(x, (scale, None)), target=x["target"]) for scale in (0.5, 2.0)]
+    fresh = [loss(*heads(x, (scale, None)), target=x["target"]).loss for scale in (0.5, 2.0)]
+    torch.testing.assert_close([call.run().loss for call in calls], fresh)
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "kind", "message"),
+    [
+        ({"student_logit_scale": 0.5}, {}, ValueError, "student whose Head agrees with student_logit_scale=0.5"),
+        ({"teacher_softcap": 9.0}, {}, ValueError, "teacher whose Head agrees with teacher_softcap=9.0.*got 2.0"),
+        ({}, {"student_bias": torch.zeros(V)}, TypeError, "no student_weight, student_bias or student_extra"),
+        ({}, {"teacher_extra": [(0, 0)]}, TypeError, "no teacher_weight, teacher_bias or teacher_extra"),
+    ],
+)
+def test_a_head_and_what_contradicts_it(options, call, kind, message):
+    x = make()
+    with pytest.raises(kind, match=message):
+        KLDivLoss(compiled=False, **options)(*heads(x, (0.4, None), (1.0, 2.0)), target=x["target"], **call)
+
+
+def test_a_head_beside_loose_tensors():
+    x = make()
+    student, teacher = heads(x)
+    for wrong in (
+        lambda loss: loss(student, teacher_hidden=teacher.hidden, teacher_weight=teacher.weight),
+        lambda loss: loss(student.hidden, student.weight, teacher),
+        lambda loss: loss(student, teacher, x["target"]),
+    ):
+        with pytest.raises(TypeError, match=r"a Head for both or for neither|by name"):
+            wrong(KLDivLoss(compiled=False))
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_means_are_over_the_tokens_that_count():
+    x = make()
+    output = run("kl", x, weight_hard=0.5, report=distill.losses.REPORTS)
+    assert output.metrics["kl"].mean() < 0.8 * output.means["kl"]
+    torch.testing.assert_close(output.means["kl"], reference("kl", x).detach())
+    torch.testing.assert_close(output.means["ce"], F.cross_entropy(logits(x, "student"), labels(x)).detach())
+    assert set(output.means) == {"kl", "ce", *distill.losses.REPORTS}
+    every = run("kl", {k: v for k, v in x.items() if k != "target"})
+    torch.testing.assert_close(every.means["kl"], every.metrics["kl"].mean())
 
 
 def test_reports():
@@ -474,9 +647,24 @@ def test_divergences_of_ones_own():
     assert_same(loss(**x).loss, (0.5 * overlap(*sides()) + 2 * margin(*sides(), 0.3)).mean(), x)
     loss.margin_margin = 0.7
     assert_same(loss(**x).loss, (0.5 * overlap(*sides()) + 2 * margin(*sides(), 0.7)).mean(), x)
-    raw = Divergence(margin, tempered=False, bounds={"margin": (0.0, 1.0)})
+    raw = Divergence(margin, tempered=False)
     output = DistillLoss([(raw, 1.0, {"kind": "plain"})], temperature=2.0, compiled=False)(**x)
     torch.testing.assert_close(output.loss, margin(*(2 * z for z in sides()), kind="plain").mean())
+
+
+def test_a_divergence_that_learns_is_refused():
+    """Each function of ones own, also behind one of the same class that was fine."""
+    scale = torch.nn.Linear(V, V).double()
+
+    def learned(student, teacher):
+        return (scale(student) - teacher).square().mean(1)
+
+    x = make()
+    DistillLoss(loss_fn=overlap, compiled=False)(**x)
+    terms = ([("kl", 0.5), (learned, 0.5)], [(Divergence(learned, tempered=False), 1.0)])
+    for loss in (DistillLoss(loss_fn=learned), *(DistillLoss(given, compiled=False) for given in terms)):
+        with pytest.raises(ValueError, match=r"expected what learns to be an argument .* scale"):
+            loss(**x)
 
 
 def test_any_callable_has_a_label():
@@ -516,7 +704,7 @@ def test_a_divergence_that_gives_no_value_a_row(shape):
     [
         (lambda: JSDLoss(beta=1.1), ValueError, "beta"),
         (lambda: JSDLoss(beta=math.nan), ValueError, "beta"),
-        (lambda: JSDLoss(beta="half"), ValueError, "beta"),
+        (lambda: JSDLoss(beta="half"), TypeError, "beta"),
         (lambda: JSDLoss(temperature=0.0), ValueError, "temperature"),
         (lambda: JSDLoss(temperature=math.inf), ValueError, "temperature"),
         (lambda: JSDLoss(weight_hard=math.nan), ValueError, "weight_hard"),
@@ -525,12 +713,12 @@ def test_a_divergence_that_gives_no_value_a_row(shape):
         (lambda: JSDLoss(report=("perplexity",)), ValueError, "report"),
         (lambda: JSDLoss(ignore_index=0.5), TypeError, "ignore_index"),
         (lambda: JSDLoss(gamma=1.0), TypeError, "gamma"),
-        (lambda: JSDLoss(loss_fn=overlap), TypeError, "DistillLoss"),
+        (lambda: JSDLoss(loss_fn=overlap), TypeError, "loss_fn"),
         (lambda: JSDLoss(chunk_size=0), ValueError, "chunk_size"),
         (lambda: distill.SkewKLLoss(skew=1.0), ValueError, "skew"),
         (lambda: distill.AlphaBetaLoss(0.0, 0.0), ValueError, "above zero"),
         (lambda: distill.AlphaBetaLoss(-0.5, 1.0), ValueError, "ab_alpha"),
-        (lambda: distill.EarthMoverLoss(p=3), ValueError, "p of"),
+        (lambda: distill.EarthMoverLoss(p=3), ValueError, "p to be an integer"),
         (lambda: KVDLoss(kernel="rbf"), ValueError, "kernel"),
         (lambda: DistillLoss([]), ValueError, "terms"),
         (lambda: DistillLoss(), TypeError, "either"),
@@ -545,7 +733,7 @@ def test_a_divergence_that_gives_no_value_a_row(shape):
         (lambda: DistillLoss(iter([])), ValueError, "got none"),
         (lambda: DistillLoss([("jsd", 1.0, 0.1)]), TypeError, "keywords of 'jsd'"),
         (lambda: DistillLoss([("kvd", 1.0, {"embedding": torch.ones(3, 2)})]), TypeError, "embedding"),
-        (lambda: DistillLoss([("skew_reverse_kl", 1.0, {"detach_mixture": "no"})]), ValueError, "detach_mixture"),
+        (lambda: DistillLoss([("skew_reverse_kl", 1.0, {"detach_mixture": "no"})]), TypeError, "detach_mixture"),
         (lambda: DistillLoss([("alpha_beta", 1.0, {"ab_alpha": 0.0, "ab_beta": 0.0})]), ValueError, "above zero"),
     ],
 )
@@ -576,6 +764,7 @@ def test_wrong_arguments_are_refused(change, options, kind, message):
         JSDLoss(compiled=False, **options)(**make() | change)
 
 
+@MORE_THAN_PADDING
 def test_a_label_beyond_a_student_that_is_longer_than_its_teacher_is_refused():
     x = make(v=V + 6, vt=V)
     x["target"][0, 0] = V + 6

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
 import torch
 from distill_zoo import CASES, HT, V
 
+from chunked_embed.checks import POSITIVE
+from chunked_embed.fields import number
 from distill import DIVERGENCES, Divergence
 from distill import divergences as D
 
@@ -233,12 +236,20 @@ def test_uld_pads_the_shorter_vocabulary():
     torch.testing.assert_close(D.uld(teacher[:, :9], student), expected)
 
 
-def test_keywords_of_a_function():
-    def mine(student, teacher, margin=0.5, *, kind="a", given=None):
-        raise NotImplementedError
+def test_options_of_a_function():
+    """Plain defaults, and fields, which leave a function that anybody may call."""
 
-    assert Divergence(mine).keywords == {"margin": 0.5, "kind": "a", "given": None}
-    assert DIVERGENCES["kl"].keywords == {}
+    def mine(student, teacher, margin=0.5, *, kind="a", width=number(3.0, POSITIVE), given=None):
+        return margin, kind, width
+
+    mine(None, None)
+    found = Divergence(mine).fields
+    assert {name: field.default for name, field in found.items()} == dict(margin=0.5, kind="a", width=3.0, given=None)
+    assert [name for name, field in found.items() if field.range is not None] == ["margin", "width"]
+    assert mine(None, None) == (0.5, "a", 3.0) and str(inspect.signature(mine)).endswith("width=3.0, given=None)")
+    assert Divergence(mine).fields == found and DIVERGENCES["kl"].fields == {}
+    assert list(DIVERGENCES["kvd"].fields) == ["kernel"]  # the head is the loss's to give
+    assert {name: entry.name for name, entry in DIVERGENCES.items()} == {name: name for name in DIVERGENCES}
 
 
 @pytest.mark.parametrize(

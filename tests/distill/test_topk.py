@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from distill_zoo import V, assert_same, gradients, labels, logits, make
 
+from chunked_embed import Head
 from distill import DIVERGENCES, KLDivLoss, TopKLoss
 
 K = 4
@@ -160,6 +161,19 @@ def test_an_equal_teacher_gives_zero():
     assert output.loss.abs() < 1e-14 and all(g.abs().max() < 1e-14 for g in gradients(output.loss, same))
 
 
+def test_a_head_of_the_student():
+    x = make()
+    ids, logprobs = offline(x)
+    head = Head(x["student_hidden"], x["student_weight"], x["student_bias"], logit_scale=0.5)
+    expected = run(x, ids, logprobs, student_logit_scale=0.5, weight_hard=0.2)
+    loss = TopKLoss(weight_hard=0.2, compiled=False)
+    assert_same(loss(head, ids, logprobs, target=x["target"]).loss, expected.loss, x)
+    named = loss(head, teacher_ids=ids, teacher_logprobs=logprobs, target=x["target"])
+    torch.testing.assert_close(named.loss, expected.loss)
+    with pytest.raises(TypeError, match="by name"):
+        loss(head, ids, logprobs, x["target"])
+
+
 def test_num_items():
     x = make()
     ids, logprobs = offline(x)
@@ -204,8 +218,8 @@ def test_wrong_options_are_refused(options, message):
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        (lambda ids, logprobs: (ids.float(), logprobs), TypeError, "integer teacher_ids"),
-        (lambda ids, logprobs: (ids, logprobs.long()), TypeError, "floating teacher_logprobs"),
+        (lambda ids, logprobs: (ids.float(), logprobs), TypeError, "teacher_ids to hold integers"),
+        (lambda ids, logprobs: (ids, logprobs.long()), TypeError, "teacher_logprobs to be floating"),
         (lambda ids, logprobs: (ids[..., 1:], logprobs), ValueError, "shape"),
         (lambda ids, logprobs: (ids[:, 1:], logprobs[:, 1:]), ValueError, "shape"),
         (lambda ids, logprobs: (ids + V, logprobs), ValueError, "teacher_ids in"),
