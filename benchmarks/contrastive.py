@@ -11,13 +11,28 @@ under "from raw embeddings" they are normalised inside. Peers that are not insta
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
-from measure import FLOOR, OURS, PEER, Benchmark, Candidate, as_candidates, once, relative_error, value_and_gradients
+from measure import (
+    FLOOR,
+    OURS,
+    PEER,
+    RESULTS,
+    Benchmark,
+    Budget,
+    Candidate,
+    Match,
+    Missing,
+    Out,
+    Peers,
+    as_candidates,
+    once,
+    relative_error,
+    value_and_gradients,
+)
 from torch import Tensor, nn
 
 from chunked_embed import FlexChunkLoss, Projection
@@ -33,8 +48,13 @@ Loss = Callable[[], Tensor]
 class UserInfoNCE(FlexChunkLoss):
     """As a user writes it: a plain function, compiled."""
 
-    def loss_fn(self, outputs, rows, hp):
+    def loss_fn(self, outputs, rows):
         return F.cross_entropy(SCALE * outputs, rows["target"], reduction="none")
+
+
+def total(outputs, rows):
+    """Some loss of several blocks, to ask for the plan of their chunks."""
+    return sum(block.sum(1) for block in outputs.values())
 
 
 class Embedded(nn.Identity):
@@ -242,7 +262,7 @@ def run_gte(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, options
     leaves = a, b = pair(bench, rows, width, dtype)
     bound = BOUNDS[dtype]
     blocks = {name: Projection(x, y) for name, x, y in zip(GTE, (a, a, b, b), (b, a, a, b), strict=True)}
-    size = FlexChunkLoss(max, **options).plan(blocks).chunk_rows
+    size = FlexChunkLoss(total, **options).plan(blocks).chunk_rows
     ours = {"CF.info_nce": partial(CF.info_nce, a, b, scale=SCALE, similarity="dot", directions=GTE, **options)}
     candidates = [
         Candidate(f"floor: 12 products, chunks of {size}", FLOOR, products([(a, b), (a, a), (b, a), (b, b)], size, 1)),
@@ -260,7 +280,8 @@ def run_sigmoid(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, opt
     log_scale = torch.tensor(10.0, device=bench.device).log().requires_grad_()
     bias = torch.tensor(-10.0, device=bench.device, requires_grad=True)
     leaves, bound = [a, b, log_scale, bias], BOUNDS[dtype]
-    size = UserInfoNCE(**options).plan(Projection(a, b), {}).chunk_rows
+    target = torch.arange(rows, device=bench.device)
+    size = UserInfoNCE(**options).plan(Projection(a, b), {"target": target}).chunk_rows
     ours = {
         "CF.sigmoid_pairs": lambda: CF.sigmoid_pairs(
             a, b, scale=log_scale.exp(), bias=bias, similarity="dot", **options
@@ -328,7 +349,7 @@ def run_guided(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, opti
     sides = [(a, b), (a, a), (b, b)]
     guided = [(guides[0], guides[1]), (guides[0], guides[0]), (guides[1], guides[1])]
     blocks = {str(k): Projection(*side) for k, side in enumerate(sides + guided)}
-    size = FlexChunkLoss(max, **options).plan(blocks).chunk_rows
+    size = FlexChunkLoss(total, **options).plan(blocks).chunk_rows
     candidates = [
         Candidate(f"floor: 9 of its 12 products, chunks of {size}", FLOOR, products(sides, size, 1)),
         *as_candidates(ours, leaves, OURS, BOUNDS[dtype]),
@@ -380,6 +401,10 @@ def run_step(bench: Benchmark, rows: int, mini_batch: int, tokens: int, layers: 
         from chunked_embed import losses
     except ImportError:
         return
+    ours, theirs = "CachedMultipleNegativesRankingLoss", "sentence-transformers, cached"
+    name = f"training step, {rows} pairs of {tokens} tokens, BERT of {layers} layers, mini-batches of {mini_batch}"
+    if not bench.wants(name, [ours, theirs] if bench.peers else [ours]):
+        return
 
     class Encoder(nn.Module):
         """A BERT from a config, without the tokenizer that a Transformer module brings: features are token ids."""
@@ -408,17 +433,12 @@ def run_step(bench: Benchmark, rows: int, mini_batch: int, tokens: int, layers: 
         ids = torch.randint(1000, 30000, (rows, tokens), device=bench.device)
         batch.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     kinds = {
-        "CachedMultipleNegativesRankingLoss": (
-            OURS,
-            losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch, **options),
-        ),
-        "sentence-transformers, cached": (
-            PEER,
-            library.CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch),
-        ),
+        ours: (OURS, losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch, **options)),
+        theirs: (PEER, library.CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch)),
     }
+    if not bench.peers:
+        del kinds[theirs]
     parameter = encoder.bert.encoder.layer[0].attention.self.query.weight
-    name = f"training step, {rows} pairs of {tokens} tokens, BERT of {layers} layers, mini-batches of {mini_batch}"
 
     def step(loss: nn.Module) -> list[Tensor]:
         model.zero_grad()
@@ -450,8 +470,12 @@ def main(
     dtype: str = "",
     chunk_size: Annotated[int, typer.Option(help="rows; 0 for what the plan says")] = 0,
     compiled: bool = True,
+    match: Match = "",
+    peers: Peers = True,
+    missing: Missing = False,
+    budget: Budget = 0,
     repeats: int = 5,
-    out: Path = Path(__file__).parent / "results",
+    out: Out = RESULTS,
 ) -> None:
     cpu = device == "cpu"
     chosen = only.split(",")
@@ -459,7 +483,7 @@ def main(
         raise typer.BadParameter(f"expected cases out of {CASES}, got {sorted(unknown)}")
     kind = getattr(torch, dtype or ("float32" if cpu else "bfloat16"))
     options = {"chunk_size": chunk_size or None, "compiled": compiled}
-    bench = Benchmark("contrastive", torch.device(device), out, repeats=repeats)
+    bench = Benchmark("contrastive", torch.device(device), out, 2, repeats, match, peers, missing, budget)
     usual = sizes or ("256x32" if cpu else "16384x1024,65536x1024")
     where = {
         "sigmoid": sigmoid_size or ("256x32" if cpu else "65536x768"),

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -25,9 +24,15 @@ from measure import (
     FLOOR,
     OURS,
     PEER,
+    RESULTS,
     Benchmark,
+    Budget,
     Candidate,
     Loss,
+    Match,
+    Missing,
+    Out,
+    Peers,
     Timing,
     as_candidates,
     failure,
@@ -72,7 +77,7 @@ class Sides:
 
     def floors(self, plan: ChunkPlan, teacher: bool = True) -> list[Candidate]:
         """Of a loss that takes float32 logits, in its chunks; the second one's are as wide as the inputs."""
-        sizes = [chunk.rows for block in plan.blocks for chunk in block.chunks]
+        sizes = [span.rows for block in plan.blocks for span in block.spans]
         frozen = [(self.teacher, self.teacher_weight)] if teacher else []
         trained, name = (self.student, self.student_weight), f"{3 + teacher} products, chunks of {plan.chunk_rows}"
         found = [Candidate(f"floor: {name}", FLOOR, products(trained, frozen, sizes, outputs=torch.float32))]
@@ -135,7 +140,7 @@ def own_formula(loss: distill.DistillationLoss, rows: Mapping[str, Tensor]) -> F
 
     def formula(z: Tensor, teacher: Tensor, index: Tensor, head: Tensor) -> Tensor:
         given = {name: argument[index] for name, argument in rows.items()}
-        return loss.loss_fn({"student": z, "teacher": teacher}, given, loss, {"embedding": head})[0]
+        return loss.loss_fn({"student": z, "teacher": teacher}, given, {"embedding": head})[0]
 
     return formula
 
@@ -243,14 +248,14 @@ def run_accuracy(bench: Benchmark, sides: Sides, options: dict[str, Any]) -> Non
     dtype = sides.student.dtype
     for name, (_, beta) in BETAS.items():
         case = sides.title(f"error of {name} near the teacher")
-        if bench.match not in case:
-            continue
-        truth = true_step(sides, divergence(beta, 0.0, sides))
         losses = ours_of(name, 0.0, dtype, **options)
         ours = {label: value(loss, *sides.heads) for label, loss in losses.items()}
         candidates = list(as_candidates(ours, sides.leaves, OURS, BOUNDS[dtype]))
         if bench.peers:
             candidates += as_candidates(peers_of(sides, beta, 0.0, options["compiled"]), sides.leaves, PEER, 0.0)
+        if not bench.wants(case, [candidate.name for candidate in candidates]):
+            continue
+        truth = true_step(sides, divergence(beta, 0.0, sides))
         for candidate in candidates:
             worst = None
             try:
@@ -271,7 +276,6 @@ def _numbers(text: str, by: str = ",") -> list[int]:
 def main(
     device: Annotated[str, typer.Option(help="cuda, or cpu for a small run")] = "cuda",
     only: Annotated[str, typer.Option(help="cases, comma-separated")] = ",".join(CASES),
-    match: Annotated[str, typer.Option(help="only cases whose title contains this")] = "",
     vocabularies: Annotated[str, typer.Option(help="of JSD, comma-separated; KL takes the middle one")] = "",
     chunks: Annotated[str, typer.Option(help="rows a chunk, beside the plan's, at the middle vocabulary")] = "",
     head: Annotated[str, typer.Option(help="tokens x student's width x teacher's, of JSD and KL")] = "",
@@ -279,9 +283,12 @@ def main(
     near: Annotated[str, typer.Option(help="tokens x vocabulary x widths, of the accuracy")] = "",
     dtype: str = "",
     compiled: bool = True,
-    peers: bool = True,
+    match: Match = "",
+    peers: Peers = True,
+    missing: Missing = False,
+    budget: Budget = 0,
     repeats: int = 5,
-    out: Path = Path(__file__).parent / "results",
+    out: Out = RESULTS,
 ) -> None:
     cpu = device == "cpu"
     chosen = only.split(",")
@@ -289,7 +296,7 @@ def main(
         raise typer.BadParameter(f"expected cases out of {CASES}, got {sorted(unknown)}")
     kind = getattr(torch, dtype or ("float32" if cpu else "bfloat16"))
     options = {"compiled": compiled}
-    bench = Benchmark("distillation", torch.device(device), out, repeats=repeats, match=match, peers=peers)
+    bench = Benchmark("distillation", torch.device(device), out, 2, repeats, match, peers, missing, budget)
     sizes = _numbers(vocabularies or ("100,200,300" if cpu else "32000,128256,262144"))
     middle = sizes[len(sizes) // 2]
     tokens, student, teacher = _numbers(head or ("64x16x24" if cpu else "8192x2048x4096"), "x")

@@ -9,13 +9,25 @@ through a projection, its three products for each side, and two passes over the 
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 import typer
-from measure import FLOOR, OURS, PEER, Benchmark, Candidate, value_and_gradients
+from measure import (
+    FLOOR,
+    OURS,
+    PEER,
+    RESULTS,
+    Benchmark,
+    Budget,
+    Candidate,
+    Match,
+    Missing,
+    Out,
+    Peers,
+    value_and_gradients,
+)
 from torch import Tensor
 
 from chunked_embed import functional as CF
@@ -164,8 +176,12 @@ def main(
     dtypes: Annotated[str, typer.Option(help="comma-separated")] = "",
     projected: Annotated[str, typer.Option(help="sizes of the projected cases, or 'none'")] = "",
     compiled: bool = True,
+    match: Match = "",
+    peers: Peers = True,
+    missing: Missing = False,
+    budget: Budget = 0,
     repeats: int = 5,
-    out: Path = Path(__file__).parent / "results",
+    out: Out = RESULTS,
 ) -> None:
     cpu = device == "cpu"
     sizes = sizes or ("1000x64" if cpu else "8192x1024,65536x1024,1048576x256")
@@ -174,7 +190,7 @@ def main(
     names = only.split(",")
     if unknown := set(names) - {*RANKING, *TRIPLET}:
         raise typer.BadParameter(f"expected losses out of {RANKING + TRIPLET}, got {sorted(unknown)}")
-    bench = Benchmark("embedding", torch.device(device), out, repeats=repeats)
+    bench = Benchmark("embedding", torch.device(device), out, 2, repeats, match, peers, missing, budget)
     for project, listed in ((False, sizes), (True, projected)):
         for size in listed.split(",") if listed != "none" else ():
             rows, width = map(int, size.split("x"))

@@ -2,7 +2,10 @@
 
 A benchmark is a list of candidates for one case: floors (the bare work), ours and peers. Each is checked against the
 truth in the same process before its time is printed. Every run adds to `<out>/<family>-<device>.csv`, replacing the
-lines that it measured again, so that a long benchmark can be split over several calls.
+lines that it measured again, so that a long benchmark can be split over several calls: by `--only` and `--match`, or by
+`--budget 500 --missing` until nothing is missing. `--out`, or BENCH_OUT in the environment, says where the files are.
+
+    python benchmarks/measure.py FILE.csv ...    # plots, without measuring
 """
 
 import csv
@@ -14,17 +17,19 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that reads peak memory on a CPU is chatty
 
 import torch
+import typer
 from torch import Tensor
 
 T = TypeVar("T")
@@ -32,6 +37,14 @@ Loss = Callable[[], Tensor]
 OURS, PEER, FLOOR = "ours", "peer", "floor"
 GIB = 2**30
 SHORT_MS, MOST_REPEATS = 200, 60
+RESULTS = Path(__file__).parent / "results"
+
+# Options that every benchmark takes.
+Match = Annotated[str, typer.Option(help="only cases whose title contains this")]
+Peers = Annotated[bool, typer.Option("--peers/--no-peers", help="other people's, beside the floor and ours")]
+Missing = Annotated[bool, typer.Option("--missing", help="only cases that the file does not have yet")]
+Budget = Annotated[float, typer.Option(help="seconds after which no further case is begun; 0: no limit")]
+Out = Annotated[Path, typer.Option(envvar="BENCH_OUT", help="folder of the csv and the plot")]
 
 
 @dataclass
@@ -72,6 +85,11 @@ class Line:
     triton: str
     sentence_transformers: str
     date: str
+
+    @property
+    def is_done(self) -> bool:
+        """There is a number; of a peer, or what became of it."""
+        return self.role == PEER or self.ms is not None or (self.error is not None and "WRONG" not in self.note)
 
 
 def measure(run: Callable[[], object], device: torch.device, warmups: int = 2, repeats: int = 5) -> Timing:
@@ -256,8 +274,23 @@ class Benchmark:
     repeats: int = 5
     match: str = ""  # measure only cases whose name contains this
     peers: bool = True
+    missing: bool = False  # leave out cases of which every candidate has its line in the file
+    budget: float = 0.0  # seconds; 0: no limit
     lines: list[Line] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)  # cases for which there was no time
+    began: float = field(default_factory=time.perf_counter)
+
+    def wants(self, case: str, names: Collection[str]) -> bool:
+        """Whether to measure these candidates of a case now."""
+        if self.match not in case:
+            return False
+        if self.missing and set(names) <= {line.name for line in self.known if line.case == case and line.is_done}:
+            return False
+        if self.budget and time.perf_counter() - self.began > self.budget:
+            self.left.append(case)
+            return False
+        return True
 
     def case(self, name: str, candidates: Sequence[Candidate], truth: Callable[[], Sequence[Tensor]] | None) -> None:
         """Measure the candidates of one case, floors first. `truth` gives what `run` should; None: nothing to check.
@@ -265,9 +298,9 @@ class Benchmark:
         Ratios are to the first floor. One that fails is a line of the table, so that the others are still measured;
         ours is reported at the end too.
         """
-        if self.match not in name:
-            return
         candidates = [c for c in candidates if self.peers or c.role != PEER]
+        if not self.wants(name, [c.name for c in candidates]):
+            return
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # peers compile a closure in every call; past dynamo's limit they would run eagerly
         expected = None if truth is None else truth()
@@ -306,12 +339,17 @@ class Benchmark:
         line = Line(case=case, name=name, role=role, **numbers, **self.where())  # type: ignore[arg-type]
         self.lines.append(line)
         print(" | ".join([case, *_cells(line)]), flush=True)
-        write_csv(self.path, merge(self.path, self.lines))  # a run that is cut short keeps what it has
+        write_csv(self.path, merge(self.known, self.lines))  # a run that is cut short keeps what it has
 
     @property
     def path(self) -> Path:
         slug = re.sub(r"[^a-z0-9]+", "-", self.where()["device"].lower()).strip("-")
         return self.out / f"{self.family}-{slug}.csv"
+
+    @cached_property
+    def known(self) -> list[Line]:
+        """What the file has from before."""
+        return read_csv(self.path)
 
     def where(self) -> dict[str, str]:
         name = torch.cuda.get_device_name(self.device) if self.device.type != "cpu" else f"cpu ({platform.machine()})"
@@ -324,11 +362,15 @@ class Benchmark:
 
     def finish(self) -> None:
         """Print the table and plot. Exits with an error if something of ours was wrong."""
-        if not self.lines:
+        for case in self.left:
+            print(f"no time: {case}")
+        if not self.lines and not self.left and not self.missing:
             raise SystemExit("no case was chosen")
-        print_table(self.lines)
-        plot(self.path.with_suffix(".png"), merge(self.path, self.lines))
-        print(f"written to {self.path} and {self.path.with_suffix('.png').name}")
+        if self.lines:
+            print_table(self.lines)
+            plot(self.path.with_suffix(".png"), merge(self.known, self.lines))
+            print(f"written to {self.path} and {self.path.with_suffix('.png').name}")
+        print(f"{time.perf_counter() - self.began:.0f} s, {len(self.left)} cases left")
         if self.wrong:
             raise SystemExit("WRONG: " + "; ".join(self.wrong))
 
@@ -340,19 +382,22 @@ def _version(package: str) -> str:
         return ""
 
 
-def merge(path: Path, new: Sequence[Line]) -> list[Line]:
-    """The lines of the file that were not measured again, then the new ones."""
+def merge(old: Sequence[Line], new: Sequence[Line]) -> list[Line]:
+    """The lines that were not measured again, then the new ones."""
     replaced = {(line.case, line.name) for line in new}
-    old = []
-    if path.exists():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                numbers = ("ms", "min_ms", "floor_ratio", "peak_gib", "first_s", "error")
-                values = {
-                    key: (float(value) if value else None) if key in numbers else value for key, value in row.items()
-                }
-                old.append(Line(**values))  # type: ignore[arg-type]
     return [line for line in old if (line.case, line.name) not in replaced] + list(new)
+
+
+def read_csv(path: Path) -> list[Line]:
+    if not path.exists():
+        return []
+    numbers = ("ms", "min_ms", "floor_ratio", "peak_gib", "first_s", "error")
+    found = []
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            values = {key: (float(value) if value else None) if key in numbers else value for key, value in row.items()}
+            found.append(Line(**values))  # type: ignore[arg-type]
+    return found
 
 
 def write_csv(path: Path, lines: Sequence[Line]) -> None:
@@ -440,3 +485,8 @@ def plot(path: Path, lines: Sequence[Line]) -> None:
     )
     figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
     pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        plot(Path(name).with_suffix(".png"), read_csv(Path(name)))

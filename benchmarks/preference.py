@@ -15,7 +15,7 @@ installed is a line that says so.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
+from itertools import chain
 from typing import Annotated, Any
 
 import torch
@@ -25,9 +25,15 @@ from measure import (
     FLOOR,
     OURS,
     PEER,
+    RESULTS,
     Benchmark,
+    Budget,
     Candidate,
     Loss,
+    Match,
+    Missing,
+    Out,
+    Peers,
     as_candidates,
     products,
     trl_kernel,
@@ -115,7 +121,7 @@ def random_batch(bench: Benchmark, shape: Shape, dtype: torch.dtype) -> Batch:
 
 
 def chunk_sizes(plan: ChunkPlan) -> list[int]:
-    return [chunk.rows for block in plan.blocks for chunk in block.chunks]
+    return [span.rows for block in plan.blocks for span in block.spans]
 
 
 def log_probs(hidden: Tensor, weight: Tensor, index: Tensor) -> Iterator[Tensor]:
@@ -257,6 +263,10 @@ def run_dpo(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, optio
 # --- log-probabilities -----------------------------------------------------------------------------------------------
 
 
+def token_loss(scores: dict[str, Tensor], groups: dict[str, Tensor]) -> Tensor:
+    return -scores["logps"].squeeze(1)
+
+
 def run_logps(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, options: dict[str, Any]) -> None:
     """TRL's published case. Sequences of a batch do not matter here."""
     batch, bound = random_batch(bench, shape, dtype), BOUNDS[dtype]
@@ -278,7 +288,9 @@ def run_logps(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, opt
     }
     expected = partial(true_step, batch, lambda logps, ref, kl: -logps.mean(), reference=False)
     rows = {"target": batch.target.flatten()}
-    plan = TokenStatistics(**options).plan(Projection(batch.hidden.flatten(0, 1), batch.weight), rows)
+    plan = TokenStatistics(loss_fn=token_loss, **options).plan(
+        Projection(batch.hidden.flatten(0, 1), batch.weight), rows
+    )
     candidates = [
         *batch.floor(plan, forwards=2, reference=False),
         *as_candidates({"linear_logps": ours}, batch.leaves, OURS, bound),
@@ -324,13 +336,27 @@ def own_formula(loss: Any, used: Tensor, given: dict[str, Tensor]) -> Formula:
     def formula(logps: Tensor, ref: Tensor, kl: Tensor) -> Tensor:
         sums = [score.sum(1) for score in (logps, ref, used.to(logps.dtype), kl)]
         if isinstance(loss, al.SequenceLoss):
-            logp, of_ref, count, _ = sums
-            labels = given["preference_labels"]
-            result = loss.sequence_loss(al.SequenceScores(logp, of_ref, count, labels, given))
+            of_policy, of_ref, tokens, _ = sums
+            result = loss.sequence_loss(
+                al.SequenceScores(of_policy, of_ref, tokens, given["preference_labels"], given=given)
+            )
         else:
-            (c, r), (rc, rr), (nc, nr), (kc, kr) = (s.chunk(2) for s in sums)
-            nll = -c * (len(c) / nc.sum())
-            result = loss.pair_loss(al.PairScores(c, r, rc, rr, nc, nr, nll, c, bool(ref.any()), kc, kr))
+            chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected, *of_kl = chain(
+                *(s.chunk(2) for s in sums)
+            )
+            x = al.PairScores(
+                chosen,
+                rejected,
+                ref_chosen,
+                ref_rejected,
+                n_chosen,
+                n_rejected,
+                nll=-chosen * (len(chosen) / n_chosen.sum()),
+                nll_logps=chosen,
+                has_reference=bool(ref.any()),
+                sums={"kl": tuple(of_kl)},
+            )
+            result = loss.pair_loss(x)
         return (result[0] if isinstance(result, tuple) else result).mean()
 
     return formula
@@ -490,22 +516,24 @@ CASES: dict[str, tuple[Callable[..., None], list[Shape]]] = {
 def main(
     device: Annotated[str, typer.Option(help="cuda, or cpu for a small run")] = "cuda",
     only: Annotated[str, typer.Option(help="cases, comma-separated")] = ",".join(CASES),
-    match: Annotated[str, typer.Option(help="only lines of cases whose title contains this")] = "",
     vocabulary: Annotated[int, typer.Option(help="instead of each case's")] = 0,
     width: Annotated[int, typer.Option(help="of the hidden states, instead of each case's")] = 0,
     dtype: str = "",
     chunk_size: Annotated[int, typer.Option(help="rows; 0 for what the plan says")] = 0,
     compiled: bool = True,
-    peers: bool = True,
+    match: Match = "",
+    peers: Peers = True,
+    missing: Missing = False,
+    budget: Budget = 0,
     repeats: int = 5,
-    out: Path = Path(__file__).parent / "results",
+    out: Out = RESULTS,
 ) -> None:
     cpu = device == "cpu"
     if unknown := set(only.split(",")) - set(CASES):
         raise typer.BadParameter(f"expected cases out of {tuple(CASES)}, got {sorted(unknown)}")
     kind = getattr(torch, dtype or ("float32" if cpu else "bfloat16"))
     options = {"chunk_size": chunk_size or None, "compiled": compiled}
-    bench = Benchmark("preference", torch.device(device), out, repeats=repeats, match=match, peers=peers)
+    bench = Benchmark("preference", torch.device(device), out, 2, repeats, match, peers, missing, budget)
     for case in only.split(","):
         run, shapes = CASES[case]
         for shape in shapes:

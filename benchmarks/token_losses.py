@@ -11,13 +11,27 @@ for the kernel pair as many bytes as it reads and writes: the logits once for st
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
-from measure import FLOOR, OURS, PEER, Benchmark, Candidate, Timing, relative_error, value_and_gradients
+from measure import (
+    FLOOR,
+    OURS,
+    PEER,
+    RESULTS,
+    Benchmark,
+    Budget,
+    Candidate,
+    Match,
+    Missing,
+    Out,
+    Peers,
+    Timing,
+    relative_error,
+    value_and_gradients,
+)
 from torch import Tensor
 
 from chunked_embed import FlexChunkLoss, Projection, TokenStatistics, linear_logps
@@ -39,24 +53,24 @@ BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
 class CrossEntropy(FlexChunkLoss):
-    def loss_fn(self, outputs, rows, hp):
+    def loss_fn(self, outputs, rows):
         return F.cross_entropy(outputs, rows["target"], reduction="none")
 
 
 class SequenceLoss(FlexChunkLoss):
     """The mean negative log-probability of a sequence's tokens: a grouped loss whose groups are single sequences."""
 
-    def score_fn(self, outputs, rows, hp):
+    def score_fn(self, outputs, rows):
         return {"logps": -F.cross_entropy(outputs, rows["target"], reduction="none")}
 
-    def loss_fn(self, scores, groups, hp):
+    def loss_fn(self, scores, groups):
         return -(scores["logps"] / scores["count"]).squeeze(1)
 
 
 class TokenLoss(TokenStatistics):
     """The same over single tokens, on the token statistics that the engine ships: a hand-written kernel pair."""
 
-    def loss_fn(self, scores, groups, hp):
+    def loss_fn(self, scores, groups):
         return -scores["logps"].squeeze(1)
 
 
@@ -98,7 +112,7 @@ def product_floor(hidden: Tensor, weight: Tensor, rows: int, forwards: int) -> C
     return run
 
 
-def peers(hidden: Tensor, weight: Tensor, target: Tensor, bound: float) -> list[Candidate]:
+def others(hidden: Tensor, weight: Tensor, target: Tensor, bound: float) -> list[Candidate]:
     """Other ways to the same loss and gradients: whole logits, and what is installed here of the fused kernels."""
 
     def whole() -> Tensor:
@@ -172,15 +186,17 @@ def run_head(
         candidates.append(Candidate("TokenStatistics, grouped", OURS, ours, bound))
     if candidates:
         candidates.append(Candidate("floor: 3 products", FLOOR, product_floor(hidden, weight, rows, 1)))
-        bench.case(f"cross-entropy, {size}", candidates + peers(hidden, weight, target, bound), truth)
+        bench.case(f"cross-entropy, {size}", candidates + others(hidden, weight, target, bound), truth)
 
 
 def run_weight_error(bench: Benchmark, shape: tuple[int, int, int], dtype: torch.dtype, compiled: bool) -> None:
     """The weight gradient's distance from float64 must not grow with the number of chunks."""
+    case = "weight gradient against float64, {} tokens, V={}, H={}".format(*shape)
+    if not bench.wants(case, ["torch, one product", "linear_logps, 64 chunks"]):
+        return
     hidden, weight, target = random_head(bench, *shape, dtype)
     leaves = [hidden, weight]
     expected = true_step(hidden, weight, target, torch.float64)[2:]
-    case = "weight gradient against float64, {} tokens, V={}, H={}".format(*shape)
 
     def error(loss: Callable[[], Tensor]) -> float:
         return relative_error(value_and_gradients(loss, leaves)()[2:], expected)
@@ -188,7 +204,7 @@ def run_weight_error(bench: Benchmark, shape: tuple[int, int, int], dtype: torch
     whole = error(lambda: F.cross_entropy((hidden @ weight.T).float(), target))
     bench.add(case, "torch, one product", PEER, Timing(), whole, None)
     for chunks in (1, 8, 64):
-        options = {"chunk_size": -(-shape[0] // chunks), "compiled": compiled}
+        options: dict[str, Any] = {"chunk_size": -(-shape[0] // chunks), "compiled": compiled}
         loss = CrossEntropy(**options)
         losses = {
             "loss_fn": lambda loss=loss: loss(Projection(hidden, weight), {"target": target}).loss,
@@ -280,8 +296,12 @@ def main(
     chunk_size: Annotated[int, typer.Option(help="rows; 0 for what the plan says")] = 0,
     compiled: bool = True,
     tune: Annotated[bool, typer.Option(help="time the kernels at other block sizes too")] = False,
+    match: Match = "",
+    peers: Peers = True,
+    missing: Missing = False,
+    budget: Budget = 0,
     repeats: int = 5,
-    out: Path = Path(__file__).parent / "results",
+    out: Out = RESULTS,
 ) -> None:
     cpu = device == "cpu"
     chosen = set(only.split(","))
@@ -289,7 +309,7 @@ def main(
         raise typer.BadParameter(f"expected cases out of {CASES}, got {sorted(unknown)}")
     kind = getattr(torch, dtype or ("float32" if cpu else "bfloat16"))
     options = {"chunk_size": chunk_size or (64 if cpu else None), "compiled": compiled}
-    bench = Benchmark("token-losses", torch.device(device), out, repeats=repeats)
+    bench = Benchmark("token-losses", torch.device(device), out, 2, repeats, match, peers, missing, budget)
     if chosen & {"linear-logps", "cross-entropy", "grouped"}:
         run_head(bench, chosen, _shape(head or ("256x1000x64" if cpu else "8192x151936x4096")), kind, options)
     if "weight-error" in chosen:

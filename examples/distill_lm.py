@@ -371,25 +371,20 @@ def measure(student: nn.Module, teacher: nn.Module, held_out: Dataset, batch_siz
 
     loss = KLDivLoss(weight_hard=1.0, report=["teacher_agreement"], compiled=False)
     training = student.training
-    sums: dict[str, float] = {}
+    sums: dict[str, tuple[float, float]] = {}
     device = next(student.parameters()).device
     for model in (student.eval(), teacher.eval()):
         causal_lm.attach(model)
     for batch in held_out.iter(batch_size):
         ids = torch.tensor(batch["input_ids"], device=device)
-        sides = [causal_lm.capture(model, {"input_ids": ids}).shifted() for model in (student, teacher)]
-        for name, side in zip(("student", "teacher"), sides):
-            setattr(loss, f"{name}_logit_scale", side.logit_scale)
-            setattr(loss, f"{name}_softcap", side.logit_softcap)
-        mine, theirs = sides
+        mine, theirs = (causal_lm.capture(model, {"input_ids": ids}).shifted() for model in (student, teacher))
         with torch.no_grad():
-            found = loss(
-                mine.hidden, mine.weight, theirs.hidden, theirs.weight, ids[:, 1:], mine.bias, theirs.bias
-            ).metrics
-        for name, value in found.items():
-            sums[name] = sums.get(name, 0.0) + value.sum().item()
+            found = loss(mine, theirs, target=ids[:, 1:]).sums
+        for name, (total, count) in found.items():
+            before, seen = sums.get(name, (0.0, 0.0))
+            sums[name] = before + float(total), seen + float(count)
     student.train(training)
-    means = {name: total / sum(len(row) - 1 for row in held_out["input_ids"]) for name, total in sums.items()}
+    means = {name: total / count for name, (total, count) in sums.items()}
     return dict(zip(METRICS, (math.exp(means["ce"]), means["teacher_agreement"], means["kl"])))
 
 

@@ -30,7 +30,7 @@ from transformers import get_linear_schedule_with_warmup
 from transformers.utils import logging
 
 import alignment
-from chunked_embed import LossOutput, causal_lm
+from chunked_embed import Head, LossOutput, causal_lm
 
 LOSSES: dict[str, Callable[..., Any]] = {
     "dpo": alignment.DPOLoss,
@@ -66,7 +66,9 @@ def main(
     precompute: Annotated[bool, typer.Option(help="Score the reference once, and keep no copy of it.")] = False,
     bf16: Annotated[bool, typer.Option(help="Autocast; the weights keep --dtype.")] = False,
     dtype: Annotated[str, typer.Option(help="Of the weights, by torch's name.")] = "float32",
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="The loss; the numbers are equal.")] = True,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="The loss; else where it pays. The numbers are equal.")
+    ] = None,
     pretrain_steps: Annotated[int, typer.Option(min=0, help="Of the small model.")] = 200,
     output: Annotated[Path, typer.Option(help="Folder for the model and log.csv.")] = Path("runs/dpo_loop"),
     seed: int = 0,
@@ -105,7 +107,6 @@ def main(
     # there, inside the forward that DDP and FSDP wrap: outside of it gradients would not be synchronised, and a
     # sharded head would not be whole. Attach before preparing, and before copying.
     causal_lm.attach(policy)
-    loss_fn.logit_scale, loss_fn.logit_softcap = causal_lm.logit_transform(policy.config)
 
     def logps(model: nn.Module, batch: dict[str, Any]) -> Tensor:  # (2B,)
         """Log-probabilities of the completions, without gradients."""
@@ -131,7 +132,7 @@ def main(
         DataLoader(train, micro, shuffle=True, collate_fn=collator),
         DataLoader(test, micro, collate_fn=collator),
     )
-    # A model may do something to its logits that we do not know of; then this says so.
+    # A head says what the model does to its logits (scale, cap, adapters). What it does not know of is found here.
     causal_lm.check(policy, inputs(next(iter(test_loader))))
 
     def loss_of(batch: dict[str, Any]) -> LossOutput:
@@ -145,9 +146,8 @@ def main(
             ratio = logps(policy, batch["mismatched"]) - logps(reference, batch["mismatched"])
             given["kl"] = accelerator.reduce(ratio.mean(), "mean")
 
-        def in_forward(head: causal_lm.Head) -> LossOutput:
-            head = head.shifted()  # the states that predict a token
-            return loss_fn(head.hidden, head.weight, batch["target"], bias=head.bias, extra=head.extra, **given)
+        def in_forward(head: Head) -> LossOutput:  # with the scale and the soft-cap that the model's logits have
+            return loss_fn(head.shifted(), target=batch["target"], **given)  # the states that predict a token
 
         return policy(**inputs(batch), head_fn=in_forward).value
 

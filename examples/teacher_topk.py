@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import replace
 from enum import Enum
 from itertools import chain
 from pathlib import Path
@@ -186,25 +185,16 @@ def top_k(
 ) -> tuple[Tensor, Tensor]:  # (R, k) int64, (R, k) float32
     """The most probable tokens and their log-probabilities, a chunk of rows of logits at a time.
 
-    ``head`` is one of ``chunked_embed.causal_lm`` with hidden states (R, H).
+    ``head`` is a ``chunked_embed.Head`` with hidden states (R, H).
     """
     import torch
 
-    extra, found = head.extra, []
+    found = []
     step = max(1, chunk_bytes // (4 * len(head.weight)))
-    wide = head.weight.float()
+    # Widened first: logits in half precision would be off by their rounding, and so would who is among the k.
+    wide = head.to(torch.float32)
     for start in range(0, len(head.hidden), step):
-        part = slice(start, start + step)
-        # Widened first: logits in half precision would be off by their rounding, and so would who is among the k.
-        logits = head.hidden[part].float() @ wide.T
-        for x, weight in extra:
-            logits += x[part].float() @ weight.float().T
-        if head.bias is not None:
-            logits += head.bias
-        logits *= head.logit_scale
-        if head.logit_softcap is not None:
-            logits = head.logit_softcap * torch.tanh(logits / head.logit_softcap)
-        logits /= temperature
+        logits = wide[start : start + step].logits() / temperature
         best = logits.topk(k, dim=1)
         found.append((best.indices, best.values - logits.logsumexp(1, keepdim=True)))
     ids, logprobs = zip(*found)
@@ -224,7 +214,7 @@ def of_rows(
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
     real = torch.arange(ids.shape[1], device=device) < torch.tensor(lengths, device=device)[:, None]
     head = causal_lm.capture(model, {"input_ids": ids, "attention_mask": real.long()})
-    found = top_k(replace(head, hidden=head.hidden[real]), k, temperature, chunk_bytes)
+    found = top_k(head[real], k, temperature, chunk_bytes)
     return list(zip(*(side.cpu().split(lengths) for side in found)))
 
 

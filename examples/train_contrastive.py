@@ -106,7 +106,9 @@ def main(
         Optional[bool],  # noqa: UP045 -- typer reads it at run time, on Python 3.10 too
         typer.Option("--bf16/--no-bf16", help="By default where it is quicker."),
     ] = None,
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="The loss; the numbers are equal.")] = True,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="The loss; else where it pays. The numbers are equal.")
+    ] = None,
     eval_every: Annotated[int, typer.Option(min=0, help="Steps; 0: before and after only.")] = 0,
     save_every: Annotated[int, typer.Option(min=0, help="Steps; 0: at the end only.")] = 50,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --output.")] = False,

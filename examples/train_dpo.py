@@ -56,7 +56,9 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 80,
     learning_rate: Annotated[float, typer.Option(min=0)] = 1e-3,
     precompute: Annotated[bool, typer.Option(help="Score the reference once, and keep no copy of it.")] = False,
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="The loss; the numbers are equal.")] = True,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="The loss; else where it pays. The numbers are equal.")
+    ] = None,
     pretrain_steps: Annotated[int, typer.Option(min=0, help="Of the small model.")] = 200,
     output: Annotated[Path, typer.Option(help="Folder for tables, plot and models.")] = Path("runs/train_dpo"),
     seed: int = 0,
@@ -149,7 +151,7 @@ def config_names(name: str) -> list[str]:
     return ["sigmoid"] if name in REFERENCE_FREE else name.split("+")
 
 
-def make_losses(names: list[str], beta: float, compiled: bool) -> dict[str, dict[str, Any]]:
+def make_losses(names: list[str], beta: float, compiled: bool | None) -> dict[str, dict[str, Any]]:
     """What ChunkedDPOTrainer takes beside its configuration, by loss: any object of ``alignment``, or options."""
     import alignment
     from alignment.trl import LOSS_TYPES

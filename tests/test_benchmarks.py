@@ -16,20 +16,20 @@ pytest.importorskip("typer")
 @pytest.mark.parametrize(
     ("script", "arguments", "lines"),
     [
-        ("embedding", ["--sizes", "300x16", "--projected", "200x16"], 30),
-        ("token_losses", ["--head", "64x100x8", "--error", "64x50x8", "--kernel", "8x100"], 15),
-        ("contrastive", ["--sizes", "64x32", "--small", "32x16", "--sigmoid-size", "64x8"], 25),
-        ("preference", ["--only", "dpo,logps,losses,orpo-step"], 45),
-        ("distillation", ["--vocabularies", "100"], 65),
+        ("embedding", ["--no-compiled", "--sizes", "300x16", "--projected", "200x16"], 30),
+        ("token_losses", ["--no-compiled", "--head", "64x100x8", "--error", "64x50x8", "--kernel", "8x100"], 15),
+        ("contrastive", ["--no-compiled", "--sizes", "64x32", "--small", "32x16", "--sigmoid-size", "64x8"], 25),
+        ("preference", ["--no-compiled", "--only", "dpo,logps,losses,orpo-step"], 45),
+        ("distillation", ["--no-compiled", "--vocabularies", "100"], 65),
+        ("host", ["--rows", "8"], 23),
     ],
 )
 def test_small_mode(tmp_path, script, arguments, lines):
     if script in ("embedding", "contrastive"):
         pytest.importorskip("sentence_transformers")
-    command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", "--device", "cpu", "--no-compiled"]
-    command += ["--repeats", "1", "--out", tmp_path, *arguments]
+    command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", "--device", "cpu", "--repeats", "1", *arguments]
     # One thread: tiny products on a busy machine wait for their threads most of the time.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "BENCH_OUT": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (table,) = tmp_path.glob("*.csv")
@@ -74,6 +74,35 @@ def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="case, wrong"):
         bench.finish()
     assert (tmp_path / bench.path.name).exists()
+
+
+def test_a_benchmark_goes_on_in_another_call(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measure = pytest.importorskip("measure")
+    x, calls = torch.ones(3), []
+
+    def run(name, **options):
+        bench = measure.Benchmark("family", torch.device("cpu"), tmp_path, repeats=1, **options)
+        for case, value in {"first": x, "second": x if name == "again" else 2 * x}.items():
+            candidates = [measure.Candidate("ours", measure.OURS, lambda v=value, c=case: calls.append(c) or [v], 1e-2)]
+            bench.case(case, candidates, lambda: [x])
+        return bench
+
+    bench = run("first")  # the second case is wrong
+    assert bench.wrong and {line.case for line in bench.lines} == {"first", "second"}
+    calls.clear()
+    bench = run("again", missing=True)
+    assert set(calls) == {"second"} and not bench.wrong
+    bench = run("again", missing=True)
+    assert not bench.lines
+    bench.finish()
+    assert "0 cases left" in capsys.readouterr().out
+
+    bench = run("again", budget=1e-9)
+    assert not bench.lines and bench.left == ["first", "second"]
+    bench.finish()
+    assert "no time: second" in capsys.readouterr().out
+    assert {line.case for line in measure.read_csv(bench.path)} == {"first", "second"}
 
 
 def test_peak_memory_on_a_cpu(monkeypatch):

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +101,12 @@ def test_top_k_is_that_of_the_models_logits(kind: str, chunk_bytes: int) -> None
 
 
 def test_adapters_on_the_head_count() -> None:
-    from chunked_embed.causal_lm import Head
+    from chunked_embed import Head
 
     hidden, weight, a, b = torch.randn(7, 4), torch.randn(11, 4), torch.randn(4, 2), torch.randn(11, 2)
-    head = Head(hidden, weight, torch.randn(11), (lambda x: (x @ a, b),), 0.5)
+    head = Head(hidden, weight, torch.randn(11), ((hidden @ a, b),), 0.5)
     expected = (0.5 * (hidden @ (weight + b @ a.T).T + head.bias) / 2).log_softmax(-1).topk(3)
-    ids, logprobs = teacher_topk.top_k(replace(head), 3, 2.0, chunk_bytes=100)
+    ids, logprobs = teacher_topk.top_k(head, 3, 2.0, chunk_bytes=100)
     assert torch.equal(ids, expected.indices)
     torch.testing.assert_close(logprobs, expected.values)
 
