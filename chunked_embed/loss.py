@@ -356,6 +356,10 @@ class FlexChunkLoss(nn.Module):
             layout = build(arguments, options)
             choose(layout, labels, made, plain)
             self._layouts.keep(key, layout, LAYOUTS)
+        function = "score_fn" if grouped else "loss_fn"
+        if layout.refused and not formula.has(function):
+            told = "; ".join(layout.refused.values())
+            raise NotImplementedError(f"{type(self).__name__} has no {function} for where its step refuses: {told}")
         steps = {
             label: plain[label] if step is None or label in layout.refused else step for label, step in made.items()
         }

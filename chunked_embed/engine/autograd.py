@@ -153,7 +153,7 @@ class ChunkedScores(torch.autograd.Function):
             elif by_row:
                 upstream[label][name] = grad if selection.order is None else grad.index_select(0, selection.order)
             else:
-                upstream[label][name] = to_rows(grad, call, block)
+                upstream[label][name] = to_rows(grad, call, block, label)
         with torch.autocast(layout.device.type, enabled=False):
             sweep = Sweep(call, tensors, holds=True)
             sweep.pull(block.spans, scored, upstream, of_columns)

@@ -99,8 +99,10 @@ class GroupLoss:
         if not with_grad:
             return value, metrics, {}
         grads = grad_or_zero(value, leaves + list(wanted.values()))
-        flat = iter(to_rows(grad, call, block) for grad in grads[: len(leaves)])
-        upstream = {label: {name: next(flat) for name in names} for label, names in trained.items()}
+        flat = iter(grads[: len(leaves)])
+        upstream = {
+            label: {name: to_rows(next(flat), call, block, label) for name in names} for label, names in trained.items()
+        }
         sweep.pull(block.spans, scored, upstream, {})
         return value.detach(), metrics, dict(zip(wanted, grads[len(leaves) :]))
 
@@ -147,11 +149,11 @@ def by_segment(values: Tensor, call: Call, block: Block, label: str) -> Tensor:
     return torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True, initial=0).view(-1, per_group)
 
 
-def to_rows(values: Tensor, call: Call, block: Block) -> Tensor:
-    """(groups, segments) -> (rows of the block,): the gradient of ``by_segment``."""
+def to_rows(values: Tensor, call: Call, block: Block, label: str) -> Tensor:
+    """(groups, segments) -> (rows of the block,): the gradient of ``by_segment``. Of whole segments, one for each."""
     selection, dtype = call.selection, call.layout.dtype
     flat = values.reshape(-1, *values.shape[2:]).to(dtype)
-    if selection.segment is None or values.dim() > 2:
+    if selection.segment is None or call.layout.unit(label).needs.rows == "whole segments":
         return flat
     rows = block.rows
     return flat.index_select(0, selection.segment[rows.start : rows.stop] - block.start * selection.segments_per_group)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from chunked_embed import FlexChunkLoss, LossOutput, Projection, Step
+from chunked_embed import FlexChunkLoss, LossOutput, Needs, Projection, Step
 from chunked_embed.engine import plan as plans
 
 M, H, V = 8, 6, 5
@@ -347,4 +347,75 @@ def test_a_step_that_fails_to_say_what_it_needs_leaves_nothing_behind(head):
     loss = Loss(compiled=False)
     for _ in range(2):
         with pytest.raises(KeyError, match="needs"):
+            loss(projection)
+
+
+# --- steps alone -----------------------------------------------------------------------------------------------------
+
+
+class SegmentEnergy(Step):
+    """A number for each whole segment: the sum of its rows' outputs, squared."""
+
+    row_wise = False
+
+    def needs(self, shape):
+        return Needs(rows="whole segments")
+
+    def score(self, chunk):
+        of_row, n = chunk.segments
+        pooled = chunk.outputs().new_zeros(n, V).index_add_(0, of_row, chunk.outputs())
+        return {"energy": pooled.square().sum(1)}, pooled
+
+    def pull(self, chunk, kept, parts, upstream, into):
+        of_row, _ = chunk.segments
+        into.outputs((2 * kept * upstream["energy"][:, None]).index_select(0, of_row))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("couples_batch", [False, True])
+@pytest.mark.parametrize("segments_per_group", [1, 2])
+def test_a_step_of_whole_segments_may_give_one_number_for_each(head, chunk_size, couples_batch, segments_per_group):
+    x, w, projection, outputs = head
+
+    class Energy(FlexChunkLoss):
+        def make_step(self, projections):
+            return SegmentEnergy()
+
+        def loss_fn(self, scores, groups):
+            return scores["energy"].sqrt().sum(1)
+
+    segments = torch.tensor([1, 0, -1, 1, 3, 3, 0, 2])
+    weight = torch.arange(1, 1 + 4 // segments_per_group, dtype=torch.float64)
+    used = segments >= 0
+    pooled = torch.zeros(4, V, dtype=torch.float64).index_add(0, segments[used], outputs[used])
+    energy = pooled.square().sum(1).view(-1, segments_per_group)
+    options = {"chunk_size": chunk_size, "couples_batch": couples_batch, "segments_per_group": segments_per_group}
+    loss = Energy(compiled=False, **options)
+    found = loss(projection, segments=segments, group_weight=weight).loss
+    expected = (energy.sqrt().sum(1) * weight).sum()
+    torch.testing.assert_close(found, expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, [x, w]), torch.autograd.grad(expected, [x, w], retain_graph=True), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+    assert_same(loss.scores(projection, segments=segments)["energy"].sqrt().sum(), energy.sqrt().sum(), [x, w])
+
+
+def test_a_step_alone_that_refuses_has_nothing_in_its_place(head):
+    _, _, projection, _ = head
+
+    class Refusing(SegmentEnergy):
+        def needs(self, shape):
+            return Needs(refusal="not on Sundays")
+
+    class Energy(FlexChunkLoss):
+        def make_step(self, projections):
+            return Refusing()
+
+        def loss_fn(self, scores, groups):
+            return scores["energy"].sum(1)
+
+    loss = Energy(compiled=False)
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match="has no score_fn for where its step refuses: Refusing: not on"):
             loss(projection)
