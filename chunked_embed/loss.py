@@ -382,15 +382,15 @@ class FlexChunkLoss(nn.Module):
         """Look at the functions once: what learns but is no argument, and other things that would go wrong."""
         layout = laid.layout
         roles = tuple(layout.specs), tuple(layout.rows), tuple(layout.columns), tuple(layout.groups)
-        # Functions that it is given, and what switches branches; numbers rarely do.
-        called = tuple(
-            Alive(v) if callable(v) else v for v in call.loss.__dict__.values() if callable(v) or type(v) in (bool, str)
-        )
+        # Functions that it is given, and what switches branches; numbers rarely do. And what learns by now.
+        own = {**call.loss.__dict__, **call.loss._modules}
+        called = tuple(Alive(v) if callable(v) else v for v in own.values() if callable(v) or type(v) in (bool, str))
+        learns = _learns([*own.values(), *call.loss._parameters.values(), *self._functions.values()])
         # Of fewer than two rows or groups there is less to see.
         sizes = min(call.selection.n_rows, 2), min(call.selection.n_groups, 2)
         steps = tuple(type(step) for step in laid.steps.values())
         functions = tuple(f.key for f in laid.formulas.values())
-        key = (functions, called, laid.form, roles, layout.wants_grad, loss is None, sizes, steps)
+        key = (functions, called, learns, laid.form, roles, layout.wants_grad, loss is None, sizes, steps)
         if not self._looked.found(key) and not torch._C._len_torch_dispatch_stack():  # FLOPs of the call are counted
             look_at(laid.formulas, laid.form, call, laid.tensors, loss)
             self._looked.keep(key, True, LAYOUTS)
@@ -401,6 +401,19 @@ class FlexChunkLoss(nn.Module):
         return {**self.__dict__, "_layouts": Recent(), "_looked": Recent()}
 
     __getattr__ = attribute
+
+
+def _learns(values: list[Any]) -> tuple[bool, ...]:
+    """Whether tensors require grad, and the parameters of modules and of those whose method is given."""
+    found: list[bool] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value.requires_grad)
+            continue
+        module = value if isinstance(value, nn.Module) else getattr(value, "__self__", None)
+        if isinstance(module, nn.Module):
+            found += [parameter.requires_grad for parameter in module.parameters()]
+    return tuple(found)
 
 
 BASES.add(FlexChunkLoss)

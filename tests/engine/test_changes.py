@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from chunked_embed import FlexChunkLoss, LossOutput, Needs, Projection, Step
+from chunked_embed.engine import compile as steps
 from chunked_embed.engine import plan as plans
 
 M, H, V = 8, 6, 5
@@ -328,6 +329,48 @@ def test_a_new_function_at_the_address_of_an_old_one_is_looked_at(head):
     loss.act = learns
     with pytest.raises(ValueError, match="expected what learns to be an argument of loss_fn"):
         loss(projection)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_module_in_the_place_of_another_is_looked_at(head, compiled, monkeypatch):
+    monkeypatch.setattr(steps, "BACKEND", "eager")
+    _, _, projection, _ = head
+    loss = FlexChunkLoss(lambda outputs, rows, act: act(outputs).sum(1), act=nn.Tanh(), compiled=compiled)
+    loss(projection)
+    loss.act = nn.ReLU()  # a submodule now, as the next is
+    loss(projection)
+    loss.act = nn.PReLU().double()
+    with pytest.raises(ValueError, match="expected what learns to be an argument of loss_fn"):
+        loss(projection)
+
+
+def test_what_begins_to_learn_is_looked_at(head):
+    _, _, projection, _ = head
+
+    class Bent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slope = nn.Parameter(torch.ones((), dtype=torch.float64), requires_grad=False)
+
+        def values(self, outputs, rows):
+            return (outputs * self.slope).sum(1)
+
+    class Own(FlexChunkLoss):
+        def loss_fn(self, outputs, rows):
+            return self.bent.values(outputs, rows)
+
+    class Parameter(FlexChunkLoss):
+        def loss_fn(self, outputs, rows):
+            return (outputs * self.slope).sum(1)
+
+    for make in (lambda bent: FlexChunkLoss(bent.values, compiled=False), lambda bent: Own(compiled=False), None):
+        bent = Bent()
+        loss = Parameter(compiled=False) if make is None else make(bent)
+        loss.bent, loss.slope = bent, bent.slope
+        loss(projection)
+        bent.slope.requires_grad_()
+        with pytest.raises(ValueError, match="expected what learns to be an argument of loss_fn"):
+            loss(projection)
 
 
 def test_a_step_that_fails_to_say_what_it_needs_leaves_nothing_behind(head):
