@@ -328,7 +328,9 @@ class FunctionStep(Step):
         rows = "narrow" if sweep.plan.rungs is None else size
         widths = tuple((o.dtype, o.shape[1] if self.static_widths else None) for o in outputs.values())
         destinations = tuple(arguments[1]) if factory is pull_step else ()
-        key = (rows, widths, destinations)
+        # By names and dtypes too, which a loss may be called with in several ways: each has a limit of its own.
+        named = tuple((name, t.dtype) for part in (chunk.rows, chunk.columns) for name, t in part.items())
+        key = (rows, widths, destinations, named)
 
         def probe() -> tuple:
             return tuple(a if a is chunk.columns else _few(a, size, self.column_parts) for a in arguments)
