@@ -20,6 +20,7 @@ import functools
 import inspect
 import math
 import re
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
@@ -166,13 +167,16 @@ def by_name(name: str) -> Divergence:
     return DIVERGENCES[name]
 
 
+_KNOWN: weakref.WeakValueDictionary[tuple, Divergence] = weakref.WeakValueDictionary()
+
+
 def by_function(function: Callable[..., Tensor]) -> Divergence:
     return _known(*Divergence(function).traits)
 
 
-@functools.lru_cache(maxsize=256)
 def _known(*traits: Any) -> Divergence:
-    return Divergence(*traits)
+    """One for the same traits, as long as somebody uses it: a closure must not outlive its batch."""
+    return _KNOWN.setdefault(traits, Divergence(*traits))
 
 
 def divergence(**traits: Any) -> Callable[[C], C]:

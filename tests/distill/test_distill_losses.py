@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -797,3 +799,16 @@ def test_numbers_and_names_of_composites():
 
     with pytest.raises(ValueError, match="penalty_weight"):
         DistillLoss([(penalty, 0.5)])
+
+
+def test_a_function_of_ones_own_keeps_nothing_alive():
+    student, teacher, head = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4), torch.randn(5, 4)
+    batches = []
+    for _ in range(3):
+        batch = torch.zeros(3)
+        batches.append(weakref.ref(batch))
+        loss = DistillLoss(loss_fn=lambda s, t, batch=batch: (s - t).square().mean(1) + batch[0], compiled=False)
+        loss(student, head, teacher, head).loss.backward()
+    del batch, loss
+    gc.collect()
+    assert not any(ref() is not None for ref in batches)
