@@ -6,6 +6,7 @@ gradient is summed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -186,8 +187,10 @@ def rows_per_chunk(layout: Layout, per_row: int, rows: int) -> tuple[int, int]:
     The steps' sizes follow from the budget alone: a ragged batch must not change them.
     """
     chunking = layout.options.chunking
+    multiple = math.lcm(*(unit.needs.multiple for unit in layout.units))
     if chunking.chunk_size is not None:
-        return chunking.chunk_size, chunking.chunk_size
+        size = max(chunking.chunk_size // multiple, 1) * multiple
+        return size, size
     if per_row == 0:
         return max(rows, 1), max(rows, 1)
     least, largest = CUDA_CHUNK_BYTES if layout.device.type == "cuda" else CPU_CHUNK_BYTES
@@ -200,7 +203,7 @@ def rows_per_chunk(layout: Layout, per_row: int, rows: int) -> tuple[int, int]:
     most = max(budget // per_row, 1)
     # Whole tiles of the matrix product, and a ladder that divides evenly; but no cliff from 15 rows to one.
     step = next(n for n in (256, 16, 1) if most >= n)
-    step = max([step, *(unit.needs.multiple for unit in layout.units)])
+    step = math.lcm(step, multiple)
     fitting = max(most // step, 1) * step
     if chunking.max_chunk_bytes is None and rows * per_row + one <= budget + several:
         return max(rows, 1), fitting

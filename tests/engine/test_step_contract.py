@@ -365,3 +365,34 @@ def test_a_step_that_merges_nothing_sees_all_at_once():
     out = Both(chunk_size=2)({"a": Projection(x, a), "b": Projection(x, b)})
     assert seen == [("a", "b")] * 2
     assert_same(out.loss, ((x @ a.T).sum(1) * (x @ b.T).sum(1)).mean(), [x, a, b])
+
+
+class InMultiples(Step):
+    """Row sums, of chunks whose rows are a multiple of six."""
+
+    def needs(self, shape):
+        return Needs(multiple=6)
+
+    def score(self, chunk):
+        return {LOSS: chunk.outputs().sum(1)}, None
+
+    def pull(self, chunk, kept, parts, upstream, into):
+        into.outputs(upstream[LOSS][:, None].expand(-1, chunk.outputs().shape[1]))
+
+
+class InMultiplesLoss(FlexChunkLoss):
+    def make_step(self, projections):
+        return InMultiples()
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 20}, {"chunk_size": 4}, {"max_chunk_bytes": 4000}], ids=str)
+def test_chunks_in_multiples(options):
+    x, weight = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (50, 7))
+    loss = InMultiplesLoss(compiled=False, **options)
+    plan = loss.plan(Projection(x, weight))
+    assert plan.chunk_rows % 6 == 0 and plan.chunks > 1
+    expected = (x @ weight.T).sum(1).mean()
+    output = loss(Projection(x, weight)).loss
+    torch.testing.assert_close(output, expected)
+    for found, truth in zip(torch.autograd.grad(output, (x, weight)), torch.autograd.grad(expected, (x, weight))):
+        torch.testing.assert_close(found, truth)
