@@ -16,10 +16,11 @@ Works on models of transformers by their attributes; imports none of it.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
+from .engine.compile import outside_compile
 from .head import Head
 
 __all__ = ["Head", "HeadOutput", "attach", "capture", "check", "logit_transform"]
@@ -35,12 +37,31 @@ HeadFn = Callable[[Head], Any]
 
 
 class HeadOutput(NamedTuple):
-    """What ``model(**inputs, head_fn=...)`` returns."""
+    """What ``model(**inputs, head_fn=...)`` returns: ``value`` and ``aux_loss``, to the last digit.
 
-    value: Any
-    """The function's result. Wrappers look for tensors in tuples, lists and dicts."""
-    aux_loss: Tensor | None = None
-    """The load-balancing loss of a mixture of experts, if router logits were asked for."""
+    What leaves a wrapped forward is not left alone: FSDP2 casts it to its policy's ``output_dtype``, in every unit that
+    it leaves, and accelerate's bf16 sets that to bfloat16. A sum of log-probabilities then has three digits. Yet a
+    wrapper must see the graph: FSDP2 and ZeRO-3 hook the gradients of outputs to gather what backward needs, DDP looks
+    behind them for parameters that were not used.
+
+    So each tensor that requires grad is represented by a zero of its graph, its *carrier*, and that is all that
+    wrappers see. The tensors go past them, and so do their gradients, which come through the carriers' hooks as zeros
+    and are handed over behind. What requires no grad has no carrier.
+    """
+
+    carriers: Tensor | tuple[Tensor, ...]
+    contents: Callable[[], Any]
+    """A function, since wrappers look into containers and complain of classes that they do not know."""
+
+    @property
+    def value(self) -> Any:
+        """The function's result; tensors that require grad are found in tuples, lists, dicts and dataclasses."""
+        return _unpacked(self.carriers, self.contents()[0])
+
+    @property
+    def aux_loss(self) -> Tensor | None:
+        """The load-balancing loss of a mixture of experts, if router logits were asked for."""
+        return _unpacked(self.carriers, self.contents()[1])
 
 
 def attach(model: Any) -> None:
@@ -83,21 +104,27 @@ def _forward(model: Any, head_fn: HeadFn, *args: Any, **kwargs: Any) -> HeadOutp
     backbone = model.base_model(*args, **kwargs)
     module = model.get_output_embeddings()
     scale, softcap = logit_transform(model.config)
+    aux_loss = _aux_loss(model, backbone, kwargs)
+    contents: list[Any] = []
 
-    def instead(hidden: Tensor) -> Any:
-        return head_fn(_head(module, hidden, scale, softcap))
+    def instead(hidden: Tensor) -> Tensor | tuple[Tensor, ...]:
+        value = head_fn(_head(module, hidden, scale, softcap))
+        carriers, packed = _packed((value, aux_loss), hidden)
+        contents.append(packed)
+        return carriers
 
     # In place of the head's forward, not beside it: what its hooks do (gather a shard, say) is done around the loss.
     own = module.__dict__.get("forward")
     module.forward = instead
     try:
-        value = module(backbone.last_hidden_state)
+        carriers = module(backbone.last_hidden_state)
     finally:
         if own is None:
             del module.forward
         else:
             module.forward = own
-    return HeadOutput(value, _aux_loss(model, backbone, kwargs))
+    (packed,) = contents
+    return HeadOutput(carriers, lambda: packed)
 
 
 def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Head:
@@ -107,13 +134,12 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Head:
     """
     found: list[Head] = []
 
-    def keep(head: Head) -> Tensor:
+    def keep(head: Head) -> None:
         head = head.detach()
         if any(hasattr(module, "unshard") for module in model.modules()):  # FSDP
             bias = None if head.bias is None else head.bias.clone()
             head = replace(head, weight=head.weight.clone(), bias=bias)  # they go back to shards behind the forward
         found.append(head)
-        return head.hidden[:0].sum()
 
     with torch.no_grad():
         model(**inputs, head_fn=keep)
@@ -127,6 +153,96 @@ def _refuse_unattached(model: nn.Module, found: list[Any]) -> None:
         raise ValueError(
             f"expected a model to which causal_lm.attach was applied, got {type(model).__name__} as it was"
         )
+
+
+# --- past a model's outputs -------------------------------------------------------------------------------------------
+
+
+class _Lane:
+    """A tensor's way past the outputs, and its gradient's way back."""
+
+    def __init__(self, tensor: Tensor, index: int, taken: list[bool]) -> None:
+        self.tensor = tensor.detach()
+        self.index = index
+        self.grad: Tensor | None = None
+        self.taken = taken  # whether any tensor of the same value was: that list holds something then
+
+
+class _Carrier(torch.autograd.Function):
+    """Inside of the model: a zero in the place of the tensor. Backward: the gradient that arrived beside its own."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, lane: _Lane) -> Tensor:
+        ctx.lane = lane
+        return tensor.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        found, ctx.lane.grad = ctx.lane.grad, None
+        if not ctx.lane.taken:
+            raise RuntimeError(
+                "expected backward through the .value of what the model returned, got it through the zeros in its place"
+            )
+        return found, None
+
+
+class _Exact(torch.autograd.Function):
+    """Outside of it: the tensor, in the graph of its carrier. Backward: a zero, which runs the hooks on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, lane: _Lane) -> Tensor:
+        lane.taken.append(True)
+        ctx.lane, ctx.zero = lane, torch.zeros_like(carrier)
+        return lane.tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        lane = ctx.lane
+        lane.grad = grad if lane.grad is None else lane.grad + grad  # a value may have been read twice
+        return ctx.zero, None
+
+
+@outside_compile
+def _packed(value: Any, hidden: Tensor) -> tuple[Tensor | tuple[Tensor, ...], Any]:
+    """-> carriers, one or several; and the value with lanes for the tensors that they stand for."""
+    carriers: list[Tensor] = []
+    taken: list[bool] = []
+
+    def pack(leaf: Any) -> Any:
+        if not (isinstance(leaf, Tensor) and leaf.requires_grad and torch.is_grad_enabled()):
+            return leaf
+        lane = _Lane(leaf, len(carriers), taken)
+        carriers.append(_Carrier.apply(leaf, lane))
+        return lane
+
+    packed = _map(pack, value)
+    if len(carriers) > 1:
+        return tuple(carriers), packed
+    return (carriers[0] if carriers else hidden.new_zeros(())), packed  # a tensor, as hooks on a head expect
+
+
+@outside_compile
+def _unpacked(carriers: Tensor | tuple[Tensor, ...], packed: Any) -> Any:
+    each = (carriers,) if isinstance(carriers, Tensor) else carriers
+    return _map(lambda leaf: _Exact.apply(each[leaf.index], leaf) if isinstance(leaf, _Lane) else leaf, packed)
+
+
+def _map(fn: Callable[[Any], Any], value: Any) -> Any:
+    """``fn`` of everything in tuples, lists, dicts and dataclasses: the containers in which FSDP2 finds tensors."""
+    if isinstance(value, (tuple, list)):
+        made = [_map(fn, item) for item in value]
+        return value._make(made) if hasattr(value, "_make") else type(value)(made)
+    if isinstance(value, dict):
+        value = copy.copy(value)
+        for key in value:
+            value[key] = _map(fn, value[key])
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        value = copy.copy(value)
+        for field in fields(value):
+            object.__setattr__(value, field.name, _map(fn, getattr(value, field.name)))
+        return value
+    return fn(value)
 
 
 # --- what a head is --------------------------------------------------------------------------------------------------
@@ -235,13 +351,12 @@ def check(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     used = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask > 0
     used &= used.flatten().cumsum(0).view_as(used) <= SAMPLE_ROWS * SAMPLE_TOKENS
     dtypes: list[torch.dtype] = []
-    described: list[Tensor] = []  # not what the head returns, which its hooks may change
+    described: list[Tensor] = []
 
-    def describe(head: Head) -> Tensor:
+    def describe(head: Head) -> None:
         device = head.hidden.device.type
         dtypes.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.hidden.dtype)
         described.append(head[:, -ids.shape[1] :][used.to(head.hidden.device)].logits())
-        return described[0].new_zeros(())
 
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -256,9 +371,10 @@ def check(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     (found,) = described
     if not len(found):
         return
+    dtypes.append(logits.dtype)  # FSDP2 may have cast them
     expected = logits[used.to(logits.device)].to(found)
     difference = ((found - expected).abs().max() / (1 + found.abs().max())).item()
-    if not difference <= TOLERANCE[dtypes[0]]:
+    if not difference <= max(TOLERANCE[dtype] for dtype in dtypes):
         raise ValueError(
             f"expected the logits of {type(model).__name__} to follow from its hidden states and LM head, got a "
             f"difference of {difference:.1e} times their size: it does something to its logits that is not known here "

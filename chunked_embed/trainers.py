@@ -64,15 +64,13 @@ class HeadTrainer:
         Returns:
             What it found, the loss on the device of ``target``; and the auxiliary loss of a mixture of experts.
         """
-        found: list[LossOutput] = []
 
-        def run(head: Head) -> Tensor:
-            # Metrics go past the model's outputs, which mixed precision under FSDP2 rounds.
-            found.append(loss_fn(head.shifted(target.shape[1] + 1), target.to(head.hidden.device)))
-            return found[-1].loss
+        def run(head: Head) -> LossOutput:
+            return loss_fn(head.shifted(target.shape[1] + 1), target.to(head.hidden.device))
 
         out = model(**inputs, head_fn=run)
-        return found[-1]._replace(loss=out.value.to(target.device)), out.aux_loss
+        value = out.value
+        return value._replace(loss=value.loss.to(target.device)), out.aux_loss
 
     def frozen_head(self, model: nn.Module, inputs: Mapping[str, Any], target: Tensor) -> Head:
         """The head of a teacher or a reference, one state for each target; nothing of it learns."""

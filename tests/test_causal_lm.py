@@ -1,11 +1,13 @@
 """A loss inside a model's own forward, on models of transformers and adapters of PEFT."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from alignment import CPOLoss
@@ -202,3 +204,98 @@ def test_a_model_that_is_not_attached_is_refused(use):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=16, **config))
     with pytest.raises(ValueError, match="attach was applied, got LlamaForCausalLM"):
         use(model, {"input_ids": torch.arange(6).view(2, 3)})
+
+
+# --- past a model's outputs ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    logps: Tensor
+    nothing: None = None
+
+
+def of_all_kinds(head: Head) -> dict[str, Any]:
+    logps = head.shifted().logps(IDS[:, 1:], compiled=False)
+    return {"tensor": logps, "list": [logps.square(), (logps.detach(), 7)], "found": Found(logps.exp())}
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    if not dist.is_gloo_available():
+        pytest.skip("needs torch.distributed with gloo")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("units", ["root", "head and root"])
+def test_what_fsdp2_casts_is_not_what_comes_out(units: str, mesh: Any) -> None:
+    """Neither values nor gradients, in what leaves the head and in what leaves the model."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    alone, model = make("Llama"), make("Llama")
+    policy = MixedPrecisionPolicy(output_dtype=torch.bfloat16)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if units != "root":
+        fully_shard(model.lm_head, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    with torch.no_grad():
+        assert model(input_ids=IDS).logits.dtype == torch.bfloat16
+        assert torch.equal(model(input_ids=IDS, head_fn=logps).value, alone(input_ids=IDS, head_fn=logps).value)
+    causal_lm.check(model, {"input_ids": IDS})
+    for _ in range(2):  # hooks have states
+        alone.zero_grad()
+        model.zero_grad()
+        values = [m(input_ids=IDS, head_fn=of_all_kinds).value for m in (alone, model)]
+        for value in values:
+            first, (square, (constant, seven)) = value["tensor"], value["list"]
+            assert seven == 7 and value["found"].nothing is None and not constant.requires_grad
+            (first.sum() / 3 + (square * value["found"].logps).sum() + (constant * first).sum()).backward()
+        assert torch.equal(values[0]["tensor"], values[1]["tensor"])
+        assert torch.equal(values[0]["list"][1][0], values[1]["list"][1][0])
+        for p, q in zip(alone.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(q.grad.full_tensor(), p.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_casting_wrapper_leaves_an_auxiliary_loss_alone() -> None:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True)
+    model = transformers.MixtralForCausalLM(config).eval()
+    causal_lm.attach(model)
+    expected = model(input_ids=IDS).aux_loss
+    model.register_forward_hook(lambda module, args, out: out._replace(carriers=out.carriers.bfloat16()))
+    with torch.no_grad():
+        found = model(input_ids=IDS, head_fn=lambda head: None)
+    assert found.value is None and torch.equal(found.aux_loss, expected)
+
+
+def test_a_value_may_be_read_and_differentiated_as_any() -> None:
+    model = make("Llama")
+    weights = [model.lm_head.weight, model.model.norm.weight]
+    plain: list[Tensor] = []
+
+    def two(head: Head) -> tuple[Tensor, Tensor]:
+        z = head.logits()
+        plain[:] = [z.square().mean(), z.logsumexp(-1).sum()]
+        return plain[0], plain[1]
+
+    out = model(input_ids=IDS, head_fn=two)
+    for k in range(2):  # each alone, and again
+        for _ in range(2):
+            found, expected = (torch.autograd.grad(v[k], weights, retain_graph=True) for v in (out.value, plain))
+            torch.testing.assert_close(found, expected)
+    found, expected = (
+        torch.autograd.grad(a[0] * b[1] + b[0], weights, create_graph=True)
+        for a, b in ((out.value, out.value), (plain, plain))
+    )
+    torch.testing.assert_close(found, expected)
+    squares = [sum(g.square().sum() for g in first) for first in (found, expected)]
+    twice = [torch.autograd.grad(v, weights, retain_graph=True) for v in squares]
+    torch.testing.assert_close(*twice)
+    changed = model(input_ids=IDS, head_fn=logps).value
+    changed[MASK[:, 1:] == 0] = 0  # in place
+    assert changed.sum().requires_grad

@@ -1,9 +1,10 @@
-"""Two gloo processes: DDP as TRL's own trainers and as one process with twice the batch; FSDP2 as one process."""
+"""One gloo process and two: DDP as TRL's own trainers and as one process with twice the batch; FSDP2 as one process."""
 
 from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ pytest.importorskip("trl")
 sys.path.append(str(Path(__file__).parent.parent / "losses"))
 
 import trl_ranks
+import trl_sharded
 from st_processes import Outcomes, assert_passed, run_checks
 
 pytestmark = [
@@ -63,3 +65,25 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 @pytest.mark.parametrize("name", SHARDED)
 def test_fsdp2_is_one_process_with_both_batches(name: str, sharded: Outcomes) -> None:
     assert_passed(name, sharded)
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", [*trl_sharded.NAMES["bfloat16"], *trl_sharded.NAMES["float64"]])
+@pytest.mark.usefixtures("one_process")
+def test_trainers_are_exact_where_fsdp2_casts_outputs(name: str) -> None:
+    trl_sharded.check(name, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", trl_sharded.NAMES)
+def test_trainers_are_exact_on_two_processes(precision: str, tmp_path: Path) -> None:
+    names = trl_sharded.NAMES[precision]
+    outcomes = run_checks(trl_sharded.check, names, trl_ranks.WORLD, tmp_path)
+    for name in names:
+        assert_passed(name, outcomes)

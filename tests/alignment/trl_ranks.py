@@ -86,7 +86,7 @@ def check_fsdp(name: str, rank: int) -> None:
     """Gradients equal those of one process with both batches, in the ways in which people shard a model."""
     import trl_parts as parts
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     from chunked_embed import causal_lm
 
@@ -97,14 +97,15 @@ def check_fsdp(name: str, rank: int) -> None:
     model = parts.model(torch.float64)
     causal_lm.attach(model)
     mesh = init_device_mesh("cpu", (WORLD,))
+    policy = MixedPrecisionPolicy(output_dtype=torch.bfloat16)  # of what leaves the head or the model
     if layout == "accelerate":
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model.model.embed_tokens, mesh=mesh)
         fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
     if layout == "head alone":
-        fully_shard(model.lm_head, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh)
+        fully_shard(model.lm_head, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     found = gradients(model, batch(rank), primitive == "linear_logps")
     assert found.keys() == expected.keys()
     for key, value in expected.items():
