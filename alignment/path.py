@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from chunked_embed import ChunkPlan, FlexChunkLoss, Head, LossOutput, TokenStatistics, checks, transform_logits
 from chunked_embed.checks import POSITIVE
+from chunked_embed.digits import excess
 from chunked_embed.fields import KW_ONLY, ChunkFields, flag, integer, number
 
 Named: TypeAlias = dict[str, Tensor]
@@ -50,7 +51,7 @@ class PreparedLoss:
 class PreferenceLoss(ChunkFields, nn.Module):
     """A preference loss from hidden states and an LM head; the logits are never held whole.
 
-    ``chunk_size``, ``max_chunk_bytes`` and ``compiled`` are as for ``FlexChunkLoss``.
+    ``chunk_size``, ``max_chunk_bytes``, ``compiled`` and ``float32_outputs`` are as for ``FlexChunkLoss``.
     """
 
     _: KW_ONLY
@@ -206,7 +207,8 @@ class PreferenceLoss(ChunkFields, nn.Module):
         engine.temperature = self.temperature
         engine.segments_per_group, engine.couples_batch = self.segments_per_unit, self.couples_batch
         engine.chunk_size, engine.max_chunk_bytes = self.chunk_size, self.max_chunk_bytes
-        engine.compiled, engine.ignore_index = self.compiled, self.ignore_index
+        engine.compiled, engine.float32_outputs = self.compiled, self.float32_outputs
+        engine.ignore_index = self.ignore_index
         projections = {name: head.projection for name, head in heads.items()}
         call = engine.prepare(projections, {"target": target}, groups=groups, segments=segments)
         return PreparedLoss(call, report)
@@ -266,7 +268,7 @@ class DivergenceSums(FlexChunkLoss):
     asked_by: tuple[PreferenceLoss]
 
     def __init__(self) -> None:
-        super().__init__(targets=("target",), float32_outputs=True)
+        super().__init__(targets=("target",))
         self.temperature = 1.0
 
     def read(self, heads: Mapping[str, Head], names: tuple[str, ...]) -> None:
@@ -281,11 +283,15 @@ class DivergenceSums(FlexChunkLoss):
         z, zr = self.logits(outputs, "policy"), self.logits(outputs, "reference")
         target = rows["target"].long()
         policy, reference = z.log_softmax(1), zr.log_softmax(1)
-        kl = reference.exp() * (reference.clamp_min(-800.0) - policy.clamp_min(-800.0))  # 0 * -inf is 0 here
+        # The sum over p (log p - log q), whose terms of first order cancel, and its derivative by log q, -p.
+        log_q, log_p = (log.clamp_min(-800.0) for log in (policy, reference))  # 0 * -inf is 0 here
+        p, q = log_p.exp(), log_q.detach().exp()
+        moves = -(p * log_q).sum(1)
+        kl = excess(p, q, log_p - log_q.detach()).sum(1) + (moves - moves.detach())
         scores = {
             "logps": -F.cross_entropy(z, target, reduction="none"),
             "ref_logps": -F.cross_entropy(zr, target, reduction="none"),
-            "kl": kl.sum(1),
+            "kl": kl,
         }
         if self.names != ("logps",):
             z, policy = z.detach(), policy.detach()

@@ -44,7 +44,7 @@ except ImportError as missing:
 
 from chunked_embed import Head, LossOutput, causal_lm
 from chunked_embed.checks import FINITE
-from chunked_embed.fields import KW_ONLY, number
+from chunked_embed.fields import KW_ONLY, ChunkFields, number
 from chunked_embed.trainers import HeadTrainer, Sums, check_given_loss, warn_untested
 
 from . import functional as AF
@@ -150,7 +150,7 @@ class _Chunked(HeadTrainer):
 
     def _token_logps(self, model: nn.Module, inputs: Mapping[str, Any], target: Tensor) -> Tensor:
         self.check_once(model, inputs)
-        names = ("chunk_size", "max_chunk_bytes", "compiled", "temperature")
+        names = (*ChunkFields.fields, "temperature")
         return self.token_logps(model, inputs, target, **{name: getattr(self.chunked_loss, name) for name in names})
 
     @property

@@ -28,6 +28,7 @@ __all__ = [
     "TokenStatistics",
     "causal_lm",
     "checks",
+    "digits",
     "fields",
     "functional",
     "linear_logps",
@@ -40,6 +41,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Submodules on first use: importing the package stays light."""
-    if name in ("causal_lm", "checks", "fields", "functional", "losses", "signatures", "trainers"):
+    if name in ("causal_lm", "checks", "digits", "fields", "functional", "losses", "signatures", "trainers"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -157,6 +157,13 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def floating_dtype_or_none(name: str, given: Any) -> torch.dtype | None:
+    known = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if given is not None and given not in known:
+        raise TypeError(f"expected {name} to be one of {[str(dtype)[6:] for dtype in known]} or None, got {given!r}")
+    return given
+
+
 def flag_or_none(name: str, value: Any) -> bool | None:
     if value is not None and not isinstance(value, bool):
         raise TypeError(f"expected {name} to be True, False or None, got {_told(value)}")

@@ -241,7 +241,8 @@ class ChunkFields(Fields):
     chunk_size: int | None = None
     max_chunk_bytes: int | None = None
     compiled: bool | None = None
+    float32_outputs: bool = True
 
     def check(self) -> None:
         super().check()
-        Chunking(self.chunk_size, self.max_chunk_bytes, self.compiled)
+        Chunking.of(self)

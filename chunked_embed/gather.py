@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .engine.types import accumulator_dtype
+
 
 class _GatherRows(torch.autograd.Function):
     """(n, ...) per process -> (sum of n, ...); backward sums over processes what each wants from this one's rows.
@@ -32,9 +34,10 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad.split(list(ctx.sizes))[dist.get_rank()], None
+        # Half precision is added up in float32, and rounded once.
+        total = grad.to(accumulator_dtype(grad.dtype), memory_format=torch.contiguous_format, copy=True)
+        dist.all_reduce(total)
+        return total.split(list(ctx.sizes))[dist.get_rank()].to(grad.dtype), None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .chunking import Chunking
+from .chunking import NAMES, Chunking
 from .engine.autograd import ChunkedLoss, ChunkedScores, ScoreName
 from .engine.call import Arguments, read
 from .engine.compile import outside_compile
@@ -28,14 +28,11 @@ from .engine.values import Alive
 from .signatures import with_arguments_of
 
 OPTIONS = (
-    "chunk_size",
-    "max_chunk_bytes",
-    "compiled",
+    *NAMES,
     "ignore_index",
     "segments_per_group",
     "couples_batch",
     "separate_outputs",
-    "float32_outputs",
     "static_widths",
     "workspace_bytes",
 )
@@ -82,14 +79,20 @@ class FlexChunkLoss(nn.Module):
         loss_fn, score_fn, element_fn: plain functions, instead of overriding the methods.
         chunk_size: rows per chunk; without it they follow from ``max_chunk_bytes``.
         max_chunk_bytes: a chunk's budget. Without one: on a GPU as much as the gradients and their float32 sums take,
-            between 512 MiB and 1.25 GiB; on a CPU 128 MiB; or one chunk, where that takes no more than several.
+            between 512 MiB and 1.25 GiB, and beyond that 2048 rows in 2.5 GiB or 4096 in 1 GiB; on a CPU 128 MiB. One
+            chunk, where that takes no more than several, or 1 GiB on a GPU. A chunk grows to hold the longest group, up
+            to 2.5 GiB (256 MiB).
         compiled: compile the steps. None: where the problem is large enough for it to pay. False gives the same
             numbers, slower and with more memory.
+        float32_outputs: products of half-precision operands write float32 outputs. False: in the operands' dtype, for
+            up to a fifth less time and half of a chunk's memory; what follows is as wrong as that rounding. Outputs of
+            bfloat16 are right to 0.4% of themselves: a margin between log-probabilities of a policy and a reference
+            near it is off by a fifth, the gradient of a softmax over near duplicates at a scale of 100 by a tenth.
+            Float16 has an eighth of those errors, and infinity above 65,504.
         targets: names of row arguments that index the outputs' columns; or a dict that says of which projection. Rows
             whose target is ``ignore_index`` are dropped before any product, and all other targets must lie in [0, V).
             (A dropped row that is a group of its own has scores of zero and a ``"count"`` of zero: one that couples the
             batch looks at that.)
-            By default ``"target"`` is one, where that holds one integer a row.
             By default ``"target"`` is one, where that holds one integer a row; under another name, ``ignore_index``
             among integers brings a warning.
         ignore_index: the target of rows that count for nothing.
@@ -99,13 +102,15 @@ class FlexChunkLoss(nn.Module):
             ``scores["count"]`` is zero there is none.
         separate_outputs: score each projection on its own (policy, then reference, through one buffer), under
             ``self.projection``, its name; the loss sees ``scores[projection][name]``.
-        float32_outputs: products of half-precision operands write float32 outputs.
         row_totals: further scores, name -> "logsumexp" or "sum" over the columns of what ``element_fn(self, outputs,
             rows) -> {name: (R, V)}`` returns. Their gradient takes no second reduction: one elementwise pass.
         column_totals: column scores ``(V,)``, name -> "logsumexp" or "sum" over all rows. Needs ``couples_batch``.
         static_widths: compile anew for each width of narrow outputs: for formulas that cut a row at a fraction of its
             width, which do not fuse when the width is dynamic.
         workspace_bytes: per output, that a step needs beyond the outputs (a sort index: 8).
+        gradient_size: about how large the gradient of a value by an output is, where that is far from one: 1/V of a
+            mean over V outputs. Float16 gradients are brought near one by it, and by the weights; without it those of
+            such a mean are denormal, and off by 5% at V = 20,000. A size that is 60,000 times too small overflows.
         numbers: further attributes, with plain functions.
 
     A value depends on its own row alone (a group's on its own group), unless ``couples_batch``: which rows share a
@@ -125,35 +130,37 @@ class FlexChunkLoss(nn.Module):
         chunk_size: int | None = None,
         max_chunk_bytes: int | None = None,
         compiled: bool | None = None,
+        float32_outputs: bool = True,
         targets: tuple[str, ...] | Mapping[str, str] | None = None,
         ignore_index: int = -100,
         segments_per_group: int = 1,
         couples_batch: bool = False,
         separate_outputs: bool = False,
-        float32_outputs: bool = False,
         row_totals: Mapping[str, str] | None = None,
         column_totals: Mapping[str, str] | None = None,
         static_widths: bool = False,
         workspace_bytes: int = 0,
+        gradient_size: float = 1.0,
         **numbers: Any,
     ) -> None:
         super().__init__()
-        for name in ("targets", "row_totals", "column_totals", *OPTIONS):
+        for name in ("targets", "row_totals", "column_totals", "gradient_size", *OPTIONS):
             if hasattr(type(self), name):
                 raise TypeError(f"expected {name} as an argument of FlexChunkLoss.__init__, got a class attribute")
         self.chunk_size = chunk_size
         self.max_chunk_bytes = max_chunk_bytes
         self.compiled = compiled
+        self.float32_outputs = float32_outputs
         self.targets = targets
         self.ignore_index = ignore_index
         self.segments_per_group = segments_per_group
         self.couples_batch = couples_batch
         self.separate_outputs = separate_outputs
-        self.float32_outputs = float32_outputs
         self.row_totals = dict(row_totals or {})
         self.column_totals = dict(column_totals or {})
         self.static_widths = static_widths
         self.workspace_bytes = workspace_bytes
+        self.gradient_size = checks.number("gradient_size", gradient_size, checks.POSITIVE)
         self._layouts: Recent[Hashable, Layout] = Recent()
         self._looked: Recent[Hashable, bool] = Recent()
         self._checked: tuple[tuple, Options] | None = None
@@ -318,7 +325,7 @@ class FlexChunkLoss(nn.Module):
         given = (targets, *(getattr(self, name) for name in OPTIONS))
         if self._checked is None or self._checked[0] != given:
             options = dict(zip(OPTIONS, given[1:]))
-            chunking = Chunking(*(options.pop(name) for name in ("chunk_size", "max_chunk_bytes", "compiled")))
+            chunking = Chunking(*(options.pop(name) for name in NAMES))
             self._checked = given, Options(chunking, targets, **options)
         return self._checked[1]
 
@@ -332,7 +339,7 @@ class FlexChunkLoss(nn.Module):
 
     def _lay_out(self, arguments: Arguments, options: Options, formula: Formula) -> _Laid:
         """The layout of calls of this key, and what such a call needs beside it."""
-        names = tuple(name for name, _, _ in arguments.structure.projections)
+        names = tuple(positions.name for positions in arguments.structure.projections)
         labels = {name: (name,) for name in names} if options.separate_outputs else {"/".join(names): names}
         made = {label: formula.view.make_step(told) for label, told in labels.items()}
         grouped = formula.has("score_fn") or any(step is not None and not step.row_wise for step in made.values())

@@ -49,6 +49,7 @@ def linear_logps(
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
     compiled: bool | None = None,
+    float32_outputs: bool = True,
 ) -> TokenLogps:
     """Log-probabilities of target tokens, and what else the logits say about them, a chunk of logits at a time.
 
@@ -71,7 +72,7 @@ def linear_logps(
         target: one id per hidden state, already aligned; ``ignore_index`` drops the token before any product.
         outputs: names of the table above.
         extra: further ``(input, weight)`` terms of the logits, such as a LoRA adapter on the head.
-        chunk_size, max_chunk_bytes, compiled: as for ``FlexChunkLoss``.
+        chunk_size, max_chunk_bytes, compiled, float32_outputs: as for ``FlexChunkLoss``.
 
     Returns:
         A named tuple of tensors shaped like ``target``, in float32 (float64 for float64 inputs).
@@ -98,7 +99,8 @@ def linear_logps(
         checks.number("temperature", temperature, POSITIVE),
     )
     checks.integer("ignore_index", ignore_index)
-    statistics = _statistics(names, transform, ignore_index, Chunking(chunk_size, max_chunk_bytes, compiled))
+    chunking = Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs)
+    statistics = _statistics(names, transform, ignore_index, chunking)
     found = statistics.scores(Projection(hidden, weight, bias, extra), {"target": target.long()})
     return TokenLogps(**{name: s if name in DIFFERENTIABLE else s.detach() for name, s in found.items()})
 
@@ -197,7 +199,7 @@ class TokenKernel(Step):
         return {"logit_scale": self.logit_scale, "softcap": self.softcap, "temperature": self.temperature}
 
     def needs(self, shape: Shape) -> Needs:
-        return Needs(refusal=kernel_refusal(shape))
+        return Needs(refusal=kernel_refusal(shape), overwrites=True)
 
     def score(self, chunk: Chunk) -> tuple[Named, Named]:
         found = token_statistics(*_tokens(chunk), names=self.names, **self.transform)

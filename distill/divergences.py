@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chunked_embed.checks import UNIT, Range
+from chunked_embed.digits import excess, product
 from chunked_embed.fields import Field, choice, flag, integer, number
 
 Number: TypeAlias = "float | Tensor"  # a Python float, or a 0-d tensor
@@ -64,6 +65,7 @@ class Divergence:
         shared_vocabulary: the two rows are over the same tokens.
         tokenwise: a sum over tokens that may come in any order, some of them as one.
         workspace_bytes: bytes per output that it needs beside them (a sort: 12).
+        averages: a mean over tokens: its gradient by a logit is about 1/V, which float16 must know.
     """
 
     unchanging: ClassVar[bool] = True  # compiled steps need not compare it
@@ -76,6 +78,7 @@ class Divergence:
     shared_vocabulary: bool = True
     tokenwise: bool = True
     workspace_bytes: int = 0
+    averages: bool = False
 
     def __post_init__(self) -> None:
         fields_of(self.function)
@@ -284,18 +287,6 @@ def _log_mean(d: Tensor, beta: Number) -> Tensor:
     return torch.where(d.abs() < 0.35, series, torch.log(rest + b * _exp(d)))
 
 
-def _excess(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
-    """``a log(a/b) - a + b`` from ``r = log(a/b)``: its sum is KL(a|b) where a and b are distributions.
-
-    No term is negative, and each is formed from ``r`` alone and the larger of a and b: of order ``r^2`` for a small
-    ``r``, where ``a log(a/b)`` would be of order ``r`` and cancel in the sum.
-    """
-    up = r > 0
-    x = torch.where(up, -r, r)
-    e = torch.expm1(x)
-    return torch.where(up, a * (e - x), b * (x * (1 + e) - e))
-
-
 # --- Kullback-Leibler and its relatives ------------------------------------------------------------------------------
 
 
@@ -303,7 +294,7 @@ def _excess(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
 @of_distributions
 def kl(student: LogProbs, teacher: LogProbs) -> Tensor:
     """Forward KL: ``sum p log(p/q)``. Its gradient by the student's logits is ``q - p``."""
-    return _sum(_excess(teacher.p, student.p, teacher.log - student.log), -teacher.p, student, total=-1.0)
+    return _sum(excess(teacher.p, student.p, teacher.log - student.log), -teacher.p, student, total=-1.0)
 
 
 @divergence(needs_support=True)
@@ -311,7 +302,7 @@ def kl(student: LogProbs, teacher: LogProbs) -> Tensor:
 def reverse_kl(student: LogProbs, teacher: LogProbs) -> Tensor:
     """Reverse KL: ``sum q log(q/p)``. Its gradient is ``q (log(q/p) - RKL)``. Infinite where p is zero and q is not."""
     r = student.log - teacher.log
-    return _sum(_excess(student.p, teacher.p, r), student.p * r, student)
+    return _sum(excess(student.p, teacher.p, r), student.p * r, student)
 
 
 @divergence(needs_support=("beta", 1.0))
@@ -342,7 +333,7 @@ def skew_kl(student: LogProbs, teacher: LogProbs, *, skew: Number = number(0.1, 
         return kl.core(student, teacher)
     q_over_m, p_over_m = _over_mixture(student, teacher, skew)
     m = skew * teacher.p + (1 - skew) * student.p
-    return _sum(_excess(teacher.p, m, p_over_m), (skew - 1) * teacher.p * q_over_m.exp(), student)
+    return _sum(excess(teacher.p, m, p_over_m), (skew - 1) * teacher.p * q_over_m.exp(), student)
 
 
 @divergence(needs_support=("skew", 0.0))
@@ -363,7 +354,7 @@ def skew_reverse_kl(
         return reverse_kl.core(student, teacher)
     q_over_m, _ = _over_mixture(student, teacher, 1 - skew)
     q = student.p
-    values = _excess(q, (1 - skew) * teacher.p + skew * q, q_over_m)
+    values = excess(q, (1 - skew) * teacher.p + skew * q, q_over_m)
     # expm1: a multiple of q more or less changes nothing but the digits that are left.
     through_m = 0.0 if detach_mixture else skew * torch.expm1(q_over_m)
     return _sum(values, q * (q_over_m - through_m), student)
@@ -390,14 +381,14 @@ def alpha_beta(
     d = log_p - log_q
     if _is(a, 0.0):
         powered = (b * log_q).exp()
-        return _sum(_excess(powered, (b * log_p).exp(), -b * d) / (b * b), -powered * d, student)
+        return _sum(excess(powered, (b * log_p).exp(), -b * d) / (b * b), -powered * d, student)
     # Relative to the larger of p and q: exponents are not positive, and every term vanishes with d.
     s = a + b
     up = d > 0
     x = torch.where(up, -d, d)
     slope = torch.where(up, a * log_p + b * log_q, s * log_q).exp() * torch.expm1(a * x) * torch.where(up, 1, -1) / a
     if _is(b, 0.0):
-        return _sum(_excess((a * log_p).exp(), (a * log_q).exp(), a * d) / (a * a), slope, student)
+        return _sum(excess((a * log_p).exp(), (a * log_q).exp(), a * d) / (a * a), slope, student)
     largest = (s * torch.where(up, log_p, log_q)).exp()
     e = torch.expm1(s * x)
     inner = torch.expm1(torch.where(up, b * x, a * x)) - torch.where(up, (b / s) * e, (a / s) * e)
@@ -421,7 +412,7 @@ def adaptive_kl(student: LogProbs, teacher: LogProbs, *, head: Number = number(0
     total = gap.sum(1, keepdim=True)
     w = torch.where(total > 0, in_head / total.clamp_min(TINY), 0.5)
     d = teacher.log - student.log
-    return _sum(w * _excess(p, q, d) + (1 - w) * _excess(q, p, -d), (w - 1) * q * d - w * p, student)
+    return _sum(w * excess(p, q, d) + (1 - w) * excess(q, p, -d), (w - 1) * q * d - w * p, student)
 
 
 @divergence()
@@ -448,14 +439,14 @@ def tvd(student: LogProbs, teacher: LogProbs) -> Tensor:
     return _sum(0.5 * gap.abs(), 0.5 * student.p * gap.sign(), student)
 
 
-@divergence(tempered=False, needs_support=True)
+@divergence(tempered=False, needs_support=True, averages=True)
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     """``1 - cos(student, teacher)`` of the logits themselves, as half the squared distance of their unit vectors."""
     _same_width(student, teacher)
     return 0.5 * (F.normalize(student, dim=1) - F.normalize(teacher, dim=1)).square().sum(1)
 
 
-@divergence(tempered=False, needs_support=True)
+@divergence(tempered=False, needs_support=True, averages=True)
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of the logits themselves: ``mean_V (student - teacher)^2``."""
     _same_width(student, teacher)
@@ -473,10 +464,11 @@ def earth_mover(student: Tensor, teacher: Tensor, *, p: int = integer(1, 1, 2)) 
     return (gap.square() if p == 2 else gap.abs()).sum(1) / max(gap.shape[1] - 1, 1)
 
 
-@divergence(takes_head=("kernel", "linear"), needs_support=("kernel", "linear"), tokenwise=False)
+@divergence(takes_head=("kernel", "linear"), needs_support=("kernel", "linear"), tokenwise=False, workspace_bytes=4)
+@of_distributions
 def kvd(
-    student: Tensor,
-    teacher: Tensor,
+    student: LogProbs,
+    teacher: LogProbs,
     *,
     kernel: str = choice("linear", ("linear", "delta")),
     embedding: Tensor | None = None,
@@ -484,19 +476,20 @@ def kvd(
     """Kernel distance (squared MMD): ``(q-p)' K (q-p)``.
 
     ``kernel="linear"``: ``K = E E'`` with the unit rows of ``embedding`` ``(V, H)``, so ``|(q-p) E|^2``: two more
-    products, there and back. ``kernel="delta"``: K is the identity, the Brier score between p and q.
+    products, there and back, each in two where E is in half precision. ``kernel="delta"``: K is the identity, the Brier
+    score between p and q. Its gradient is ``u - q sum(u)`` with ``u = 2 q K (q-p)``.
     """
-    _same_width(student, teacher)
-    gap = student.softmax(1) - teacher.softmax(1)
+    q = student.p
+    gap = q - teacher.p
     if kernel == "delta":
-        return gap.square().sum(1)
+        return _sum(gap.square(), 2 * q * gap, student)
     if embedding is None or embedding.shape[0] != gap.shape[1]:
         got = None if embedding is None else tuple(embedding.shape)
         raise ValueError(f"expected an embedding ({gap.shape[1]}, H) for the linear kernel, got {got}")
     wide = torch.promote_types(embedding.dtype, torch.float32)
     norm = torch.linalg.vector_norm(embedding, dim=1, dtype=wide).clamp_min(1e-12)
-    moved = (gap / norm).to(embedding.dtype) @ embedding
-    return moved.to(gap.dtype).square().sum(1)
+    moved = product(gap / norm, embedding)  # the terms of a sum that nearly cancel
+    return _sum(moved.square(), 2 * q * product(moved, embedding, transposed=True) / norm, student)
 
 
 @divergence(shared_vocabulary=False, workspace_bytes=24)

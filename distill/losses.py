@@ -76,9 +76,8 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
             longer teacher is cut in any case (logits of -inf would be the same), and the hard loss always sees the
             student's whole vocabulary.
         report: further metrics, "student_entropy" and "teacher_agreement" (whether their top tokens are the same).
-        float32_outputs: products of half-precision operands write float32 logits. Without it a divergence between
-            close distributions is off by about a percent, in less memory.
-        chunk_size, max_chunk_bytes, compiled: as for ``FlexChunkLoss``.
+        chunk_size, max_chunk_bytes, compiled, float32_outputs: as for ``FlexChunkLoss``. With half-precision logits a
+            divergence between close distributions is off by about a percent.
     """
 
     entry: ClassVar[Divergence]
@@ -96,7 +95,6 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
     teacher_softcap: float | None = number(None, POSITIVE)
     vocabulary: str = choice("cut", ("cut", "mask", "refuse"))
     report: Sequence[str] | str | None = ()
-    float32_outputs: bool = flag(True)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -106,7 +104,7 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
                 raise TypeError(f"expected a field of {cls.__name__} for each option of its entry, got no {name!r}")
 
     def begin(self, values: Mapping[str, Any]) -> None:
-        of_engine = ("ignore_index", "float32_outputs", *ChunkFields.fields)
+        of_engine = ("ignore_index", *ChunkFields.fields)
         FlexChunkLoss.__init__(self, targets={"target": "student"}, **{name: values[name] for name in of_engine})
         self.terms: tuple[Term, ...] = ()
         self.further: dict[str, Field] = {}
@@ -325,6 +323,12 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
         # At one, nothing is multiplied: all terms then share a softmax.
         limits += [(name, (1.0,)) for name in ("temperature", "student_scale", "teacher_scale")]
         self.pinned = tuple((name, float(getattr(self, name))) for name, at in limits if getattr(self, name) in at)
+        # The largest term's: brought near one, it leaves those of smaller ones the digits that they add to it.
+        sizes = [abs(self.weight_hard)]
+        for term in self.terms if self.soft else ():
+            weight = abs(self.weight_soft if term.weight is None else self.weight_soft * getattr(self, term.weight))
+            sizes.append(weight / len(student.weight) if term.divergence.averages else weight)
+        self.gradient_size = max(sizes) or 1.0
 
     def holds(self, term: Term, when: When) -> bool:
         """Whether something is so for a term, which may hang on one of its options."""

@@ -78,6 +78,7 @@ class TopKLoss(DistillationLoss):
         super().settle(student, teacher)
         of_tail = 0 if self.tail == "zero" else 8  # the student's others, padded and then scattered into
         self.workspace_bytes = self.terms[0].divergence.workspace_bytes + of_tail
+        self.gradient_size = 1.0  # of few tokens, whatever the divergence
 
     def prepare(  # type: ignore[override]
         self,

@@ -17,7 +17,6 @@ from torch._dynamo.utils import counters
 
 from chunked_embed import functional as CF
 from chunked_embed.engine import compile as cache
-from chunked_embed.functional.normalize import unit
 
 EAGER = {"compiled": False}
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -336,64 +335,6 @@ def test_scale_of_another_shape_and_dtype():
     assert scale.grad.shape == (1,) and scale.grad.dtype == torch.float32
 
 
-# --- unit vectors -----------------------------------------------------------------------------------------------------
-
-
-def normalized(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    return scale * F.normalize(x, dim=1)
-
-
-@pytest.mark.parametrize("factor", [1.0, 1e-9, 1e-13, 1e9])  # of which one is below the floor
-@pytest.mark.parametrize("learns", [False, True])
-def test_unit(factor, learns):
-    x = (factor * torch.randn(6, 5, dtype=torch.float64)).requires_grad_()
-    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True) if learns else None
-    leaves = [x, scale] if learns else [x]
-    upstream = torch.randn(6, 5, dtype=torch.float64)
-    mine, theirs = unit(x, scale, compiled=False), normalized(x, 1.0 if scale is None else scale)
-    torch.testing.assert_close(mine, theirs, **EXACT)
-    for a, b in zip(*(torch.autograd.grad(y, leaves, upstream, retain_graph=True) for y in (mine, theirs))):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12 / factor)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_unit_of_zero_and_tiny_rows(dtype):
-    x = torch.zeros(3, 4, dtype=dtype)
-    x[1] = 1.0
-    x[2, 0] = 1e-20  # below the floor, and zero in float16
-    x.requires_grad_()
-    wide = x.detach().double().requires_grad_()
-    mine, theirs = unit(x, compiled=False), normalized(wide)
-    assert mine.dtype == dtype
-    torch.testing.assert_close(mine.double(), theirs, rtol=1e-2, atol=1e-8)
-    upstream = torch.full((3, 4), 1e-9, dtype=torch.float64) * torch.arange(4)
-    (a,) = torch.autograd.grad(mine, x, upstream.to(dtype))
-    (b,) = torch.autograd.grad(theirs, wide, upstream.to(dtype).double())
-    torch.testing.assert_close(a.double(), b, rtol=1e-2, atol=1e-8)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_unit_rounds_once(dtype):
-    x = torch.randn(64, 48).to(dtype).requires_grad_()
-    wide = x.detach().double().requires_grad_()
-    upstream = torch.randn(64, 48).to(dtype)
-    mine, theirs = unit(x, compiled=False), normalized(wide)
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(mine.double(), theirs, rtol=eps, atol=1e-7)
-    (a,) = torch.autograd.grad(mine, x, upstream)
-    (b,) = torch.autograd.grad(theirs, wide, upstream.double())
-    assert (a.double() - b).norm() < 2 * eps * b.norm()
-
-
-def test_unit_gradcheck_and_frozen():
-    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, s: unit(x, s, compiled=False), [x, scale])
-    assert not unit(x.detach(), compiled=False).requires_grad
-    with torch.no_grad():
-        assert not unit(x, scale, compiled=False).requires_grad
-
-
 # --- a projection of all sides ----------------------------------------------------------------------------------------
 
 
@@ -614,23 +555,6 @@ def test_compiled(way, masked):
             options = {"scale": factor, **WAYS[way], **HARDNESS["all" if masked else "plain"], **known}
             mine, theirs = (nce(sides, chunk_size=6, compiled=flag, **options) for flag in (True, False))
             assert_same([*sides, scale] if factor is scale else sides, mine, theirs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_compiled_unit(dtype):
-    for rows in (5, 9):
-        x = torch.randn(rows, 7).to(dtype)
-        x[0] = 0
-        x.requires_grad_()
-        scale = torch.tensor(2.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True)
-        mine, theirs = (unit(x, scale, compiled=flag) for flag in (True, False))
-        eps = 2 * torch.finfo(dtype).eps
-        torch.testing.assert_close(mine, theirs, rtol=eps, atol=eps)
-        upstream = torch.randn(rows, 7).to(dtype)
-        upstream[0] = 0
-        for a, b in zip(*(torch.autograd.grad(y, [x, scale], upstream) for y in (mine, theirs))):
-            torch.testing.assert_close(a, b, rtol=4 * eps, atol=4 * eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .formula import is_users
 from .gradients import scaled
-from .losses import GroupLoss, RowLoss, by_segment, in_user_order, power_of_two, to_rows
+from .losses import GroupLoss, RowLoss, by_segment, in_user_order, to_rows
 from .sweep import Call, Scored, Sweep
 from .types import Named
 from .values import frozen
@@ -139,9 +139,10 @@ class ChunkedScores(torch.autograd.Function):
         ctx.watched.check()
         layout, selection = call.layout, call.selection
         (block,) = call.plan.blocks
-        scale = None
-        if layout.has_float16:
-            scale = power_of_two(torch.stack([g.abs().amax() for g in grads if g is not None]))
+        with torch.autocast(layout.device.type, enabled=False):
+            sweep = Sweep(call, tensors, holds=True)
+        scale = sweep.scale_for([g for g in grads if g is not None])
+        if scale is not None:
             grads = tuple(None if g is None else g / scale for g in grads)
         upstream: dict[str, Named] = {unit.label: {} for unit in layout.units}
         of_columns: Named = {}
@@ -155,7 +156,6 @@ class ChunkedScores(torch.autograd.Function):
             else:
                 upstream[label][name] = to_rows(grad, call, block, label)
         with torch.autocast(layout.device.type, enabled=False):
-            sweep = Sweep(call, tensors, holds=True)
             sweep.pull(block.spans, scored, upstream, of_columns)
             # Gradients took the outputs' place: a second backward forms them again.
             ctx.scored = Scored({}, scored.columns, scored.parts, [{} for _ in scored.chunks])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import checks
 from .types import Projection, Projections, Tensors
 
 ONLY = "outputs"  # the name of a projection that was given alone, not in a dict
@@ -25,10 +26,20 @@ class Term(NamedTuple):
     weight: int | None
 
 
+class Positions(NamedTuple):
+    """A projection by the positions of its tensors."""
+
+    name: str
+    terms: tuple[Term, ...]
+    bias: int | None
+    cosine: bool
+    dtype: torch.dtype | None  # of the operands, where it is stated
+
+
 class Structure(NamedTuple):
     """Which tensor plays which role, by position."""
 
-    projections: tuple[tuple[str, tuple[Term, ...], int | None], ...]  # name, terms, bias
+    projections: tuple[Positions, ...]
     single: bool  # one projection, given alone: loss functions see the tensor and not a dict
     rows: tuple[tuple[str, int], ...]
     columns: tuple[tuple[str, int], ...]
@@ -105,25 +116,34 @@ class _Reader:
             self.tensors.append(given)
         return self.positions[key]
 
-    def projection(self, name: str, given: Any) -> tuple[str, tuple[Term, ...], int | None]:
+    def projection(self, name: str, given: Any) -> Positions:
         if not isinstance(given, Projection):
             raise TypeError(f"expected a Projection for {name!r}, got {type(given).__name__}")
         label = label_of(name)
         if given.weight is None:
-            if given.bias is not None or given.extra:
-                raise ValueError(f"expected no bias and no extra terms{label} without a weight")
-            return name, (Term(self.slot("identity", f"input{label}", given.input), None),), None
+            if given.bias is not None or given.extra or given.cosine or given.dtype is not None:
+                raise ValueError(f"expected no bias, extra terms, cosine or dtype{label} without a weight")
+            return Positions(
+                name, (Term(self.slot("identity", f"input{label}", given.input), None),), None, False, None
+            )
+        checks.flag(f"cosine{label}", given.cosine)
+        if given.cosine and (given.bias is not None or given.extra):
+            raise ValueError(f"expected neither bias nor extra terms{label} with cosine=True")
         if not isinstance(given.extra, (tuple, list)) or not all(
             isinstance(term, (tuple, list)) and len(term) == 2 for term in given.extra
         ):
             raise TypeError(f"expected extra{label} to be a tuple of (input, weight) pairs, got {given.extra!r:.80}")
         pairs = ((given.input, given.weight), *given.extra)
+        dtype = checks.floating_dtype_or_none(f"dtype{label}", given.dtype)
+        # A tensor that goes through its norm, or is cast, is another one than where it does not.
+        kind = f"{'cosine ' if given.cosine else ''}{'' if dtype is None else dtype} "
         terms = []
         for n, (x, w) in enumerate(pairs):
             suffix = label if n == 0 else f" of extra term {n}{label}"
-            terms.append(Term(self.slot("input", f"input{suffix}", x), self.slot("weight", f"weight{suffix}", w)))
-        bias = None if given.bias is None else self.slot("bias", f"bias{label}", given.bias)
-        return name, tuple(terms), bias
+            slots = self.slot(kind + "input", f"input{suffix}", x), self.slot(kind + "weight", f"weight{suffix}", w)
+            terms.append(Term(*slots))
+        bias = None if given.bias is None else self.slot(kind + "bias", f"bias{label}", given.bias)
+        return Positions(name, tuple(terms), bias, given.cosine, dtype)
 
 
 def label_of(name: str) -> str:
@@ -138,6 +158,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+def operand_dtype(given: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of a product, where none is stated: that of autocast, which leaves float64 alone."""
+    return given if given == torch.float64 else autocast_dtype(device) or given
 
 
 def _refuse_transforms() -> None:

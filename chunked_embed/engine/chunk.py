@@ -28,13 +28,16 @@ class Visit:
 
     def rows_of(self, i: int) -> Tensor:
         """The span's rows of a row-aligned tensor; a view where rows are taken as they come."""
+        if i not in self.gathered:
+            self.gathered[i] = self.take(self.sweep.operands[i])
+        return self.gathered[i]
+
+    def take(self, given: Tensor) -> Tensor:
+        """The span's rows of what is aligned with the user's."""
         order = self.sweep.selection.order
         if order is None:
-            return self.sweep.operands[i][self.span.start : self.span.stop]
-        if i not in self.gathered:
-            index = order[self.span.start : self.span.stop]
-            self.gathered[i] = self.sweep.operands[i].index_select(0, index)
-        return self.gathered[i]
+            return given[self.span.start : self.span.stop]
+        return given.index_select(0, order[self.span.start : self.span.stop])
 
 
 class Chunk:
@@ -88,6 +91,17 @@ class Chunk:
             for term in spec.terms
         )
         return terms, None if spec.bias is None else self.sweep.operands[spec.bias]
+
+    def factors(self, name: str | None = None) -> tuple[Tensor, Tensor] | None:
+        """``(size,)`` and ``(V,)``: what the outputs of a row and of a column are to be multiplied by, where the
+        projection has such; inverse norms, of cosines. The gradient that ``into`` takes is that of the outputs as
+        they are formed."""
+        spec = self.spec(name)
+        if not spec.cosine:
+            return None
+        ((x, weight),) = spec.terms
+        assert weight is not None
+        return self.visit.take(self.sweep.inverse_norms[x]), self.sweep.inverse_norms[weight]
 
     def outputs(self, name: str | None = None) -> Tensor:
         """``(size, V)``: formed on the first demand, in a buffer of the plan; overwritten by what is formed later,
@@ -154,8 +168,11 @@ class Into:
         spec = self.chunk.spec(name)
         if spec.name not in self.places:
             rows = self.chunk.sweep.padded(self.chunk.size)
-            if spec.gradient_in_place:
-                self.places[spec.name] = self.chunk.buffer(spec.name)
+            if spec.in_place:
+                place = self.chunk.buffer(spec.name)
+                if spec.output_dtype != spec.operand_dtype:  # the first half of each row
+                    place = place.view(spec.operand_dtype)[:, : spec.width]
+                self.places[spec.name] = place
             elif spec.identity:
                 self.places[spec.name] = self.gradients.destination(spec.terms[0].input, self.visit.span, rows)
             else:
@@ -164,9 +181,9 @@ class Into:
                 )
         return self.places[spec.name]
 
-    def outputs(self, grad: Tensor, name: str | None = None) -> None:
+    def outputs(self, grad: Tensor, name: str | None = None, bias: Tensor | None = None) -> None:
         """The gradient of a projection's outputs: the engine takes the products with inputs and weights, and the
-        bias."""
+        bias, unless that comes with it: as the sum of a gradient that had more digits."""
         spec = self.chunk.spec(name)
         if not spec.wants_grad:
             return
@@ -182,7 +199,7 @@ class Into:
             if self.layout.wants_grad[term.weight]:
                 self.gradients.add_product(term.weight, grad, self.visit.rows_of(term.input))
         if spec.bias is not None and self.layout.wants_grad[spec.bias]:
-            self.gradients.add(spec.bias, grad.sum(0, dtype=self.layout.dtype))
+            self.gradients.add(spec.bias, grad.sum(0, dtype=self.layout.dtype) if bias is None else bias)
 
     def rows(self, name: str, value: Tensor) -> None:
         """The gradient of a row argument, ``(size, ...)``."""

@@ -14,25 +14,21 @@ import itertools
 import re
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 import torch
 
-from .recent import Recent
-
 F = TypeVar("F", bound=Callable)
 
 _INSIDE: ContextVar[bool] = ContextVar("inside", default=False)
-_PLAIN: Recent[Hashable, Compiled] = Recent()
 BROKEN: set[str] = set()  # device types on which nothing can be compiled: no C++ compiler, no Triton
 _WARNED: set[str] = set()
 _SERIAL = itertools.count()
-CACHES: list[Any] = [_PLAIN, BROKEN, _WARNED]
+CACHES: list[Any] = [BROKEN, _WARNED]
 """All that the process keeps; ``specialize.py`` adds its own."""
-PLAIN = 512  # compiled functions of no loss that are kept
 
 BACKEND = "inductor"
 # How torch says that nothing can be compiled here; other errors are of one step, whatever names occur in them.
@@ -84,22 +80,6 @@ def clear() -> None:
 # --- a compiled function ---------------------------------------------------------------------------------------------
 
 
-def compiled_step(
-    factory: Callable[..., Callable], bound: tuple, key: Hashable, device: torch.device, rows_vary: bool = False
-) -> Callable:
-    """The step ``factory(*bound)`` of no loss at all, compiled once for ``(factory, key)``.
-
-    Args:
-        factory: a module-level function that returns the step.
-        bound: what the step closes over.
-        key: everything besides tensor contents that the step depends on, ``bound`` included, hashable.
-        device: where the step runs.
-        rows_vary: the first dimension of its tensors is dynamic from the start: one graph instead of two.
-    """
-    entry = (factory, key, device.type)
-    return _PLAIN.found(entry) or _PLAIN.keep(entry, Compiled(factory(*bound), device.type, rows_vary), PLAIN)
-
-
 class Failure(Exception):
     """A step could not be compiled; ``cause`` says why. Nothing of it has run."""
 
@@ -111,12 +91,11 @@ class Failure(Exception):
 class Compiled:
     """A function, compiled on its first call. Called, it runs uncompiled, after one warning, where that fails."""
 
-    def __init__(self, function: Callable, device_type: str, rows_vary: bool = False) -> None:
+    def __init__(self, function: Callable, device_type: str) -> None:
         code = function.__code__
         function.__code__ = code.replace(co_name=f"{code.co_name}_{next(_SERIAL)}")
         self.function = function
         self.device_type = device_type
-        self.rows_vary = rows_vary
         self.compiled: Callable | None = None
         self.failed = False
 
@@ -138,14 +117,13 @@ class Compiled:
         """Run it compiled, or raise a Failure. ``dynamic``: sources of integers that become symbols."""
         if self.compiled is not None:
             try:
-                return self.compiled(*args)
+                with _hooks_kept():
+                    return self.compiled(*args)
             except _errors() as error:
                 raise Failure(error) from None
         try:
             options = _inductor_options() if self.device_type == "cuda" and BACKEND == "inductor" else None
             compiled = torch.compile(self.function, fullgraph=True, backend=BACKEND, options=options)
-            if self.rows_vary:
-                _mark_rows(args)
             with _symbols(dynamic):
                 result = compiled(*args)
         except _errors() as error:
@@ -230,18 +208,25 @@ def symbols_can_be_asked_for() -> bool:
     return hasattr(config, "dynamic_sources")
 
 
+@contextmanager
+def _hooks_kept() -> Iterator[None]:
+    """Whether saved-tensor hooks are allowed, as it was. ``torch.func.grad`` forbids them while it runs, and where it
+    meets one as a step is traced for a new shape, it leaves them forbidden (torch 2.13)."""
+    before = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    try:
+        yield
+    finally:
+        if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() != before:
+            if before is None:
+                torch._C._autograd._saved_tensors_hooks_enable()
+            else:
+                torch._C._autograd._saved_tensors_hooks_disable(before)
+
+
 def _inductor_options() -> dict[str, Any]:
     import torch._inductor.config as config
 
     return {name: value for name, value in RECOMPUTE.items() if hasattr(config, name)}
-
-
-def _mark_rows(args: tuple[Any, ...]) -> None:
-    import torch._dynamo as dynamo
-
-    for arg in args:
-        if isinstance(arg, torch.Tensor) and arg.dim() and len(arg) > 1:
-            dynamo.maybe_mark_dynamic(arg, 0)
 
 
 @functools.cache

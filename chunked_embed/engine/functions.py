@@ -19,7 +19,7 @@ from .call import ONLY
 from .chunk import Chunk, Into
 from .formula import Bound, Formula
 from .step import LOSS, METRIC, Step
-from .types import Named, accumulator_dtype
+from .types import HALF, Named, accumulator_dtype
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,12 @@ def weighted(value: Tensor, weight: Tensor) -> Tensor:
 # --- factories -------------------------------------------------------------------------------------------------------
 
 
-def score_step(bound: Bound, form: Form) -> Callable:
-    def step(outputs: Named, rows: Named, columns: Named, valid: Tensor | None) -> tuple[Named, Named]:
-        wide = _wide(outputs)
+def score_step(bound: Bound, form: Form, learns: tuple[str, ...] = ()) -> Callable:
+    def step(
+        outputs: Named, rows: Named, columns: Named, valid: Tensor | None, row_factors: Named, column_factors: Named
+    ) -> tuple[Named, Named]:
+        wide = _factored(_wide(outputs), row_factors, column_factors)
+        rows, columns = (named | _wide(named, learns) for named in (rows, columns))
         values = form.values(bound, wide, rows, columns)
         elements = form.elements(bound, wide, rows, columns)
         parts = {name: _reduce(how, elements[name], 1) for name, how in form.totals.rows}
@@ -110,21 +113,29 @@ def score_step(bound: Bound, form: Form) -> Callable:
 
 
 def pull_step(
-    bound: Bound, form: Form, wanted_rows: tuple[str, ...], wanted_columns: tuple[str, ...], with_values: bool
+    bound: Bound,
+    form: Form,
+    wanted_rows: tuple[str, ...],
+    wanted_columns: tuple[str, ...],
+    biased: tuple[str, ...],
+    with_values: bool,
 ) -> Callable:
     def step(
         outputs: Named,
-        destinations: dict[str, Tensor | None],  # where the gradient of outputs goes; None: in their place
         rows: Named,
         columns: Named,
         valid: Tensor | None,
+        row_factors: Named,
+        column_factors: Named,
+        destinations: dict[str, Tensor | None],  # where the gradient of outputs goes; None: in their place
         upstream: Named,
         parts: Named,  # totals
-    ) -> tuple[Named, Named, Named, Named]:
+    ) -> tuple[Named, Named, Named, Named, Named]:
         wide = _wide(outputs)
 
         def total(o: Named, r: Named, c: Named) -> tuple[Tensor, Named]:
-            given = (bound, {**wide, **o}, {**rows, **r}, {**columns, **c})
+            factored = _factored({**wide, **o}, row_factors, column_factors)
+            given = (bound, factored, {**rows, **r}, {**columns, **c})
             values = form.values(*given)
             elements = form.elements(*given)
             value: Any = sum(weighted(values[name], u) for name, u in upstream.items() if name in values)
@@ -141,17 +152,27 @@ def pull_step(
 
         arguments = (
             {name: wide[name] for name in destinations},
-            {name: rows[name] for name in wanted_rows},
-            {name: columns[name] for name in wanted_columns},
+            _wide(rows, wanted_rows),
+            _wide(columns, wanted_columns),
         )
         grads, values = _gradients(total, arguments)
-        return values, grads[1], grads[2], _store(grads[0], outputs, destinations)
+        of_bias = {name: grads[0][name].sum(0) for name in biased}
+        return values, grads[1], grads[2], of_bias, _store(grads[0], outputs, destinations)
 
     return step
 
 
-def _wide(outputs: Named) -> Named:
-    return {name: o.to(accumulator_dtype(o.dtype)) for name, o in outputs.items()}
+def _wide(named: Named, names: tuple[str, ...] | None = None) -> Named:
+    """Those of these names, or all: functions see in float32 what has a gradient, so that nobody rounds that before it
+    is summed."""
+    chosen = named if names is None else [name for name in names if name in named]
+    return {name: named[name].to(accumulator_dtype(named[name].dtype)) for name in chosen}
+
+
+def _factored(outputs: Named, of_rows: Named, of_columns: Named) -> Named:
+    """Outputs as functions see them: some are products still to be multiplied (``Chunk.factors``)."""
+    factored = {name: outputs[name] * of_rows[name][:, None] * of_columns[name] for name in of_rows}
+    return {**outputs, **factored}
 
 
 def _own(named: Mapping[str, Tensor]) -> Named:
@@ -222,6 +243,8 @@ def _store_rest(rest: Named, outputs: Named, destinations: dict[str, Tensor | No
 class FunctionStep(Step):
     """Plain functions over the rows of a chunk: whole, or compiled for wide outputs in tiles of a few fixed sizes."""
 
+    takes_factors = True
+
     def __init__(self, formula: Formula, form: Form, static_widths: bool) -> None:
         self.formula = formula
         self.form = form
@@ -238,15 +261,10 @@ class FunctionStep(Step):
     def score(self, chunk: Chunk) -> tuple[Named, None]:
         pieces: dict[str, list[Tensor]] = {}
         columns: Named = {}
+        bound = (self.form, chunk.sweep.layout.wanted)
         for start, stop, size in chunk.sweep.tiles(chunk.size):
-            outputs = self._outputs(chunk, start, stop, size)
-            arguments = (
-                outputs,
-                _pad(chunk.rows, start, stop, size),
-                chunk.columns,
-                self._valid(chunk, stop - start, size),
-            )
-            values, totals = self._run(score_step, (self.form,), chunk, size, outputs, arguments)
+            given = self._given(chunk, start, stop, size)
+            values, totals = self._run(score_step, bound, chunk, size, given)
             _collect(pieces, values, stop - start, size)
             for name, how in self.form.totals.columns:
                 columns[name] = combine(how, columns.get(name), totals.pop(name))
@@ -271,31 +289,26 @@ class FunctionStep(Step):
         row_upstream = {name: u for name, u in upstream.items() if name not in across}
         values: dict[str, list[Tensor]] = {}
         row_grads: dict[str, list[Tensor]] = {}
-        bound = (self.form, rows, columns, with_values)
+        of_bias: Named = {}
+        bound = (self.form, rows, columns, self._biased(chunk), with_values)
         for start, stop, size in chunk.sweep.tiles(chunk.size):
-            outputs = self._outputs(chunk, start, stop, size)
-            given = {self._name(name): chunk.buffer(name) for name in names}
+            given = self._given(chunk, start, stop, size)
             destinations = {
-                self._name(name): None if place is given[self._name(name)] else place[start : start + size]
+                self._name(name): None if place is chunk.buffer(name) else place[start : start + size]
                 for name, place in places.items()
             }
-            arguments = (
-                outputs,
-                destinations,
-                _pad(chunk.rows, start, stop, size),
-                chunk.columns,
-                self._valid(chunk, stop - start, size),
-                _pad_zero(row_upstream, start, stop, size) | column_upstream,
-                _pad(row_parts, start, stop, size) | column_parts,
-            )
-            named, of_rows, of_columns, rest = self._run(pull_step, bound, chunk, size, outputs, arguments)
-            _store_rest(rest, outputs, destinations)
+            upstreams = _pad_zero(row_upstream, start, stop, size) | column_upstream
+            totals = _pad(row_parts, start, stop, size) | column_parts
+            arguments = (*given, destinations, upstreams, totals)
+            named, of_rows, of_columns, sums, rest = self._run(pull_step, bound, chunk, size, arguments)
+            _store_rest(rest, given[0], destinations)
             _collect(values, named, stop - start, size)
             _collect(row_grads, of_rows, stop - start, size)
             for name, value in of_columns.items():
                 into.columns(name, value)
+            of_bias = {name: value + of_bias[name] if name in of_bias else value for name, value in sums.items()}
         for name, place in places.items():
-            into.outputs(place[: chunk.size], name)
+            into.outputs(place[: chunk.size], name, of_bias.get(self._name(name)))
         for name, value in _joined(row_grads).items():
             into.rows(name, value)
         return _joined(values)
@@ -303,6 +316,18 @@ class FunctionStep(Step):
     def _name(self, name: str) -> str:
         """A single output has one name whatever its projection's, so that policy and reference share a step."""
         return ONLY if self.form.single else name
+
+    def _given(self, chunk: Chunk, start: int, stop: int, size: int) -> tuple:
+        """What either step takes first: rows [start, stop), padded, and what belongs to the columns."""
+        row_factors, column_factors = self._factors(chunk)
+        return (
+            self._outputs(chunk, start, stop, size),
+            _pad(chunk.rows, start, stop, size),
+            chunk.columns,
+            self._valid(chunk, stop - start, size),
+            _pad(row_factors, start, stop, size),
+            column_factors,
+        )
 
     def _outputs(self, chunk: Chunk, start: int, stop: int, size: int) -> Named:
         """Rows [start, start + size) of the outputs; padding repeats the last real row, so it stays finite."""
@@ -314,26 +339,47 @@ class FunctionStep(Step):
             found[self._name(name)] = buffer[start : start + size]
         return found
 
+    def _factors(self, chunk: Chunk) -> tuple[Named, Named]:
+        """By output: those of the chunk's rows, and of the columns."""
+        found = {self._name(name): chunk.factors(name) for name in chunk.names}
+        pairs = {name: pair for name, pair in found.items() if pair is not None}
+        return {name: of_rows for name, (of_rows, _) in pairs.items()}, {name: of for name, (_, of) in pairs.items()}
+
+    def _biased(self, chunk: Chunk) -> tuple[str, ...]:
+        """Outputs whose gradient is summed for a bias before it is rounded. In a compiled step of wide outputs that
+        would be one more pass over all of them."""
+        layout = chunk.sweep.layout
+        if chunk.sweep.plan.rungs is not None:
+            return ()
+        specs = [chunk.spec(name) for name in chunk.names]
+        return tuple(
+            self._name(spec.name)
+            for spec in specs
+            if spec.bias is not None and layout.wants_grad[spec.bias] and spec.operand_dtype in HALF
+        )
+
     def _valid(self, chunk: Chunk, rows: int, size: int) -> Tensor | None:
         """(size,) True on rows, False on the padding behind them."""
         if not self.form.totals.columns:
             return None
         return torch.arange(size, device=chunk.sweep.layout.device) < rows
 
-    def _run(self, factory: Callable, bound: tuple, chunk: Chunk, size: int, outputs: Named, arguments: tuple) -> Any:
+    def _run(self, factory: Callable, bound: tuple, chunk: Chunk, size: int, arguments: tuple) -> Any:
         sweep = chunk.sweep
         if not sweep.layout.compiled or size == 0:
             return factory(self.formula.bind(), *bound)(*arguments)
         # A wide step is compiled for its row count alone; a narrow one turns dynamic in whatever changes.
         rows = "narrow" if sweep.plan.rungs is None else size
+        outputs, _, columns, _, row_factors, column_factors, *of_pull = arguments
         widths = tuple((o.dtype, o.shape[1] if self.static_widths else None) for o in outputs.values())
-        destinations = tuple(arguments[1]) if factory is pull_step else ()
+        destinations = tuple((name, t if t is None else t.dtype) for name, t in of_pull[0].items()) if of_pull else ()
         # By names and dtypes too, which a loss may be called with in several ways: each has a limit of its own.
         named = tuple((name, t.dtype) for part in (chunk.rows, chunk.columns) for name, t in part.items())
-        key = (rows, widths, destinations, named)
+        key = (rows, widths, destinations, named, tuple(row_factors))
 
         def probe() -> tuple:
-            return tuple(a if a is chunk.columns else _few(a, size, self.column_parts) for a in arguments)
+            whole = (columns, column_factors)
+            return tuple(a if any(a is b for b in whole) else _few(a, size, self.column_parts) for a in arguments)
 
         return specialize.run(factory, self.formula, bound, key, sweep.layout.device, arguments, probe)
 

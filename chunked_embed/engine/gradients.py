@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..kernels.norms import through_norms_
 from ..kernels.scale import scale_
 from .layout import Layout
 from .pack import Selection, Span
@@ -32,11 +33,15 @@ class Gradients:
         selection: Selection,
         operands: Sequence[Tensor],
         sums: Sequence[torch.dtype | None],
+        inverse_norms: Mapping[int, Tensor],
+        powers: Mapping[int, Tensor],
     ) -> None:
         self.layout = layout
         self.selection = selection
         self.operands = operands
         self.sums = sums
+        self.inverse_norms = inverse_norms
+        self.powers = powers
         self.buffers: dict[int, Tensor] = {}
         self.fresh: set[int] = set()  # sums whose first product overwrites instead of adding
         self.row_uses = Counter(term.input for spec in layout.specs.values() for term in spec.terms)
@@ -117,7 +122,18 @@ class Gradients:
         for i, wants in enumerate(self.layout.wants_grad):
             if wants and i not in self.buffers and self.sums[i] is not None:  # no row was used
                 self.buffers[i] = torch.zeros_like(self.operands[i], dtype=self.sums[i])
+            if wants and i in self.inverse_norms:
+                through_norms_(self.buffers[i], self.operands[i], self.inverse_norms[i])
+                if i in self.powers:
+                    self.buffers[i] *= self.powers[i][:, None]
         return [self.buffers.pop(i, None) for i in range(len(self.layout.dtypes))]
+
+
+def power_of_two(weights: Sequence[Tensor]) -> Tensor:
+    """The scale that brings the largest weight to (1/2, 1]: exact in any dtype. Zero and non-finite weights: one."""
+    largest = torch.stack([w.abs().amax() if w.numel() else w.new_ones(()) for w in weights]).amax()
+    exponent = torch.ceil(torch.log2(largest))
+    return torch.exp2(torch.where(torch.isfinite(exponent), exponent, 0.0))
 
 
 def scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:

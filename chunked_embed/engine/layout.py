@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .. import checks
 from ..chunking import Chunking
-from .call import Arguments, Structure, Term, autocast_dtype, label_of
+from ..kernels.norms import of_length_one
+from .call import Arguments, Positions, Structure, Term, label_of, operand_dtype
 from .recent import Recent
 from .step import Needs, Shape, Step
 from .types import HALF, accumulator_dtype
@@ -34,12 +35,11 @@ class Options:
     segments_per_group: int = 1
     couples_batch: bool = False
     separate_outputs: bool = False
-    float32_outputs: bool = False
     static_widths: bool = False
     workspace_bytes: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("couples_batch", "separate_outputs", "float32_outputs", "static_widths"):
+        for name in ("couples_batch", "separate_outputs", "static_widths"):
             checks.flag(name, getattr(self, name))
         checks.integer("ignore_index", self.ignore_index)
         checks.integer("segments_per_group", self.segments_per_group, low=1)
@@ -51,7 +51,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Spec:
-    """A projection by the positions of its tensors."""
+    """A projection as laid out: the positions of its tensors, its width and dtypes."""
 
     name: str
     terms: tuple[Term, ...]
@@ -60,15 +60,12 @@ class Spec:
     operand_dtype: torch.dtype
     output_dtype: torch.dtype
     wants_grad: bool  # any of its tensors does: the gradient of its outputs is needed
+    cosine: bool = False  # inverse norms of the rows of input and weight are factors of the outputs
+    in_place: bool = False  # the gradient of the outputs takes their place, or the first half of each of their rows
 
     @property
     def identity(self) -> bool:
         return self.terms[0].weight is None
-
-    @property
-    def gradient_in_place(self) -> bool:
-        """The gradient of the outputs takes the place of the outputs: same dtype, and not the user's own tensor."""
-        return not self.identity and self.output_dtype == self.operand_dtype
 
 
 @dataclass(frozen=True)
@@ -104,6 +101,7 @@ class Layout:
     dtypes: tuple[torch.dtype, ...]
     wants_grad: tuple[bool, ...]
     rowlike: frozenset[int]
+    normed: frozenset[int]  # those whose inverse norms are factors of outputs
     cast: dict[int, torch.dtype]  # operands that autocast converts
     compiled: bool
     options: Options
@@ -157,9 +155,16 @@ class Layout:
         n = len(self.leading)
         return [t.flatten(0, n - 1) if i in self.rowlike and n > 1 else t for i, t in enumerate(tensors)]
 
-    def operands(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def powers(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+        """``(N,)``, what multiplies the rows of float16 operands of cosines: brought to a length of one, exactly,
+        neither they nor their gradients leave its range, whatever their norms are."""
+        narrow = [i for i in sorted(self.normed) if self.operand_dtype(i) == torch.float16]
+        return {i: of_length_one(tensors[i].detach()) for i in narrow}
+
+    def operands(self, tensors: Sequence[Tensor], powers: Mapping[int, Tensor]) -> list[Tensor]:
         """Detached tensors in the dtype of the products. A tensor that autocast converts is converted once."""
-        return [t.detach().to(self.operand_dtype(i)) for i, t in enumerate(tensors)]
+        given = [t.detach() * powers[i][:, None] if i in powers else t.detach() for i, t in enumerate(tensors)]
+        return [t.to(self.operand_dtype(i)) for i, t in enumerate(given)]
 
     def shape_of(self, names: Sequence[str]) -> Shape:
         specs = [self.specs[name] for name in names]
@@ -168,6 +173,7 @@ class Layout:
             widths=tuple(spec.width for spec in specs),
             operands=specs[0].operand_dtype,
             outputs=specs[0].output_dtype,
+            cosine=any(spec.cosine for spec in specs),
             device=self.device,
             compiled=self.compiled,
             columns=bool(self.columns),
@@ -177,15 +183,19 @@ class Layout:
     @cached_property
     def sums(self) -> tuple[tuple[torch.dtype | None, ...], tuple[torch.dtype | None, ...]]:
         """The dtype in which each gradient is summed, over one chunk and over several. Half precision is summed in
-        float32; but what is written once needs no sum, unless it is float16, which waits in float32 for its scale."""
+        float32; but what is written once needs no sum, unless it is float16, which waits in float32 for its scale, or
+        is still to go through its norm."""
         uses = Counter(term.weight for spec in self.specs.values() for term in spec.terms)
+        parts = Counter(term.input for spec in self.specs.values() for term in spec.terms)  # of a chunk's rows
+        parts.update(i for i in self.rows.values() for unit in self.units if unit.pulled)
         of_groups = set(self.groups.values())  # those have theirs from the small loss
 
         def dtype(i: int, n_chunks: int) -> torch.dtype | None:
             if not self.wants_grad[i] or i in of_groups:
                 return None
             operand = self.operand_dtype(i)
-            once = i in self.rowlike or n_chunks * uses.get(i, 2) == 1
+            written = parts[i] if i in self.rowlike else n_chunks * uses.get(i, 2)
+            once = written <= 1 and i not in self.normed
             # A float32 weight under autocast takes it straight from the product.
             if once and operand != torch.float16 and (i in uses or operand == self.dtypes[i]):
                 return self.dtypes[i]
@@ -217,11 +227,16 @@ def choose(
     for label, names in labels.items():
         step, shape = made[label] or plain[label], layout.shape_of(names)
         needs = step.needs(shape)
+        if shape.cosine and not step.takes_factors:
+            needs = Needs("takes no factors of the outputs, which the norms of cosines are")
         if needs.refusal is not None:
             layout.refused[label] = f"{type(step).__name__}: {needs.refusal}"
             step, needs = plain[label], plain[label].needs(shape)
         trains = any(layout.specs[name].wants_grad for name in names)
         pieces = tuple((name,) for name in names) if step.merges else (names,)
+        for spec in (layout.specs[name] for name in names if not layout.specs[name].identity):  # the user's own tensor
+            in_place = needs.overwrites or spec.output_dtype == spec.operand_dtype
+            layout.specs[spec.name] = replace(spec, in_place=in_place)
         units.append(Unit(label, pieces, trains, trains or bool(layout.wanted), needs))
     layout.units = tuple(units)
 
@@ -235,14 +250,13 @@ class _Builder:
         first = self.tensors[0]
         self.leading = tuple(first.shape[:-1])
         self.device = first.device
-        self.autocast = autocast_dtype(first.device)
         self.cast: dict[int, torch.dtype] = {}
         if first.dim() < 2 or math.prod(self.leading) == 0:
             raise ValueError(f"expected an input of shape (..., H) with at least one row, got {tuple(first.shape)}")
 
     def layout(self) -> Layout:
         structure, tensors = self.structure, self.tensors
-        specs = {name: self.projection(name, terms, bias) for name, terms, bias in structure.projections}
+        specs = {positions.name: self.projection(positions) for positions in structure.projections}
         widths = sorted({spec.width for spec in specs.values()})
         for name, i in structure.rows:
             self.rowlike(f"rows[{name!r}]", tensors[i])
@@ -253,6 +267,7 @@ class _Builder:
                 raise ValueError(f"expected columns[{name!r}] of shape (V, ...) with V one of {widths}, got {got}")
         grad = torch.is_grad_enabled()
         inputs = {t.input for spec in specs.values() for t in spec.terms}
+        normed = {i for spec in specs.values() if spec.cosine for term in spec.terms for i in term if i is not None}
         elements = self.n_rows * sum(spec.width for spec in specs.values())
         chunking = self.options.chunking
         free = chunking.compiled is None and chunking.chunk_size is None and chunking.max_chunk_bytes is None
@@ -272,6 +287,7 @@ class _Builder:
             dtypes=tuple(t.dtype for t in tensors),
             wants_grad=tuple(grad and t.requires_grad for t in tensors),
             rowlike=frozenset(inputs | {i for _, i in structure.rows}),
+            normed=frozenset(normed),
             cast=self.cast,
             compiled=not small if chunking.compiled is None else chunking.compiled,
             options=self.options,
@@ -282,7 +298,8 @@ class _Builder:
     def n_rows(self) -> int:
         return math.prod(self.leading)
 
-    def projection(self, name: str, terms: tuple[Term, ...], bias: int | None) -> Spec:
+    def projection(self, positions: Positions) -> Spec:
+        name, terms, bias, cosine, asked = positions
         label, tensors = label_of(name), self.tensors
         first = terms[0]
         self.rowlike(f"input{label}", tensors[first.input], features=True)
@@ -296,8 +313,8 @@ class _Builder:
             suffix = label if n == 0 else f" of extra term {n}{label}"
             x, w = tensors[term.input], tensors[term.weight]  # type: ignore[index]
             self.rowlike(f"input{suffix}", x, features=True)
-            dtypes[f"input{suffix}"] = self.operand(term.input, f"input{suffix}")
-            dtypes[f"weight{suffix}"] = self.operand(term.weight, f"weight{suffix}")  # type: ignore[arg-type]
+            dtypes[f"input{suffix}"] = self.operand(term.input, f"input{suffix}", asked)
+            dtypes[f"weight{suffix}"] = self.operand(term.weight, f"weight{suffix}", asked)  # type: ignore[arg-type]
             if w.dim() != 2 or w.shape[1] != x.shape[-1] or w.shape[0] != width or 0 in w.shape:
                 rows = "V" if n == 0 else str(width)
                 raise ValueError(
@@ -305,21 +322,21 @@ class _Builder:
                     f"got {tuple(w.shape)}"
                 )
         if bias is not None:
-            dtypes[f"bias{label}"] = self.operand(bias, f"bias{label}")
+            dtypes[f"bias{label}"] = self.operand(bias, f"bias{label}", asked)
             if tensors[bias].shape != (width,):
                 raise ValueError(f"expected bias{label} of shape ({width},), got {tuple(tensors[bias].shape)}")
         dtype = checks.one_dtype("the tensors of a projection", dtypes)
-        widened = self.options.float32_outputs and dtype in HALF
+        widened = self.options.chunking.float32_outputs and dtype in HALF
         used = [i for term in terms for i in term if i is not None] + ([] if bias is None else [bias])
         wants = torch.is_grad_enabled() and any(tensors[i].requires_grad for i in used)
-        return Spec(name, terms, bias, width, dtype, accumulator_dtype(dtype) if widened else dtype, wants)
+        return Spec(name, terms, bias, width, dtype, accumulator_dtype(dtype) if widened else dtype, wants, cosine)
 
-    def operand(self, i: int, name: str) -> torch.dtype:
-        given = checks.tensor(name, self.tensors[i], device=self.device, kind="floating")
-        if self.autocast is None or given.dtype == torch.float64:
-            return given.dtype
-        self.cast[i] = self.autocast
-        return self.autocast
+    def operand(self, i: int, name: str, asked: torch.dtype | None) -> torch.dtype:
+        given = checks.tensor(name, self.tensors[i], device=self.device, kind="floating").dtype
+        dtype = asked or operand_dtype(given, self.device)
+        if dtype != given:
+            self.cast[i] = dtype
+        return dtype
 
     def rowlike(self, name: str, given: Tensor, features: bool = False) -> None:
         checks.tensor(name, given, device=self.device)

@@ -16,7 +16,7 @@ from .functions import grad_or_zero, split_metrics, weighted
 from .pack import Block
 from .step import LOSS, METRIC
 from .sweep import Call, Sweep, join
-from .types import Named
+from .types import HALF, Named
 
 Found = tuple[Tensor, Named, list[Tensor | None], Tensor | None]
 """Loss, metrics, gradients of the call's tensors, and the scale that those have in common."""
@@ -32,10 +32,8 @@ class RowLoss:
         """One pass over the chunks."""
         sweep = Sweep(call, tensors, with_grad)
         spans = [span for block in call.plan.blocks for span in block.spans]
-        weight, scale = self.weight, None
-        if with_grad and call.layout.has_float16:
-            scale = power_of_two(weight)
-            weight = weight / scale
+        scale = sweep.scale_for([self.weight]) if with_grad else None
+        weight = self.weight if scale is None else self.weight / scale
         if with_grad:
             values, grads = sweep.both(spans, {LOSS: weight}), sweep.finish()
         else:
@@ -65,7 +63,7 @@ class GroupLoss:
     def run(self, call: Call, tensors: Sequence[Tensor], with_grad: bool) -> Found:
         """For each block of groups: scores, the small loss and its gradient, and the scores' gradient."""
         sweep = Sweep(call, tensors, with_grad)
-        scale = power_of_two(self.weight) if with_grad and call.layout.has_float16 else None
+        scale = sweep.scale_for([self.weight]) if with_grad else None
         weight = self.weight if scale is None else self.weight / scale
         groups = {name: tensors[i] for name, i in self.groups.items()}
         results = [self._block(sweep, block, groups, weight, with_grad) for block in call.plan.blocks]
@@ -88,7 +86,7 @@ class GroupLoss:
         }
         trained = {label: [n for n, v in named.items() if v.is_floating_point()] for label, named in scores.items()}
         leaves = [scores[label][name].requires_grad_(with_grad) for label in trained for name in trained[label]]
-        here = {name: t.detach()[block.start : block.stop] for name, t in groups.items()}
+        here = widened({name: t.detach()[block.start : block.stop] for name, t in groups.items()})
         wanted = {name: here[name] for name in here if layout.wants_grad[self.groups[name]]}
         for leaf in wanted.values():
             leaf.requires_grad_()
@@ -113,7 +111,7 @@ class GroupLoss:
         given: dict[str, Any] = dict(scores) if self.by_unit else dict(*scores.values())
         if "count" in given:
             raise ValueError('expected no score or projection called "count": the engine adds the rows of each segment')
-        loss, metrics = split_metrics(self.loss_fn({**given, **of_columns, "count": count}, groups))
+        loss, metrics = split_metrics(self.loss_fn({**given, **of_columns, "count": count}, widened(groups)))
         size = len(count)
         scalar = self.couples and isinstance(loss, Tensor) and loss.dim() == 0
         if not isinstance(loss, Tensor) or not (scalar or tuple(loss.shape) == (size,)):
@@ -125,6 +123,11 @@ class GroupLoss:
             if not self.couples and (value.dim() == 0 or len(value) != size):
                 raise ValueError(f"expected metric {name!r} of shape ({size}, ...), got {tuple(value.shape)}")
         return loss, metrics
+
+
+def widened(groups: Named) -> Named:
+    """In float32: gradients of groups add up, and take their scale, before they are rounded."""
+    return {name: t.float() if t.dtype in HALF else t for name, t in groups.items()}
 
 
 def as_metrics(metrics: Named, dtype: torch.dtype) -> Named:
@@ -177,13 +180,6 @@ def in_user_order(call: Call, value: Tensor, flat: bool = False) -> Tensor:
         full.index_copy_(0, order, value)
         value = full
     return value if flat else value.reshape(*layout.leading, *value.shape[1:])
-
-
-def power_of_two(weight: Tensor) -> Tensor:
-    """The scale that brings the largest weight to (1/2, 1]: exact in any dtype. Zero and non-finite weights: one."""
-    largest = weight.abs().amax() if weight.numel() else weight.new_ones(())
-    exponent = torch.ceil(torch.log2(largest))
-    return torch.exp2(torch.where(torch.isfinite(exponent), exponent, 0.0))
 
 
 def total(values: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -17,10 +17,12 @@ from .pack import Block, Selection, pack
 
 CUDA_CHUNK_BYTES = (1 << 29, 5 << 28)  # least and most; between them, as much as the gradients take anyway
 CPU_CHUNK_BYTES = (1 << 27, 1 << 27)
-CUDA_ROWS, CUDA_ROWS_BYTES = 2048, 5 << 29  # rows that wide outputs get beyond that, and what those may take
+ONE_CHUNK_BYTES = {"cuda": 1 << 30}  # one chunk up to this: no sums of gradients, and the host waits less
+CUDA_ROWS = ((2048, 5 << 29), (4096, 1 << 30))  # rows that wide outputs get beyond that, where those take no more
+GROUP_BYTES = {"cuda": 5 << 29, "cpu": 1 << 28}  # a chunk grows to hold the longest group, up to this: one product less
 LOWEST_RUNG = 256
 SMALL_BYTES = 1 << 26  # gradients up to this are held from forward to backward: one step is faster than two
-KEEP_RATIO = 1.5  # outputs up to this many times the inputs are kept for backward
+KEEP_RATIO = 1.5  # outputs up to so many times the inputs are kept for backward
 NARROW = 4096  # up to this width a reduction over a row does not split, and compiled steps take any number of rows
 EAGER_BYTES = 24  # float32 temporaries of an uncompiled step, per output: the copy read, about four more, a gradient
 PLANS = 32  # kept for each layout
@@ -94,6 +96,8 @@ def _make_plan(layout: Layout, selection: Selection, row_wise: bool, together: b
     deferred = together or (row_wise and layout.all_identity and returned > SMALL_BYTES)
     per_row = bytes_per_row(layout, gathers=selection.order is not None)
     size, step_rows = rows_per_chunk(layout, per_row, selection.n_rows)
+    if not deferred:
+        size = max(size, longest_group(layout, selection, per_row))
     rungs = ladder(layout, step_rows)
     blocks = pack(layout, selection, size, deferred)
     n_chunks = sum(len(block.spans) for block in blocks)
@@ -103,11 +107,11 @@ def _make_plan(layout: Layout, selection: Selection, row_wise: bool, together: b
     sums = layout.sums[n_chunks > 1]
     gathered = _bytes(layout, sums)
     formed = [spec for spec in layout.specs.values() if not spec.identity]
-    # A Dense layer's outputs are as large as its inputs: in one chunk they may as well stay for backward.
+    # A Dense layer's outputs are as many as its inputs: in one chunk they may as well stay for backward.
     inputs = {term.input for spec in formed for term in spec.terms}
-    input_bytes = sum(layout.shapes[i].numel() * layout.dtypes[i].itemsize for i in inputs)
-    output_bytes = selection.n_rows * sum(spec.width * spec.output_dtype.itemsize for spec in formed)
-    keeps = deferred and n_chunks == 1 and 0 < output_bytes <= KEEP_RATIO * input_bytes
+    n_inputs = sum(layout.shapes[i].numel() for i in inputs)
+    n_outputs = selection.n_rows * sum(spec.width for spec in formed)
+    keeps = deferred and n_chunks == 1 and 0 < n_outputs <= KEEP_RATIO * n_inputs
     two_passes = (deferred and not keeps) or any(len(block.spans) > 1 for block in blocks)
     forwards = 0
     for unit in layout.units:
@@ -155,7 +159,7 @@ def bytes_per_output(layout: Layout, spec: Spec, gathers: bool) -> int:
     total = layout.options.workspace_bytes
     if not spec.identity:
         total += spec.output_dtype.itemsize
-        if spec.wants_grad and not spec.gradient_in_place:
+        if spec.wants_grad and not spec.in_place:
             total += spec.operand_dtype.itemsize
     elif gathers:  # else an identity's outputs are the user's tensor, and its gradients are what is returned
         total += 2 * spec.output_dtype.itemsize
@@ -183,7 +187,8 @@ def bytes_per_row(layout: Layout, gathers: bool) -> int:
 def rows_per_chunk(layout: Layout, per_row: int, rows: int) -> tuple[int, int]:
     """-> rows of a chunk, rows of the largest compiled step.
 
-    As many as fit in the budget; or all of them, where that takes no more memory than chunks and their accumulators.
+    As many as fit in the budget; or all of them, where that takes no more memory than chunks and their accumulators, or
+    little enough.
     The steps' sizes follow from the budget alone: a ragged batch must not change them.
     """
     chunking = layout.options.chunking
@@ -196,18 +201,32 @@ def rows_per_chunk(layout: Layout, per_row: int, rows: int) -> tuple[int, int]:
     least, largest = CUDA_CHUNK_BYTES if layout.device.type == "cuda" else CPU_CHUNK_BYTES
     several, one = _bytes(layout, layout.sums[1]), _bytes(layout, layout.sums[0])
     budget = min(max(least, several), largest)
-    if layout.device.type == "cuda":  # 768 rows of two float32 sides of 128k logits: 12% slower than 2048
+    if layout.device.type == "cuda":
         workspace = layout.options.workspace_bytes * sum(spec.width for spec in layout.specs.values())
-        budget = max(budget, min(CUDA_ROWS * (per_row - workspace), CUDA_ROWS_BYTES))
+        budget = max(budget, *(min(n * (per_row - workspace), at_most) for n, at_most in CUDA_ROWS))
     budget = chunking.max_chunk_bytes or budget
     most = max(budget // per_row, 1)
-    # Whole tiles of the matrix product, and a ladder that divides evenly; but no cliff from 15 rows to one.
-    step = next(n for n in (256, 16, 1) if most >= n)
+    # Whole tiles of the matrix product, and a ladder that divides evenly, also powers of two; but no cliff from 15
+    # rows to one.
+    step = next(n for n in (2048, 256, 16, 1) if most >= n)
     step = math.lcm(step, multiple)
     fitting = max(most // step, 1) * step
-    if chunking.max_chunk_bytes is None and rows * per_row + one <= budget + several:
+    at_once = rows * per_row
+    little = at_once <= ONE_CHUNK_BYTES.get(layout.device.type, 0)
+    if chunking.max_chunk_bytes is None and (little or at_once + one <= budget + several):
         return max(rows, 1), fitting
     return fitting, fitting
+
+
+def longest_group(layout: Layout, selection: Selection, per_row: int) -> int:
+    """Its rows, where a chunk may hold them all and the caller has no say in chunks; else 0. A group longer than
+    a chunk is scored in one pass and pulled in another, which forms its outputs again."""
+    chunking = layout.options.chunking
+    if selection.lengths is None or (chunking.chunk_size, chunking.max_chunk_bytes) != (None, None):
+        return 0
+    ends = selection.group_ends()
+    rows = max((end - start for start, end in zip([0, *ends], ends)), default=0)
+    return rows if rows * per_row <= GROUP_BYTES.get(layout.device.type, 0) else 0
 
 
 def tiles(rows: int, ladder: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.norms import inverse_norms
 from .formula import NAMES, Formula
 from .functions import Form, FunctionStep, score_step
 from .layout import Spec
 from .look import look
 from .losses import GroupLoss, RowLoss
+from .products import mm
 from .sweep import Call
 from .types import Named, accumulator_dtype
 
@@ -32,7 +34,7 @@ def look_at(
     n = min(ROWS, call.selection.n_rows)
     if not n or tensors[0].is_meta:
         return
-    operands = layout.operands(tensors)
+    operands = layout.operands(tensors, layout.powers(tensors))
     order = torch.arange(n, device=layout.device) if call.selection.order is None else call.selection.order[:n]
     rows = {name: operands[i].index_select(0, order) for name, i in layout.rows.items()}
     _warn_of_ignored(call, {name: operands[i] for name, i in layout.rows.items() if name not in layout.targets})
@@ -57,7 +59,7 @@ def look_at(
         if isinstance(loss, GroupLoss) and formula.has("score_fn"):
             with torch.no_grad():
                 valid = torch.ones(n, dtype=torch.bool, device=layout.device)
-                values, totals = score_step(bound, form)(given, rows, columns, valid)
+                values, totals = score_step(bound, form)(given, rows, columns, valid, {}, {})
                 scores[unit.label] = values | {name: totals[name] for name, _ in form.totals.rows}
     if isinstance(loss, GroupLoss) and len(scores) == len(layout.units):
         _look_at_groups(loss, scores, call, tensors, _functions(next(iter(formulas.values()))))
@@ -111,5 +113,11 @@ def _outputs(spec: Spec, operands: list[Tensor], order: Tensor) -> Tensor:
     total: Any = 0.0
     for term in spec.terms:
         x = operands[term.input].index_select(0, order)
-        total = total + (x if term.weight is None else x @ operands[term.weight].t()).to(dtype)
+        if term.weight is None:
+            return x.to(dtype)
+        weight = operands[term.weight]
+        product = mm(x, weight.t(), out=x.new_empty(len(x), spec.width, dtype=spec.output_dtype)).to(dtype)
+        if spec.cosine:
+            product *= inverse_norms(x)[:, None] * inverse_norms(weight)
+        total = total + product
     return total if spec.bias is None else total + operands[spec.bias]

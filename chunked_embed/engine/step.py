@@ -28,6 +28,7 @@ class Shape(NamedTuple):
     widths: tuple[int, ...]  # the columns of each projection that the step sees
     operands: torch.dtype  # of the products
     outputs: torch.dtype  # that the engine would form
+    cosine: bool  # norms are factors of the outputs: see ``Chunk.factors``
     device: torch.device
     compiled: bool  # False: the user asked for plain torch, or the problem is too small to compile for
     columns: bool  # the call has column arguments
@@ -47,6 +48,9 @@ class Needs(NamedTuple):
     """Bytes for each output while a chunk is worked on, beyond the outputs that the engine forms."""
     forms_outputs: bool = True
     """The engine forms the outputs, in a buffer that the plan counts. False: the step brings products of its own."""
+    overwrites: bool = False
+    """It goes through a row of outputs in order, and writes each gradient after it has read what lies up to twice as
+    far in the row: a half-precision one may take the first half of its float32 outputs, and no room of its own."""
 
 
 class Step:
@@ -64,6 +68,10 @@ class Step:
 
     row_wise: ClassVar[bool] = True
     """Its values are a row-wise loss, under ``LOSS``, and metrics; else scores."""
+
+    takes_factors: ClassVar[bool] = False
+    """It multiplies the outputs that it reads by ``chunk.factors()``, so that it serves cosines; their gradient is that
+    of the outputs as they are formed."""
 
     merges: ClassVar[bool] = False
     """It sees its projections one by one, as pieces of one row, and merges their parts."""

@@ -9,6 +9,7 @@ The products are those of a trainable projection: outputs, and the gradients of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.norms import AT_FLOOR, inverse_norms
 from .chunk import Chunk, Visit
 from .functions import cat, combine
-from .gradients import Gradients
+from .gradients import Gradients, power_of_two
 from .layout import Layout, Unit
 from .pack import Selection, Span
 from .plan import ChunkPlan, padded_rows, places, tiles
@@ -53,8 +55,12 @@ class Sweep:
     def __init__(self, call: Call, tensors: Sequence[Tensor], holds: bool) -> None:
         self.call = call
         self.layout, self.selection, self.plan = call.layout, call.selection, call.plan
-        self.operands = call.layout.operands(tensors)
-        self.gradients = Gradients(call.layout, call.selection, self.operands, call.plan.sums)
+        powers = call.layout.powers(tensors)
+        self.operands = call.layout.operands(tensors, powers)
+        self.inverse_norms = {i: self._inverse_norms(self.operands[i]) for i in sorted(call.layout.normed)}
+        self.gradients = Gradients(
+            call.layout, call.selection, self.operands, call.plan.sums, self.inverse_norms, powers
+        )
         spans = [span for block in call.plan.blocks for span in block.spans]
         self.capacity = max((self.padded(span.rows) for span in spans), default=0)
         held = [unit for unit in call.layout.units if unit.trains and holds]
@@ -144,6 +150,19 @@ class Sweep:
         n_bytes = self.capacity * spec.width * spec.output_dtype.itemsize
         place = self.spaces[space][offset : offset + n_bytes]
         return place.view(spec.output_dtype).view(self.capacity, spec.width)
+
+    def _inverse_norms(self, operand: Tensor) -> Tensor:
+        found = inverse_norms(operand)
+        # Float16 cannot hold the gradient of a row of zeros, 1e12 times that of another row: it gets none.
+        return torch.where(found < AT_FLOOR, found, 0.0) if operand.dtype == torch.float16 else found
+
+    def scale_for(self, upstream: Sequence[Tensor]) -> Tensor | None:
+        """The power of two by which an upstream is divided, and gradients multiplied at the end, so that those of
+        float16 outputs neither underflow nor overflow: as large as the upstream, and as the loss says that a gradient
+        is beside it. None: there are no such."""
+        if not self.layout.has_float16:
+            return None
+        return power_of_two(upstream) * 2.0 ** math.ceil(math.log2(self.call.loss.gradient_size))
 
     def finish(self) -> list[Tensor | None]:
         """Let go of the buffers; the gradients, in the order of the call's tensors."""

@@ -21,6 +21,11 @@ class Projection:
         bias: ``(V,)``, only with a weight.
         extra: further ``(input, weight)`` terms of the same sum. A LoRA head is
             ``Projection(h, W, extra=((h @ A.T, s * B),))``: no copy of ``W``, no gradient for it when it is frozen.
+        cosine: outputs are cosines, ``x . w / (max(|x|, 1e-12) max(|w|, 1e-12))``: products of the rows as they are,
+            times their inverse norms. No rounded unit vector enters a product, nor a gradient. With a weight, and
+            neither bias nor extra terms.
+        dtype: of the product's operands, which are cast to it. None: their own, or that of autocast. Gradients have the
+            dtype of the tensors: ``Projection(x.float(), w.float(), dtype=torch.bfloat16)`` sums them in float32.
 
     A tensor that does not require grad is frozen: its gradient product is skipped. The same tensor may serve several
     projections, or be input and weight at once; gradients add.
@@ -30,6 +35,8 @@ class Projection:
     weight: Tensor | None = None
     bias: Tensor | None = None
     extra: tuple[tuple[Tensor, Tensor], ...] = field(default=())
+    cosine: bool = False
+    dtype: torch.dtype | None = None
 
 
 class LossOutput(NamedTuple):

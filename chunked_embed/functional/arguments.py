@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import FlexChunkLoss, Projection, checks
 from ..chunking import Chunking
+from ..engine.types import accumulator_dtype
 
 Activation = Callable[[Tensor], Tensor]
 Rows = dict[str, Tensor]
@@ -95,6 +96,12 @@ def _holds_nothing(value: Any) -> bool:
 @lru_cache(maxsize=256, typed=True)  # making modules takes longer than using them
 def _kept(kind: Any, chunking: Chunking, **options: Any) -> Any:
     return kind(**options, **chunking.keywords)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Half-precision embeddings in float32: parts of their gradient add up there, and are rounded once. Their products
+    take operands in the dtype that they had, ``Projection(..., dtype=x.dtype)``."""
+    return x.to(accumulator_dtype(x.dtype))
 
 
 def project(sides: dict[str, Tensor], weight: Tensor | None, bias: Tensor | None) -> dict[str, Projection]:

@@ -16,8 +16,7 @@ from torch import Tensor
 from .. import FlexChunkLoss, Projection, checks
 from ..chunking import Chunking
 from ..engine.compile import outside_compile
-from ..engine.types import accumulator_dtype
-from .arguments import Rows, check_embeddings, check_labels, shared
+from .arguments import Rows, check_embeddings, check_labels, shared, widened
 from .pairwise import cosine
 
 BATCH_DISTANCES = ("euclidean", "squared_euclidean", "cosine")
@@ -29,26 +28,22 @@ equal rows, a difference of products leaves only those."""
 # --- a chunk of the distance matrix ----------------------------------------------------------------------------------
 
 
-def inner_norms(x: Tensor, distance: str) -> Tensor:
-    """(N, D) -> (N,): what turns inner products into distances, differentiable: squared norms, or inverse ones."""
-    wide = x.to(accumulator_dtype(x.dtype))
-    squared = (wide * wide).sum(1)
-    return squared.clamp_min(1e-24).rsqrt() if distance == "cosine" else squared  # the floor of F.normalize
+def squared_norms(x: Tensor) -> Tensor:
+    """(N, D) -> (N,): what turns inner products into euclidean distances, differentiable."""
+    return (x * x).sum(1)
 
 
 class Mining(FlexChunkLoss):
-    """Outputs are inner products of rows and candidates; rows and columns carry ``label``, ``norm``, rows ``index``.
-
-    They are float32: distances are differences of nearly equal numbers.
-    """
+    """Outputs are inner products of rows and candidates, or cosines; rows and columns carry ``label``, rows ``index``,
+    and both ``norm``, the squared one, of euclidean distances."""
 
     def __init__(self, distance: str = "euclidean", **options: Any) -> None:
-        super().__init__(targets=(), float32_outputs=True, **options)
+        super().__init__(targets=(), **options)
         self.distance = checks.choice("distance", distance, BATCH_DISTANCES)
 
     def distances(self, outputs: Tensor, rows: Rows, columns: Rows) -> Tensor:  # (R, V)
         if self.distance == "cosine":
-            return 1 - outputs * rows["norm"][:, None] * columns["norm"]
+            return 1 - outputs
         squared = columns["norm"] - 2 * outputs + rows["norm"][:, None]
         floor = ZERO * torch.finfo(outputs.dtype).eps * (rows["norm"][:, None] + columns["norm"]).detach()
         some = ~(squared <= floor)  # NaN passes on
@@ -70,7 +65,7 @@ class HardestPairs(Mining):
     def score_fn(self, outputs: Tensor, rows: Rows, columns: Any = None) -> Rows:
         positive, negative = masks(outputs, rows, columns)
         # Ordered like the distances of a row, which differ by what all of them share.
-        order = -outputs * columns["norm"] if self.distance == "cosine" else columns["norm"] - 2 * outputs
+        order = -outputs if self.distance == "cosine" else columns["norm"] - 2 * outputs
         farthest = torch.where(positive, order, -torch.inf).argmax(1)
         nearest = torch.where(negative, order, torch.inf).argmin(1)
         return {
@@ -130,17 +125,16 @@ class SemiHardTriplet(Mining):
 
 
 class AllTriplets(Mining):
-    """A row's sum over its positives and negatives of ``relu(d(a, p) - d(a, n) + margin)``, times ``scale``; and the
-    count of those above zero.
+    """A row's sum over its positives and negatives of ``relu(d(a, p) - d(a, n) + margin)``, and the count of those
+    above zero.
 
     Sorted once by each side, a distance knows how many of the other side it forms such a triplet with. That number is
     its coefficient in the sum, which is linear otherwise.
     """
 
-    def __init__(self, margin: float = 5.0, scale: float = 1.0, **options: Any) -> None:
+    def __init__(self, margin: float = 5.0, **options: Any) -> None:
         super().__init__(workspace_bytes=72, **options)  # two sorts, three searches, counts and sums in float64
         self.margin = checks.number("margin", margin)
-        self.scale = checks.number("scale", scale)
 
     def loss_fn(self, outputs: Tensor, rows: Rows, columns: Any = None) -> tuple[Tensor, Rows]:
         distances = self.distances(outputs, rows, columns)
@@ -154,9 +148,9 @@ class AllTriplets(Mining):
         beyond = outputs.shape[1] - torch.searchsorted(reaches, fixed, out_int32=True)
         counted = torch.searchsorted(negatives, reach - 1e-16, out_int32=True)
         coefficient = torch.where(positive, within, torch.where(negative, -beyond, 0))
-        value = (coefficient * torch.where(positive, reach, fixed).double()).sum(1) * self.scale
+        value = (coefficient * torch.where(positive, reach, fixed).double()).sum(1)
         # Zero, with the gradient of the sum.
-        slope = (coefficient.to(fixed.dtype) * self.scale * (distances - fixed)).sum(1)
+        slope = (coefficient.to(fixed.dtype) * (distances - fixed)).sum(1)
         return value.to(fixed.dtype) + slope, {"count": torch.where(positive, counted, 0).sum(1)}
 
 
@@ -174,22 +168,19 @@ class Labelled:
     offset: int = 0  # row i is candidate i + offset
     distance: str = "euclidean"
     chunking: Chunking = field(default_factory=Chunking)
+    dtype: torch.dtype | None = None  # of the products' operands, where rows and candidates are wider
 
     def call(self, kind: Any, **options: Any) -> tuple[FlexChunkLoss, dict[str, Any]]:
         """A :class:`Mining` loss over the inner products, and its arguments."""
         mining = shared(kind, self.chunking, distance=self.distance, **options)
-        norm = inner_norms(self.candidates, self.distance)
-        whole = self.rows is self.candidates
+        is_cosine = self.distance == "cosine"
         index = torch.arange(self.offset, self.offset + len(self.rows), device=self.rows.device)
-        return mining, {
-            "projections": Projection(self.rows, self.candidates),
-            "rows": {
-                "label": self.labels,
-                "index": index,
-                "norm": norm if whole else inner_norms(self.rows, self.distance),
-            },
-            "columns": {"label": self.candidate_labels, "norm": norm},
-        }
+        rows, columns = {"label": self.labels, "index": index}, {"label": self.candidate_labels}
+        if not is_cosine:
+            columns["norm"] = squared_norms(self.candidates)
+            rows["norm"] = columns["norm"] if self.rows is self.candidates else squared_norms(self.rows)
+        projection = Projection(self.rows, self.candidates, cosine=is_cosine, dtype=self.dtype or self.rows.dtype)
+        return mining, {"projections": projection, "rows": rows, "columns": columns}
 
     def hard(self, margin: float, soft: bool) -> Tensor:
         """Mean over the rows."""
@@ -208,17 +199,15 @@ class Labelled:
         loss, arguments = self.call(SemiHardTriplet, margin=margin)
         _, sizes = self.candidate_labels.unique(return_counts=True)
         pairs = (sizes * (sizes - 1)).sum().clamp_min(1)
-        weight = (1 / pairs.double()).to(accumulator_dtype(self.rows.dtype))
+        weight = (1 / pairs.double()).to(self.rows.dtype)
         return loss(**arguments, row_weight=weight.expand(len(self.rows))).loss
 
     def all(self, margin: float) -> tuple[Tensor, Tensor]:
         """Sum over the rows, and how many triplets are above zero."""
-        # Coefficients of 1 to V, in half precision: brought to the middle of its range, by a power of two.
-        scale = 2.0 ** -(len(self.candidates).bit_length() // 2)
-        loss, arguments = self.call(AllTriplets, margin=margin, scale=scale)
-        weight = torch.ones(len(self.rows), dtype=accumulator_dtype(self.rows.dtype), device=self.rows.device)
-        result = loss(**arguments, row_weight=weight)
-        return result.loss / scale, result.metrics["count"].sum()
+        # Coefficients of 1 to V: the middle of that.
+        loss, arguments = self.call(AllTriplets, margin=margin, gradient_size=len(self.candidates) ** 0.5)
+        result = loss(**arguments, row_weight=torch.ones_like(self.rows[:, 0]))
+        return result.loss, result.metrics["count"].sum()
 
 
 def mean_over_triplets(total: Tensor, count: Tensor) -> Tensor:
@@ -230,12 +219,8 @@ def labelled(embeddings: Tensor, labels: Tensor, distance: str, chunking: Chunki
     check_embeddings({"embeddings": embeddings})
     check_labels(labels, embeddings)
     checks.choice("distance", distance, BATCH_DISTANCES)
-    return Labelled(embeddings, labels, embeddings, labels, distance=distance, chunking=chunking)
-
-
-def precise(x: Tensor) -> torch.autocast:
-    """Autocast would round embeddings before they are subtracted."""
-    return torch.autocast(x.device.type, enabled=False)
+    wide = widened(embeddings)
+    return Labelled(wide, labels, wide, labels, distance=distance, chunking=chunking, dtype=embeddings.dtype)
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -252,6 +237,7 @@ def batch_hard_triplet(
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
     compiled: bool | None = None,
+    float32_outputs: bool = True,
 ) -> Tensor:
     """``mean relu(max_p d(a, p) - min_n d(a, n) + margin)`` over all anchors, p of the anchor's label, n of others.
 
@@ -266,7 +252,7 @@ def batch_hard_triplet(
         embeddings: floating point.
         labels: equal ones are of one class.
         distance: "euclidean", "squared_euclidean" or "cosine" (1 - cos).
-        chunk_size, max_chunk_bytes, compiled: as for :class:`~chunked_embed.FlexChunkLoss`.
+        chunk_size, max_chunk_bytes, compiled, float32_outputs: as for :class:`~chunked_embed.FlexChunkLoss`.
 
     Returns:
         A scalar, float32 (float64 for float64 inputs).
@@ -275,9 +261,8 @@ def batch_hard_triplet(
         ValueError: shapes, labels or devices that do not fit, an unknown distance, a margin that is not finite.
         TypeError: embeddings that are not floating point.
     """
-    batch = labelled(embeddings, labels, distance, Chunking(chunk_size, max_chunk_bytes, compiled))
-    with precise(embeddings):
-        return batch.hard(margin, soft)
+    batch = labelled(embeddings, labels, distance, Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs))
+    return batch.hard(margin, soft)
 
 
 @outside_compile
@@ -290,6 +275,7 @@ def batch_semi_hard_triplet(
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
     compiled: bool | None = None,
+    float32_outputs: bool = True,
 ) -> Tensor:
     """``mean relu(d(a, p) - d(a, n) + margin)`` over all pairs of one label, n the nearest negative that is farther
     from the anchor than p, or the farthest negative where none is. Zero without such pairs.
@@ -300,9 +286,8 @@ def batch_semi_hard_triplet(
     ``sentence_transformers.losses.BatchSemiHardTripletLoss``. Arguments and errors as for :func:`batch_hard_triplet`.
     Distances are differences of products: those below about ``4 * sqrt(eps)`` times the rows' norms count as zero.
     """
-    batch = labelled(embeddings, labels, distance, Chunking(chunk_size, max_chunk_bytes, compiled))
-    with precise(embeddings):
-        return batch.semi_hard(margin)
+    batch = labelled(embeddings, labels, distance, Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs))
+    return batch.semi_hard(margin)
 
 
 @outside_compile
@@ -315,6 +300,7 @@ def batch_all_triplet(
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
     compiled: bool | None = None,
+    float32_outputs: bool = True,
 ) -> Tensor:
     """``sum relu(d(a, p) - d(a, n) + margin)`` over all triplets, divided by how many of them are above 1e-16.
 
@@ -325,6 +311,5 @@ def batch_all_triplet(
     ``sentence_transformers.losses.BatchAllTripletLoss``. Arguments and errors as for :func:`batch_hard_triplet`,
     distances as for :func:`batch_semi_hard_triplet`.
     """
-    batch = labelled(embeddings, labels, distance, Chunking(chunk_size, max_chunk_bytes, compiled))
-    with precise(embeddings):
-        return mean_over_triplets(*batch.all(margin))
+    batch = labelled(embeddings, labels, distance, Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs))
+    return mean_over_triplets(*batch.all(margin))

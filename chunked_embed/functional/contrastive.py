@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import FlexChunkLoss, Projection, Step, checks
 from ..checks import NOT_NEGATIVE, POSITIVE
 from ..chunking import Chunking
+from ..engine.call import operand_dtype
 from ..engine.compile import outside_compile
 from ..engine.types import accumulator_dtype
 from ..gather import ranks
@@ -19,7 +19,7 @@ from .arguments import Activation, Rows, check_embeddings, shared
 from .by_rows import Similarity, mean_by_rows
 from .kernel_steps import CrossEntropyRows, TwoSidedScore
 from .known import known_pairs, make_ids
-from .normalize import scaled, unit
+from .projected import embedded, of_formed
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 TWO_SIDED = {"query_to_doc", "doc_to_query"}
@@ -40,7 +40,7 @@ class Contrast(FlexChunkLoss):
 
     def __init__(
         self,
-        scale: float = 20.0,
+        scale: float | None = 20.0,  # None: rows have one
         documents: int = 1,
         masked: bool = False,
         hardness_mode: str | None = None,
@@ -49,7 +49,6 @@ class Contrast(FlexChunkLoss):
     ) -> None:
         super().__init__(targets=(), **options)
         self.scale = scale
-        self.unscaled = 1.0  # what makes outputs similarities again, where a scale that learns is in them already
         self.documents = documents
         self.masked = masked
         self.hardness_mode = hardness_mode
@@ -60,17 +59,21 @@ class Contrast(FlexChunkLoss):
         """Nothing but similarities, which the kernels take."""
         return not self.masked and self.hardness_mode is None
 
+    def scale_of(self, rows: Rows) -> Any:  # () or (R, 1)
+        return rows["scale"][:, None] if self.scale is None else self.scale
+
     def positive(self, outputs: Tensor, rows: Rows) -> Tensor:  # (R,)
-        return torch.where(_index(outputs) == rows["target"][:, None], outputs, 0.0).sum(1) * self.scale
+        own = torch.where(_index(outputs) == rows["target"][:, None], outputs, 0.0)
+        return (own * self.scale_of(rows)).sum(1)
 
     def logits(self, block: str, outputs: Tensor, rows: Rows, columns: Rows | None) -> Tensor:  # (R, V)
         """A block's scaled similarities, with what does not count at ``LOWEST``."""
-        z = outputs * self.scale
+        z = outputs * self.scale_of(rows)
         column, target = _index(outputs), rows["target"][:, None]
         positive = column == target
         own = column % (outputs.shape[1] // self.documents) == target if block.endswith("doc") else positive
         if block == "query_to_doc" and self.hardness_mode:
-            harder = self.hardness * outputs.detach() * self.unscaled
+            harder = self.hardness * outputs.detach()
             z = z + torch.where(self._harder(own, positive), harder, 0.0)
         out = own if block in WITHOUT_OWN else torch.zeros_like(own)
         if self.masked:
@@ -117,7 +120,7 @@ class TwoSided(Contrast):
     def element_fn(self, outputs: Tensor, rows: Rows, columns: Rows | None = None) -> Rows:
         of_query = of_document = self.logits("query_to_doc", outputs, rows, columns)
         if self.hardness_mode is not None:  # which raises the logits of a query alone
-            of_document = outputs * self.scale
+            of_document = outputs * self.scale_of(rows)
             if self.masked:
                 of_document = torch.where(of_query == LOWEST, LOWEST, of_document)
         return {"over_documents": of_query, "over_queries": of_document}
@@ -160,6 +163,7 @@ def info_nce(
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
     compiled: bool | None = None,
+    float32_outputs: bool = True,
 ) -> Tensor:
     """In-batch contrastive loss: ``mean over i of  log Z_i - s(q_i, d_i)``, with ``s = scale * similarity``.
 
@@ -173,7 +177,9 @@ def info_nce(
     "joint" takes one Z over all of them (the four of them together are the loss of GTE, arXiv 2308.03281); with
     "per_direction" ``log Z_i`` is the mean of theirs (two directions: CLIP's symmetric loss, arXiv 2103.00020). One
     direction takes three products of the size N x N x D, ``query_to_doc`` and ``doc_to_query`` together four (row and
-    column sums of one matrix), all four twelve. No N x N matrix is ever held.
+    column sums of one matrix), all four twelve. No N x N matrix is ever held. Embeddings that are formed here
+    (``weight``, ``activation``, ``normalize``) in half precision are two operands each, a high and a low half: seven
+    products instead of three. ``float32_outputs=False`` rounds them instead.
 
     Args:
         hard_negatives: tensors like ``documents``, or one tensor (N, K, H) of K of them: row i of each is a negative of
@@ -192,7 +198,7 @@ def info_nce(
         gather_across_devices: candidates of all processes. Each returns the loss of its own rows; they average to
             the loss of the whole batch, and so do the gradients. Uneven batches are fine.
         weight, bias, activation, normalize: a projection of all embeddings; the activation may learn.
-        chunk_size, max_chunk_bytes, compiled: as for ``FlexChunkLoss``.
+        chunk_size, max_chunk_bytes, compiled, float32_outputs: as for ``FlexChunkLoss``.
 
     Returns:
         A scalar, float32 (float64 for float64 embeddings).
@@ -201,7 +207,7 @@ def info_nce(
         ValueError: shapes or devices that differ, unknown options, numbers or ids that do not fit.
         TypeError: mixed dtypes, ids that are not integers.
     """
-    chunking = Chunking(chunk_size, max_chunk_bytes, compiled)
+    chunking = Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs)
     lists = [documents, *_negatives(hard_negatives)]
     names = ["queries", "documents", *(f"hard_negatives[{i}]" for i in range(len(lists) - 1))]
     check_embeddings(dict(zip(names, (queries, *lists))), "H")
@@ -213,24 +219,16 @@ def info_nce(
         checks.choice("similarity", similarity, ("cosine", "dot"))
     checks.function_or_none("activation", activation)
 
-    # A scale that is a tensor is in both sides, by its root; a number is a factor of their product.
     scale = checks.scalar("scale", scale, POSITIVE)
-    root = scale.to(queries.device, accumulator_dtype(queries.dtype)).sqrt() if isinstance(scale, Tensor) else None
-
-    def embed(x: Tensor) -> Tensor:
-        if weight is not None:
-            x = F.linear(x, weight, bias)
-        x = x if activation is None else activation(x)
-        x = unit(x, compiled=compiled) if normalize else x
-        if similarity == "cosine":
-            return unit(x, root, compiled=compiled)
-        return x if root is None or callable(similarity) else scaled(x, root, compiled=compiled)
-
-    queries, *lists = (embed(x) for x in (queries, *lists))
+    two_sided = set(directions) == TWO_SIDED and not callable(similarity)
+    one_product = two_sided or directions == ("query_to_doc",)
+    formed = weight is not None or activation is not None or normalize
+    dtype = operand_dtype(queries.dtype, queries.device)
+    if formed or callable(similarity) or not one_product:  # else the embeddings are operands as they are
+        queries, *lists = (embedded(x, weight, bias, activation, normalize) for x in (queries, *lists))
     documents, n = lists[0], len(queries)
     processes = ranks(queries, gather_across_devices)
     ids = make_ids(n, len(lists), processes, queries.device, query_ids, document_ids, false_negatives)
-    two_sided = set(directions) == TWO_SIDED and not callable(similarity)
     # Two directions over one matrix have no block with queries for columns.
     of_queries = not two_sided and bool(set(directions) & {"query_to_query", "doc_to_query"})
     lists = processes.gather(*lists)
@@ -244,21 +242,27 @@ def info_nce(
     }
     mine = slice(processes.offset, processes.offset + n)
     rows = {"target": torch.arange(mine.start, mine.stop, device=queries.device)}
+    if isinstance(scale, Tensor):
+        rows["scale"] = scale.to(queries.device, accumulator_dtype(queries.dtype)).expand(n)
     columns = None
     if ids is not None:
         rows |= ids.rows()
         columns = ids.columns(of_queries, processes)
     options: dict[str, Any] = {
-        "scale": scale if root is None else 1.0,
+        "scale": None if isinstance(scale, Tensor) else scale,
         "documents": len(lists),
         "masked": ids is not None,
         "hardness_mode": hardness_mode if hardness > 0 else None,
         "hardness": hardness,
     }
-    numbers = None if root is None else {"unscaled": root.detach().square().reciprocal()}
+
+    def projection(name: str) -> Projection:
+        if formed and float32_outputs:
+            return of_formed(*sides[name], cosine=similarity == "cosine", dtype=dtype)
+        return Projection(*sides[name], cosine=similarity == "cosine", dtype=dtype)
 
     if callable(similarity):
-        plain = InfoNCE(partition_mode, **options | {"scale": scale})  # by autograd, so that the scale may learn
+        plain = InfoNCE(partition_mode, **options)
         loss = mean_by_rows(
             lambda blocks, part: plain.loss_fn(blocks, part, columns),
             similarity,
@@ -269,14 +273,13 @@ def info_nce(
         )
     elif two_sided:
         over_both = shared(TwoSided, chunking, **options)
-        scores = over_both.scores(Projection(queries, bank), rows, columns=columns, numbers=numbers)
+        scores = over_both.scores(projection("query_to_doc"), rows, columns=columns)
         (parts,) = processes.stack(scores["over_queries"])  # log-sum-exps over each process's own queries
         both = torch.stack([scores["over_documents"], parts[:, mine].logsumexp(0)])
         loss = (_partition(both, partition_mode) - scores["positive"]).mean()
     else:
         row_wise = shared(InfoNCE, chunking, partition_mode=partition_mode, **options)
-        blocks = {name: Projection(*sides[name]) for name in directions}
-        loss = row_wise(blocks, rows, columns=columns, numbers=numbers).loss
+        loss = row_wise({name: projection(name) for name in directions}, rows, columns=columns).loss
     return processes.share(loss)
 
 

@@ -12,10 +12,8 @@ from .. import FlexChunkLoss, Projection, checks
 from ..checks import POSITIVE
 from ..chunking import Chunking
 from ..engine.compile import outside_compile
-from ..engine.types import accumulator_dtype
 from ..gather import ranks
-from .arguments import Rows, check_embeddings, shared
-from .normalize import unit
+from .arguments import Rows, check_embeddings, shared, widened
 
 MARGIN_STRATEGIES = ("absolute", "relative")
 DROPPED = -1e30  # far below any score; -inf would make the gradient of a block that is dropped whole NaN
@@ -23,32 +21,26 @@ TIE = 16  # units in the last place that the guide's similarities of equal texts
 
 
 class GuidedInfoNCE(FlexChunkLoss):
-    """Row i holds what query i and its document are compared with, in up to three blocks, each once for the model and
-    once for the guide. The guide's blocks are plain products: its inverse norms come as row and column arguments.
-    Whether one similarity exceeds another does not depend on half precision: outputs are float32.
-    """
+    """Row i holds the cosines of query i and its document with what they are compared with, in up to three blocks, each
+    once for the model and once for the guide."""
 
     def __init__(
         self, temperature: float = 0.01, margin_strategy: str = "absolute", margin: float = 0.0, **options: Any
     ) -> None:
-        super().__init__(targets=(), float32_outputs=True, **options)
+        super().__init__(targets=(), **options)
         self.temperature = checks.number("temperature", temperature, POSITIVE)
         self.margin_strategy = checks.choice("margin_strategy", margin_strategy, MARGIN_STRATEGIES)
         self.margin = checks.number("margin", margin)
 
-    def loss_fn(self, outputs: Rows, rows: Rows, columns: Any = None) -> Tensor:
-        def guided(block: str) -> Tensor:
-            norms = rows["document_norm" if block == "documents" else "query_norm"]
-            return outputs[f"guide {block}"] * norms[:, None] * columns[block]
-
-        candidates = guided("candidates")
+    def loss_fn(self, outputs: Rows, rows: Rows) -> Tensor:
+        candidates = outputs["guide candidates"]
         own = torch.arange(candidates.shape[1], device=candidates.device) == rows["target"][:, None]
         # From the product and not from the pair itself: a copy of the document ties with it, however products round.
         limit = torch.where(own, candidates, 0.0).sum(1, keepdim=True)
         limit = limit - self.margin * (limit.abs() if self.margin_strategy == "relative" else 1.0)
         limit = limit + TIE * torch.finfo(limit.dtype).eps
         dropped = {"candidates": (candidates > limit) & ~own}
-        dropped |= {block: guided(block) > limit for block in ("queries", "documents") if block in outputs}
+        dropped |= {block: outputs[f"guide {block}"] > limit for block in ("queries", "documents") if block in outputs}
         terms = [
             torch.where(drop, DROPPED, outputs[block] / self.temperature).logsumexp(1)
             for block, drop in dropped.items()
@@ -75,6 +67,7 @@ def guided_info_nce(
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
     compiled: bool | None = None,
+    float32_outputs: bool = True,
 ) -> Tensor:
     """InfoNCE without the negatives that a guide finds nearer than the positive (GISTEmbed).
 
@@ -85,8 +78,8 @@ def guided_info_nce(
     similarity of query i and its document; that pair itself stays. At a margin of 0 ties stay, too: a copy of the
     document is a negative.
 
-    No gradient goes to the guide, whose width and dtype are its own. Its similarities are compared in float32, from
-    unrounded norms.
+    No gradient goes to the guide, whose width and dtype are its own. Autocast rounds none of the embeddings here: which
+    negatives are left out, and a temperature of 0.01, hang on the last digits. Embeddings in half precision are faster.
 
     Args:
         hard_negatives, guide_hard_negatives: further candidates, of every query.
@@ -102,30 +95,25 @@ def guided_info_nce(
 
     Source: Solatorio, "GISTEmbed", arXiv 2402.16829, as in ``sentence_transformers.losses.GISTEmbedLoss``.
     """
-    chunking = Chunking(chunk_size, max_chunk_bytes, compiled)
+    chunking = Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs)
     loss = shared(GuidedInfoNCE, chunking, temperature=temperature, margin_strategy=margin_strategy, margin=margin)
     own = [queries, documents, *hard_negatives]
     guide = [guide_queries, guide_documents, *guide_hard_negatives]
     _check(own, guide)
-    own = [unit(x, compiled=compiled) for x in own]
+    own = [widened(x) for x in own]
     guide = [_frozen(x, queries) for x in guide]
     processes = ranks(queries, gather_across_devices)
     everyone, everyones = processes.gather(*own), processes.gather(*guide)
     blocks = {"candidates": (0, slice(1, None))}  # the side whose rows are compared, the columns they are compared with
     blocks |= {"queries": (0, slice(0, 1))} if contrast_anchors else {}
     blocks |= {"documents": (1, slice(1, 2))} if contrast_positives else {}
-    projections, columns = {}, {}
+    projections = {}
     for name, (side, part) in blocks.items():
-        bank = _joined(everyones[part])
-        projections[name] = Projection(own[side], _joined(everyone[part]))
-        projections[f"guide {name}"] = Projection(guide[side], bank)
-        columns[name] = _inverse_norms(bank)
-    rows = {
-        "target": torch.arange(len(queries), device=queries.device) + processes.offset,
-        "query_norm": _inverse_norms(guide[0]),
-        "document_norm": _inverse_norms(guide[1]),
-    }
-    return processes.share(loss(projections, rows, columns=columns).loss)
+        theirs = _joined(everyones[part])
+        projections[name] = Projection(own[side], _joined(everyone[part]), cosine=True, dtype=queries.dtype)
+        projections[f"guide {name}"] = Projection(guide[side], theirs, cosine=True, dtype=theirs.dtype)
+    rows = {"target": torch.arange(len(queries), device=queries.device) + processes.offset}
+    return processes.share(loss(projections, rows).loss)
 
 
 def _check(own: list[Tensor], guide: list[Tensor]) -> None:
@@ -141,17 +129,10 @@ def _check(own: list[Tensor], guide: list[Tensor]) -> None:
 
 
 def _frozen(x: Tensor, own: Tensor) -> Tensor:
-    """The guide's embeddings as the products will read them: what is compared and its norm must be the same numbers."""
     x = x.detach()
     if (x.dtype == torch.float64) != (own.dtype == torch.float64):
         x = x.to(own.dtype if own.dtype == torch.float64 else torch.float32)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
     return x
-
-
-def _inverse_norms(x: Tensor) -> Tensor:  # (N, E) -> (N,)
-    return 1 / torch.linalg.vector_norm(x, dim=1, dtype=accumulator_dtype(x.dtype)).clamp_min(1e-12)
 
 
 def _joined(banks: Sequence[Tensor]) -> Tensor:

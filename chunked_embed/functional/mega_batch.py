@@ -11,20 +11,19 @@ from torch import Tensor
 from .. import FlexChunkLoss, Projection, checks
 from ..chunking import Chunking
 from ..engine.compile import outside_compile
-from .arguments import Rows, check_embeddings, shared
-from .batch_triplets import inner_norms, precise
+from .arguments import Rows, check_embeddings, shared, widened
 from .pairwise import cosine
 
 
 class NearestOther(FlexChunkLoss):
-    """Outputs are inner products of anchors and positives: the position of the nearest that is not the anchor's own."""
+    """Outputs are cosines of anchors and positives: the position of the nearest that is not the anchor's own."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(targets=(), float32_outputs=True, **options)
+        super().__init__(targets=(), **options)
 
-    def score_fn(self, outputs: Tensor, rows: Rows, columns: Any = None) -> Rows:
+    def score_fn(self, outputs: Tensor, rows: Rows) -> Rows:
         own = rows["index"][:, None] == torch.arange(outputs.shape[1], device=outputs.device)
-        return {"negative": torch.where(own, -torch.inf, outputs * columns["norm"]).argmax(1)}
+        return {"negative": torch.where(own, -torch.inf, outputs).argmax(1)}
 
 
 class MegaBatchMargin(FlexChunkLoss):
@@ -50,6 +49,7 @@ def margin_against(
     positive_margin: float,
     negative_margin: float,
     chunking: Chunking,
+    dtype: torch.dtype,  # of the product's operands
 ) -> Tensor:
     """Mean over the rows."""
     loss = shared(MegaBatchMargin, chunking, positive_margin=positive_margin, negative_margin=negative_margin)
@@ -57,9 +57,8 @@ def margin_against(
     if len(candidates) > 1:
         with torch.no_grad():
             found = shared(NearestOther, chunking).scores(
-                Projection(anchors, candidates),
+                Projection(anchors, candidates, cosine=True, dtype=dtype),
                 {"index": torch.arange(offset, offset + len(anchors), device=anchors.device)},
-                columns={"norm": inner_norms(candidates, "cosine")},
             )
         sides["negative"] = candidates.index_select(0, found["negative"])
     return loss({name: Projection(side) for name, side in sides.items()}).loss
@@ -75,6 +74,7 @@ def mega_batch_margin(
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
     compiled: bool | None = None,
+    float32_outputs: bool = True,
 ) -> Tensor:
     """``mean(relu(positive_margin - cos(a_i, p_i)) + relu(max_{j != i} cos(a_i, p_j) - negative_margin))``.
 
@@ -85,7 +85,7 @@ def mega_batch_margin(
 
     Args:
         anchors, positives: floating point, of one dtype.
-        chunk_size, max_chunk_bytes, compiled: as for :class:`~chunked_embed.FlexChunkLoss`.
+        chunk_size, max_chunk_bytes, compiled, float32_outputs: as for :class:`~chunked_embed.FlexChunkLoss`.
 
     Returns:
         A scalar, float32 (float64 for float64 inputs).
@@ -95,6 +95,6 @@ def mega_batch_margin(
         TypeError: embeddings that are not floating point, or of two dtypes.
     """
     check_embeddings({"anchors": anchors, "positives": positives})
-    chunking = Chunking(chunk_size, max_chunk_bytes, compiled)
-    with precise(anchors):
-        return margin_against(anchors, positives, positives, 0, positive_margin, negative_margin, chunking)
+    chunking = Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs)
+    dtype, anchors, positives = anchors.dtype, widened(anchors), widened(positives)
+    return margin_against(anchors, positives, positives, 0, positive_margin, negative_margin, chunking, dtype)

@@ -116,6 +116,7 @@ def pairwise_scores(
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
     compiled: bool | None = None,
+    float32_outputs: bool = True,
 ) -> Tensor:  # (N,), or (N, K)
     """Similarity of each pair: "cosine", "angle", "dot", or a negated "euclidean" or "manhattan" distance.
 
@@ -128,7 +129,7 @@ def pairwise_scores(
 
     Args:
         activation: a function of projected embeddings, or a module without parameters that learn.
-        chunk_size, max_chunk_bytes, compiled: as for :class:`~chunked_embed.FlexChunkLoss`.
+        chunk_size, max_chunk_bytes, compiled, float32_outputs: as for :class:`~chunked_embed.FlexChunkLoss`.
 
     Raises:
         ValueError: shapes or devices that differ, no candidates, an unknown similarity, a bad ``eps``, an activation
@@ -139,7 +140,7 @@ def pairwise_scores(
     sides = {f"b{i}": side for i, side in enumerate(checks.sequence("b", b) if several else [b])}
     if not sides:
         raise ValueError("expected at least one b, got an empty sequence")
-    chunking = Chunking(chunk_size, max_chunk_bytes, compiled)
+    chunking = Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs)
     function = frozen_activation(activation)
     loss = shared(PairwiseScores, chunking, similarity=similarity, eps=eps, activation=function, normalize=normalize)
     scores = loss.scores(project({"a": a, **sides}, weight, bias))
@@ -161,6 +162,7 @@ def triplet(
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
     compiled: bool | None = None,
+    float32_outputs: bool = True,
 ) -> Tensor:
     """``mean relu(d(anchor, positive) - d(anchor, negative) + margin)``, with a "euclidean", "cosine" (1 - cos) or
     "manhattan" distance. Source: Schroff et al., "FaceNet", arXiv 1503.03832.
@@ -169,7 +171,7 @@ def triplet(
         ValueError: shapes or devices that differ, an unknown distance, a margin that is not finite.
         TypeError: mixed dtypes.
     """
-    chunking = Chunking(chunk_size, max_chunk_bytes, compiled)
+    chunking = Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs)
     function = frozen_activation(activation)
     loss = shared(Triplet, chunking, margin=margin, distance=distance, activation=function, normalize=normalize)
     return loss(project({"anchor": anchor, "positive": positive, "negative": negative}, weight, bias)).loss

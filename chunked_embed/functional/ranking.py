@@ -27,7 +27,7 @@ def cosent(a: Tensor, b: Tensor, labels: Tensor, *, scale: float | Tensor = 20.0
         labels: ``(N,)``, real or integer; only their order counts.
         scale: the inverse temperature, zero or more; a tensor of one may require grad.
         options: ``weight``, ``bias``, ``activation``, ``normalize``, ``chunk_size``, ``max_chunk_bytes``, ``compiled``,
-            as for :func:`pairwise_scores`.
+            ``float32_outputs``, as for :func:`pairwise_scores`.
 
     Returns:
         A scalar, float32 (float64 for float64 inputs).

@@ -13,10 +13,9 @@ from ..chunking import Chunking
 from ..engine.compile import outside_compile
 from ..engine.types import accumulator_dtype
 from ..gather import ranks
-from .arguments import Rows, check_embeddings, shared
+from .arguments import Rows, check_embeddings, shared, widened
 from .by_rows import Similarity, mean_by_rows
 from .kernel_steps import SigmoidRows
-from .normalize import unit
 
 
 class SigmoidPairs(FlexChunkLoss):
@@ -46,6 +45,7 @@ def sigmoid_pairs(
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
     compiled: bool | None = None,
+    float32_outputs: bool = True,
 ) -> Tensor:
     """``mean over i of sum over j of -log sigmoid(y_ij * (scale * sim(a_i, b_j) + bias))``, y = 1 for i = j, else -1.
 
@@ -65,7 +65,7 @@ def sigmoid_pairs(
 
     Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343.
     """
-    chunking = Chunking(chunk_size, max_chunk_bytes, compiled)
+    chunking = Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs)
     check_embeddings({"a": a, "b": b})
     if not callable(similarity):
         checks.choice("similarity", similarity, ("cosine", "dot"))
@@ -73,9 +73,8 @@ def sigmoid_pairs(
         checks.scalar_tensor(name, x, dtype=accumulator_dtype(a.dtype), device=a.device)
         for name, x in (("scale", scale), ("bias", bias))
     )
-    left, right = (unit(a, compiled=compiled), unit(b, compiled=compiled)) if similarity == "cosine" else (a, b)
     processes, n = ranks(a, gather_across_devices), len(a)
-    (right,) = processes.gather(right)
+    (candidates,) = processes.gather(b)
     # One number a row: gradients of a scalar inside a step would reduce the whole chunk again.
     rows = {
         "target": torch.arange(n, device=a.device) + processes.offset,
@@ -87,10 +86,10 @@ def sigmoid_pairs(
         mean = mean_by_rows(
             lambda blocks, part: loss.loss_fn(blocks["pairs"], part),
             similarity,
-            {"pairs": (left, right)},
+            {"pairs": (widened(a), widened(candidates))},
             rows,
             chunking,
         )
     else:
-        mean = loss(Projection(left, right), rows).loss
+        mean = loss(Projection(a, candidates, cosine=similarity == "cosine"), rows).loss
     return processes.share(mean)

@@ -13,7 +13,6 @@ from ..engine.autograd import once_only
 from ..engine.compile import outside_compile
 from ..engine.types import accumulator_dtype
 from .arguments import check_embeddings
-from .batch_triplets import precise
 
 BLOCK = 2**22
 """Numbers of a block of rows: what is converted and normalised at a time."""
@@ -84,7 +83,7 @@ def _unit(block: Tensor, ctx: Any) -> tuple[Tensor, Tensor]:
 
 
 def moments(embeddings: Tensor, similarity: str) -> Moments:
-    with precise(embeddings):
+    with torch.autocast(embeddings.device.type, enabled=False):
         return Moments(*_Moments.apply(embeddings, similarity == "cosine"))
 
 

@@ -6,8 +6,9 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
-__all__ = ["available"]
+__all__ = ["available", "in_own_rows"]
 
 
 @cache
@@ -22,3 +23,19 @@ def available(device: torch.device | str) -> bool:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return find_spec("triton") is not None
     return torch.device(device).type == "cuda" and _triton_works()
+
+
+def in_own_rows(x: Tensor, out: Tensor) -> bool:  # (R, V) both
+    """Whether `out` is the first half of x's own rows: a narrower gradient over wide outputs.
+
+    A kernel then goes through a row in order, and writes no element before all of its step are read.
+    """
+    if out.dtype == x.dtype or out.data_ptr() != x.data_ptr() or not x.numel():
+        return False
+    bytes_between = [t.stride(0) * t.element_size() for t in (x, out)]
+    if out.element_size() > x.element_size() or (len(x) > 1 and bytes_between[0] != bytes_between[1]):
+        raise ValueError(
+            f"expected out as the first half of x's rows, got {out.dtype} of stride {out.stride(0)} "
+            f"over {x.dtype} of stride {x.stride(0)}"
+        )
+    return True

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chunked_embed.kernels import available
+from chunked_embed.kernels import available, in_own_rows
 
 STATISTICS = ("logps", "lse", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 DIFFERENTIABLE = ("logps", "lse", "entropy")
@@ -62,7 +62,7 @@ def token_gradient_(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-    out: Tensor | None = None,  # (R, V), where the gradient shall have another dtype
+    out: Tensor | None = None,  # (R, V), of another dtype perhaps, and then perhaps the first half of x's own rows
 ) -> Tensor:
     """dL/dx, in place over `x` (or in `out`):
 
@@ -74,6 +74,7 @@ def token_gradient_(
     out = x if out is None else out
     if out.shape != x.shape or out.device != x.device:
         raise ValueError(f"expected out like x, {tuple(x.shape)} on {x.device}, got {tuple(out.shape)} on {out.device}")
+    in_own_rows(x, out)  # refuses what overlaps otherwise
     if _use_triton(x):
         from chunked_embed.kernels import _triton_token_scores as kernels
 

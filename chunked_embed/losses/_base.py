@@ -35,6 +35,8 @@ class Options:
         max_chunk_bytes: Byte budget of one chunk; None takes the package's default.
         compiled: Compile the step of a chunk; None: where the batch is large enough for it to pay. The numbers are the
             same either way.
+        float32_outputs: Products of half-precision embeddings write float32 similarities. False rounds them, for less
+            time and memory, and at a cost in digits: see ``FlexChunkLoss``.
         fuse_projection: Run the model's trailing ``Dense`` and ``Normalize`` inside the chunk, not on the whole batch.
             "auto" does so where it is known to be safe, True raises a ValueError with the reason where it is not.
             With mini-batches they stay in the model, where a mini-batch bounds them already.
@@ -47,12 +49,13 @@ class Options:
     chunk_size: int | None = None
     max_chunk_bytes: int | None = None
     compiled: bool | None = None
+    float32_outputs: bool = True
     fuse_projection: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         checks.integer_or_none("mini_batch_size", self.mini_batch_size, low=1)
         checks.integer_or_none("mini_batch_num_tokens", self.mini_batch_num_tokens, low=1)
-        Chunking(self.chunk_size, self.max_chunk_bytes, self.compiled)
+        Chunking.of(self)
         if self.fuse_projection not in (True, False, "auto"):
             raise ValueError(f'expected fuse_projection to be True, False or "auto", got {self.fuse_projection!r}')
 
@@ -90,7 +93,7 @@ class ChunkedLoss(CachedLossMixin):
 
     @property
     def _chunking(self) -> Chunking:
-        return Chunking(self.chunk_size, self.max_chunk_bytes, self.compiled)
+        return Chunking.of(self)
 
     def get_config_dict(self) -> dict[str, Any]:
         return {**super().get_config_dict(), **self._changed_options()}

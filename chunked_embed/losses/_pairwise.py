@@ -11,6 +11,7 @@ from torch import Tensor
 
 from chunked_embed import checks
 from chunked_embed import functional as CF
+from chunked_embed.functional.arguments import widened
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SiameseDistanceMetric, TripletDistanceMetric, util
 
@@ -50,10 +51,6 @@ def known_triplet_distance(function: object) -> str | None:
 
 def known_siamese_distance(function: object) -> str | None:
     return _known(function, _SIAMESE_DISTANCES)
-
-
-def widened(scores: Tensor) -> Tensor:
-    return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
 
 
 def plain_scores(name: str, function: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:  # (N,)
@@ -116,11 +113,6 @@ class SimilarityLoss(AlignedLoss):
     @property
     def _fusable(self) -> bool:
         return self._similarity is not None
-
-    def _scores(self, a: Tensor, b: Tensor, projection: dict[str, Any]) -> Tensor:  # (N,)
-        if self._similarity:
-            return self._known_scores(a, b, self._similarity, projection)
-        return plain_scores("similarity_fct", self.similarity_fct, a, b)
 
     def _candidate_scores(self, a: Tensor, candidates: list[Tensor], projection: dict[str, Any]) -> Tensor:  # (N, K)
         if self._similarity:

@@ -28,11 +28,11 @@ class AnglELoss(CoSENTLoss, library.AnglELoss):
     def __init__(self, model: SentenceTransformer, scale: float = 20.0, **options: Any) -> None:
         super().__init__(model, scale, util.pairwise_angle_sim, **options)
 
-    def _pairs(self, embeddings: list[Tensor], labels: Tensor | None) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    def _pairs(self, embeddings: list[Tensor], labels: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
         if len(embeddings) <= 2:
             return super()._pairs(embeddings, labels)
         anchor, *others = embeddings
         if labels is None:
             labels = torch.ones(len(anchor), device=anchor.device)
         labels = self._row_labels(labels, len(anchor))
-        return [(anchor, other) for other in others], torch.cat([labels, (1 - labels).repeat(len(others) - 1)])
+        return anchor, others, torch.cat([labels, (1 - labels).repeat(len(others) - 1)])

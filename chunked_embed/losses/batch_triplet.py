@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from chunked_embed import checks
-from chunked_embed.functional.arguments import check_embeddings, check_labels
-from chunked_embed.functional.batch_triplets import Labelled, mean_over_triplets, precise
+from chunked_embed.functional.arguments import check_embeddings, check_labels, widened
+from chunked_embed.functional.batch_triplets import Labelled, mean_over_triplets
 from chunked_embed.gather import Ranks, ranks
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, library
@@ -51,14 +50,14 @@ class BatchTripletLoss(ChunkedLoss):
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
         embedding, labels = self._checked(embeddings, labels)
+        dtype, embedding = embedding.dtype, widened(embedding)
         processes = ranks(embedding, self.gather_across_devices)
         candidates, candidate_labels = processes.gather(embedding, labels)
         distance = known_distance(self.distance_metric)
         if distance is None:
             return self._plain(candidates, candidate_labels)
-        batch = Labelled(embedding, labels, candidates, candidate_labels, processes.offset, distance, self._chunking)
-        with precise(embedding):
-            return self._mined(batch, processes)
+        of_all = (candidates, candidate_labels, processes.offset, distance, self._chunking, dtype)
+        return self._mined(Labelled(embedding, labels, *of_all), processes)
 
     def _checked(self, embeddings: list[Tensor], labels: Tensor | None) -> tuple[Tensor, Tensor]:
         name = type(self).__name__
@@ -79,8 +78,7 @@ class BatchTripletLoss(ChunkedLoss):
 
     def _plain(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The library's own computation, for a distance that we do not know."""
-        wide = embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
-        return super(ChunkedLoss, self).compute_loss_from_embeddings([wide], labels)
+        return super(ChunkedLoss, self).compute_loss_from_embeddings([embeddings], labels)
 
     def _mined(self, batch: Labelled, processes: Ranks) -> Tensor:
         """What averages over processes to the loss."""

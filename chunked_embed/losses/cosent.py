@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from chunked_embed import checks
@@ -44,13 +43,15 @@ class CoSENTLoss(SimilarityLoss, library.CoSENTLoss):
         checks.scalar("scale", scale)
         self._set_options(**options)
 
-    def _pairs(self, embeddings: list[Tensor], labels: Tensor | None) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        pair = self._two_columns(embeddings)
-        return [pair], self._row_labels(labels, len(pair[0]))
+    def _pairs(self, embeddings: list[Tensor], labels: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
+        """-> anchors, columns that are compared with them, and labels: those of one column after the other."""
+        anchor, other = self._two_columns(embeddings)
+        return anchor, [other], self._row_labels(labels, len(anchor))
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
-        pairs, labels = self._pairs(embeddings, labels)
-        scores = torch.cat([self._scores(a, b, projection) for a, b in pairs])
+        anchor, others, labels = self._pairs(embeddings, labels)
+        # In one call: what the columns pull an anchor to nearly cancels, and is added up before it is rounded.
+        scores = self._candidate_scores(anchor, others, projection).t().flatten()
         if self.gather_across_devices:
             scores, labels = gather_rows(scores, labels)
         return CF.cosent_from_scores(scores * self.scale, labels)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from chunked_embed import checks
 from chunked_embed.checks import POSITIVE
+from chunked_embed.functional.arguments import widened
 from chunked_embed.gather import gather_rows
 from chunked_embed.losses._compat import SentenceTransformer, callable_name, check_teacher_targets, library, util
-from chunked_embed.losses._pairwise import SimilarityLoss, widened
+from chunked_embed.losses._pairwise import SimilarityLoss
 
 
 class DistillKLDivLoss(SimilarityLoss, library.DistillKLDivLoss):

@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chunked_embed.functional.normalize import unit
+from chunked_embed.functional.arguments import widened
 from chunked_embed.losses._attach import attach
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, library, shrink, uses_gradient_cache
@@ -147,7 +148,8 @@ class MatryoshkaLoss(ChunkedLoss, library.MatryoshkaLoss):
             raise ValueError(
                 f"matryoshka_dims cannot be greater than the embeddings' width, {column.shape[1]}: got {dim}"
             )
-        return column[:, :dim] if self.loss._normalizes else unit(column[:, :dim], compiled=self.loss.compiled)
+        narrow = column[:, :dim]
+        return narrow if self.loss._normalizes else F.normalize(widened(narrow), dim=1)
 
     def _widths(self) -> list[tuple[int, float]]:
         indices: Sequence[int] = range(len(self.matryoshka_dims))

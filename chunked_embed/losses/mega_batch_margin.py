@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from chunked_embed import checks
-from chunked_embed.functional.arguments import check_embeddings
-from chunked_embed.functional.batch_triplets import precise
+from chunked_embed.functional.arguments import check_embeddings, widened
 from chunked_embed.functional.mega_batch import margin_against
 from chunked_embed.gather import ranks
 from chunked_embed.losses._base import ChunkedLoss
@@ -78,9 +77,9 @@ class MegaBatchMarginLoss(ChunkedLoss, library.MegaBatchMarginLoss):
             )
         anchors, positives = embeddings
         check_embeddings({"anchors": anchors, "positives": positives})
+        dtype, anchors, positives = anchors.dtype, widened(anchors), widened(positives)
         processes = ranks(anchors, self.gather_across_devices)
         (candidates,) = processes.gather(positives)
-        with precise(anchors):
-            margins = (self.positive_margin, self.negative_margin)
-            mean = margin_against(anchors, positives, candidates, processes.offset, *margins, self._chunking)
+        margins = (self.positive_margin, self.negative_margin)
+        mean = margin_against(anchors, positives, candidates, processes.offset, *margins, self._chunking, dtype)
         return processes.share(mean)

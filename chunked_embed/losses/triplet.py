@@ -10,10 +10,11 @@ from torch import Tensor
 
 from chunked_embed import checks
 from chunked_embed import functional as CF
+from chunked_embed.functional.arguments import widened
 from chunked_embed.gather import global_mean
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, TripletDistanceMetric, library
-from chunked_embed.losses._pairwise import known_triplet_distance, widened
+from chunked_embed.losses._pairwise import known_triplet_distance
 
 
 class TripletLoss(ChunkedLoss, library.TripletLoss):

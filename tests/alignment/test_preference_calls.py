@@ -596,7 +596,7 @@ def test_arguments_in_order_with_their_defaults(cls: Any) -> None:
     assert ", ".join(own) == ARGUMENTS[cls]
     assert options == [
         "logit_scale=1.0", "logit_softcap=None", "temperature=1.0", "ignore_index=-100", "token_metrics=True",
-        "chunk_size=None", "max_chunk_bytes=None", "compiled=None",
+        "chunk_size=None", "max_chunk_bytes=None", "compiled=None", "float32_outputs=True",
     ]  # fmt: skip
     assert all(f"    {name}: " in cls.__doc__ for name in cls.fields if name not in A.PreferenceLoss.fields)
 

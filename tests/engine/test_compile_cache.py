@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from chunked_embed.engine import compile as cache
 from chunked_embed.engine import specialize
-from chunked_embed.functional.normalize import unit
 
 
 @pytest.fixture(autouse=True)
@@ -73,14 +72,6 @@ def test_each_shape_key_has_a_graph():
     assert compilations() == 3
 
 
-def test_steps_without_a_loss():
-    """Their first dimension is dynamic from the start."""
-    for rows in (5, 2, 9, 30):
-        x = outputs(rows)
-        torch.testing.assert_close(unit(x, compiled=True), torch.nn.functional.normalize(x, dim=1))
-    assert compilations() == 1
-
-
 @pytest.mark.parametrize("wide", [False, True], ids=["dynamic rows", "fixed sizes"])
 @pytest.mark.parametrize("name", ["cross_entropy", "preference", "ranked", "identity"])
 def test_ragged_batches(name, wide, monkeypatch):
@@ -121,21 +112,20 @@ def test_a_hindrance_passes(name, monkeypatch):
         warnings.simplefilter("error")
         with HINDRANCES[name]():
             check(Scaled(), outputs())
-            unit(outputs(), compiled=True)
         assert compiled() == [] and compilations() == 0
         check(Scaled(), outputs())
-        unit(outputs(), compiled=True)
-        assert compiled() == [True] and compilations() == 2
+        assert compiled() == [True] and compilations() == 1
         with HINDRANCES[name]():
             check(Scaled(), outputs())
             check(Scaled(0.7), outputs())
             check(Scaled(), outputs(4, 9), shape_key=4)
-            unit(outputs(), compiled=True)
-        assert compiled() == [True] and compilations() == 2
+        with torch.autograd.graph.save_on_cpu():  # as allowed as it was
+            pass
+        assert compiled() == [True] and compilations() == 1
         check(Scaled(0.7), outputs())
         check(Scaled(0.9), outputs())
         check(Scaled(), outputs(4, 9), shape_key=4)
-        assert compiled() == [True] and compilations() == 4
+        assert compiled() == [True] and compilations() == 3
 
 
 def test_flops_are_counted():
@@ -156,7 +146,6 @@ import torch
 from step_parts import Loss, check
 from chunked_embed.engine import compile as cache
 from chunked_embed.engine import specialize
-from chunked_embed.functional.normalize import unit
 cache.BACKEND = "eager"
 
 class Scaled(Loss):
@@ -168,7 +157,6 @@ with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     for loss.m in (0.5, 0.7, 0.9):
         check(loss, torch.randn(4, 6))
-        unit(torch.randn(4, 6))
 print(*[w.message for w in seen if "chunk step" in str(w.message)], sep="\\n")
 """
 
@@ -212,7 +200,6 @@ def test_where_nothing_can_be_compiled(error, monkeypatch):
     with pytest.warns(RuntimeWarning, match="does not work on this machine's cpu device") as seen:
         for m in (0.5, 0.7, 0.9):
             check(Scaled(m), outputs())
-            unit(outputs(), compiled=True)
     assert len(seen) == 1
 
 

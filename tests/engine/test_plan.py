@@ -167,6 +167,17 @@ def test_a_ladder_has_three_rungs_where_rows_are_wide():
     assert ladder.__doc__
 
 
+@pytest.mark.parametrize("rows, passes", [(800, 1), (2400, 2)])
+def test_a_chunk_grows_to_hold_a_group_that_is_a_little_longer(rows, passes):
+    hidden, weight = torch.randn(2 * rows, 4, requires_grad=True), torch.randn(30_000, 4, requires_grad=True)
+    loss = NLL(segments_per_group=1)
+    segments = torch.arange(2).repeat_interleave(rows)
+    arguments = (Projection(hidden, weight), {"target": torch.zeros(2 * rows, dtype=torch.long)})
+    assert loss.plan(*arguments, segments=segments).passes == passes
+    told = NLL(segments_per_group=1, max_chunk_bytes=1 << 27).plan(*arguments, segments=segments)
+    assert told.passes == 2 and told.chunk_rows < 800
+
+
 def test_groups_are_packed_whole():
     segments = torch.arange(9).repeat_interleave(torch.tensor([3, 4, 0, 9, 2, 2, 25, 1, 0]))
     loss = FlexChunkLoss(lambda scores, groups: scores["s"][:, 0], lambda o, rows: {"s": o.sum(1)}, chunk_size=10)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from chunked_embed.kernels import available
+from chunked_embed.kernels import available, in_own_rows
 from chunked_embed.kernels.token_scores import (
     DIFFERENTIABLE,
     STATISTICS,
@@ -145,6 +145,22 @@ def test_bad_gradient_input():
         token_gradient_(x, target, stats, {"is_top1": upstream["lse"]})
     with pytest.raises(ValueError, match="expected out like x"):
         token_gradient_(x, target, stats, {"lse": upstream["lse"]}, out=torch.empty(2, 2))
+    over_other_rows = x.view(torch.float32).view(-1)[: x.numel()].view(x.shape)
+    with pytest.raises(ValueError, match="first half of x's rows"):
+        token_gradient_(x, target, stats, {"lse": upstream["lse"]}, out=over_other_rows)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_first_half_of_own_rows(rows):
+    x, target, upstream = case(rows=rows)
+    stats = token_statistics(x, target, names=DIFFERENTIABLE)
+    expected = token_gradient_reference(x, target, stats, upstream).float()
+    own = x.view(torch.float32)[:, : x.shape[1]]
+    assert in_own_rows(x, own) and not in_own_rows(x, x) and not in_own_rows(x, torch.empty_like(own))
+    assert token_gradient_(x, target, stats, upstream, out=own) is own
+    torch.testing.assert_close(own, expected)
+    with pytest.raises(ValueError, match="first half of x's rows"):
+        in_own_rows(own, x)
 
 
 def test_works_without_triton():
@@ -172,7 +188,9 @@ def test_not_available_on_cpu(monkeypatch):
     assert not available(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("file", ["test_triton.py", "test_triton_similarity.py", "test_triton_scale.py"])
+@pytest.mark.parametrize(
+    "file", ["test_triton.py", "test_triton_similarity.py", "test_triton_scale.py", "test_triton_norms.py"]
+)
 def test_triton_in_the_interpreter(file):
     """Triton reads TRITON_INTERPRET once, when it is imported: a process of its own leaves the other tests alone."""
     pytest.importorskip("triton")

@@ -45,7 +45,7 @@ def case(rows, columns, dtype=torch.float32, scale=3.0, pad=5):
 
 
 def check(truth, x, target, upstream, options, names=STATISTICS):
-    """Statistics to float32 accuracy; a stored gradient to the rounding of its dtype."""
+    """Statistics to float32 accuracy; a stored gradient to the rounding of its dtype, wherever it is stored."""
     expected, gradient = truth(x, target, upstream, **options)
     stats = token_statistics(x, target, names={*names, *upstream}, **options)
     size = 1 + expected["lse"].abs().amax().item()
@@ -56,8 +56,20 @@ def check(truth, x, target, upstream, options, names=STATISTICS):
     token_gradient_(x, target, stats, upstream, out=out, **options)
     atol = 4e-6 * size * (1 + gradient.abs().amax().item())
     torch.testing.assert_close(out.double(), gradient, rtol=1e-5 * size, atol=atol)
+    for place in own_halves(x):
+        assert token_gradient_(x, target, stats, upstream, out=place, **options) is place
+        torch.testing.assert_close(place, out.to(place.dtype))
     assert token_gradient_(x, target, stats, upstream, **options) is x
     torch.testing.assert_close(x, out.to(x.dtype))
+
+
+def own_halves(x):
+    """The first half of x's own rows, of either narrower dtype, if x is wide; x is as before after each."""
+    buffer = x._base
+    given = buffer.clone()
+    for dtype in DTYPES[1:] if x.dtype == torch.float32 else ():
+        yield buffer.view(dtype)[: len(x), : x.shape[1]]
+        buffer.copy_(given)
 
 
 @pytest.mark.parametrize("options", [{}, SCALE, SOFTCAP])
@@ -172,8 +184,10 @@ def test_nothing_is_written_beyond_the_row():
     for dtype in DTYPES:
         x, target, upstream = case(3, 77, dtype)
         buffer = x._base
-        token_gradient_(x, target, token_statistics(x, target, names=STATISTICS), upstream)
-        assert buffer[:3, 77:].isnan().all() and buffer[3].isnan().all()
+        stats = token_statistics(x, target, names=STATISTICS)
+        for place in [*own_halves(x), x]:
+            token_gradient_(x, target, stats, upstream, out=place)
+            assert buffer[:3, 77:].isnan().all() and buffer[3].isnan().all()
 
 
 def test_inputs_need_not_be_contiguous():
