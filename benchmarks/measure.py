@@ -1,16 +1,23 @@
-"""Timing, peak memory and a results file (csv and plot), shared by the benchmarks beside it.
+"""Timing, peak memory, errors and a results file (csv and plot), shared by the benchmarks beside it.
 
-A benchmark is a list of candidates for one case: floors (the bare work), ours and peers. Each is checked against the
-truth in the same process before its time is printed. Every run adds to `<out>/<family>-<device>.csv`, replacing the
-lines that it measured again, so that a long benchmark can be split over several calls: by `--only` and `--match`, or by
-`--budget 500 --missing` until nothing is missing. `--out`, or BENCH_OUT in the environment, says where the files are.
+A benchmark is a list of candidates for one case: floors (the bare work), ours and peers. Each is compared with the
+truth, in float64 and of the same inputs, in the same process before its time is printed; its errors stand in its line.
+There are two: of the value, what a user reads of the call (a loss, margins, log-probabilities), the mean of
+|result - truth| beside the mean of |truth|; and of the gradients, |result - truth| / |truth| by Euclidean norms, the
+largest of them. Ours that keep half-precision outputs (`float32_outputs=False`) are lines of their own.
+
+Every run adds to `<out>/<family>-<device>.csv`, replacing the lines that it measured again, so that a long benchmark
+can be split over several calls, or over GPUs at once: by `--only` and `--match`, or by `--budget 500 --missing` until
+nothing is missing. `--out`, or BENCH_OUT in the environment, says where the files are.
 
     python benchmarks/measure.py FILE.csv ...    # plots, without measuring
 """
 
 import csv
 import datetime
+import fcntl
 import gc
+import math
 import os
 import platform
 import re
@@ -18,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from importlib import import_module, metadata
@@ -36,7 +43,10 @@ T = TypeVar("T")
 Loss = Callable[[], Tensor]
 OURS, PEER, FLOOR = "ours", "peer", "floor"
 GIB = 2**30
+HALF = "half-precision outputs"
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 SHORT_MS, MOST_REPEATS = 200, 60
+LONG_MS = 500  # calls that take longer are timed once: they do not waver
 RESULTS = Path(__file__).parent / "results"
 
 # Options that every benchmark takes.
@@ -64,6 +74,24 @@ class Candidate:
     role: str
     run: Callable[[], Sequence[Tensor]]
     bound: float = 0.0  # the largest relative error that is still correct; floors are not checked
+    read: Loss | None = None  # the value of a case, where it is not the loss; in a call of its own, which is not timed
+
+
+@dataclass
+class Errors:
+    """Of the results of a call, against the truth."""
+
+    value: str = ""  # what the first result is; without, all are taken for gradients
+    value_mean: float | None = None  # of |truth|
+    value_error: float | None = None  # the mean of |result - truth|
+    gradient_error: float | None = None  # the largest relative one
+    gradients: str = ""  # that of each
+
+    @property
+    def worst(self) -> float:
+        """The largest, relative to the size of the truth."""
+        of_value = 0.0 if self.value_error is None else self.value_error / (self.value_mean or 1.0)
+        return max(of_value, self.gradient_error or 0.0)
 
 
 @dataclass
@@ -78,7 +106,11 @@ class Line:
     floor_ratio: float | None
     peak_gib: float | None
     first_s: float | None
-    error: float | None
+    value: str
+    value_mean: float | None
+    value_error: float | None
+    gradient_error: float | None
+    gradients: str
     note: str
     device: str
     torch: str
@@ -89,19 +121,26 @@ class Line:
     @property
     def is_done(self) -> bool:
         """There is a number; of a peer, or what became of it."""
-        return self.role == PEER or self.ms is not None or (self.error is not None and "WRONG" not in self.note)
+        has_error = self.gradient_error is not None or self.value_error is not None
+        return self.role == PEER or self.ms is not None or (has_error and "WRONG" not in self.note)
 
 
-def measure(run: Callable[[], object], device: torch.device, warmups: int = 2, repeats: int = 5) -> Timing:
+def measure(
+    run: Callable[[], object], device: torch.device, warmups: int = 2, repeats: int = 5, first: float | None = None
+) -> Timing:
     """The median of `repeats` calls after `warmups`, by CUDA events on a GPU; of more where calls are short, because
-    those are bound by the host, whose speed wavers (after a compilation above all)."""
+    those are bound by the host, whose speed wavers (after a compilation above all). `first`: the seconds of a call that
+    came before."""
     _collect(device)
-    first = _seconds(run, device)[0]
-    for _ in range(warmups - 1):
-        run()
-    times = [_time_ms(run, device) for _ in range(repeats)]
-    while sum(times) < SHORT_MS and len(times) < MOST_REPEATS:
-        times.append(_time_ms(run, device))
+    if first is None:
+        first = _seconds(run, device)[0]
+    times = [_time_ms(run, device)]
+    if times[0] <= LONG_MS:
+        for _ in range(warmups - 2):
+            run()
+        times = [_time_ms(run, device) for _ in range(repeats)]
+        while sum(times) < SHORT_MS and len(times) < MOST_REPEATS:
+            times.append(_time_ms(run, device))
     peak = _peak_bytes(run, device)
     return Timing(statistics.median(times), min(times), peak / GIB, first)
 
@@ -199,8 +238,46 @@ def value(loss: Callable[..., Any], *arguments: Any, **keywords: Any) -> Loss:
     return lambda: loss(*arguments, **keywords).loss
 
 
-def as_candidates(losses: Mapping[str, Loss], leaves: Sequence[Tensor], role: str, bound: float) -> Iterator[Candidate]:
-    return (Candidate(name, role, value_and_gradients(loss, leaves), bound) for name, loss in losses.items())
+def as_candidates(
+    losses: Mapping[str, Loss],
+    leaves: Sequence[Tensor],
+    role: str,
+    bound: float,
+    reads: Mapping[str, Loss] | None = None,  # by the same names
+) -> Iterator[Candidate]:
+    """Half-precision outputs have no bound: their errors are what the line is there to say."""
+    for name, loss in losses.items():
+        allowed = math.inf if HALF in name else bound
+        yield Candidate(name, role, value_and_gradients(loss, leaves), allowed, (reads or {}).get(name))
+
+
+def precisions(name: str, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """Ours as it comes, and with outputs as wide as half-precision inputs: label -> options."""
+    return {name: {}} | ({f"{name}, {HALF}": {"float32_outputs": False}} if dtype in HALF_DTYPES else {})
+
+
+def likely_tokens(hidden: Tensor, weight: Tensor, size: int = 2048) -> Tensor:  # (..., H), (V, H) -> (...)
+    """Tokens that a model finds likely, as those of a text are: the largest of its logits with noise."""
+    found = []
+    for rows in hidden.detach().flatten(0, -2).split(size):
+        logits = (rows @ weight.detach().T).float()
+        found.append(logits.add_(torch.randn_like(logits)).argmax(1))
+    return torch.cat(found).view(hidden.shape[:-1])
+
+
+def floors(
+    label: str,
+    trained: tuple[Tensor, Tensor],
+    frozen: Sequence[tuple[Tensor, Tensor]],
+    sizes: Sequence[int],
+    **more: Any,
+) -> list[Candidate]:
+    """`products`, with outputs as wide as the inputs, and with float32 ones beside them."""
+    found = [Candidate(f"floor: {label}", FLOOR, products(trained, frozen, sizes, **more))]
+    if trained[0].dtype in HALF_DTYPES:
+        wide = products(trained, frozen, sizes, outputs=torch.float32, **more)
+        found.append(Candidate("floor, float32 outputs", FLOOR, wide))
+    return found
 
 
 def products(
@@ -263,6 +340,24 @@ def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return worst
 
 
+def errors_of(got: Sequence[Tensor], truth: Sequence[Tensor], value: str, names: Sequence[str]) -> Errors:
+    """`value` says what the first result is, `names` what the gradients are of."""
+    if len(got) != len(truth):
+        raise ValueError(f"expected {len(truth)} results, got {len(got)}")
+    found = Errors(value)
+    if value:
+        (ours, *got), (exact, *truth) = got, truth
+        if ours.shape != exact.shape:
+            raise ValueError(f"expected {value} of shape {tuple(exact.shape)}, got {tuple(ours.shape)}")
+        error = (ours.double() - exact.double()).abs().mean().item()
+        found.value_error = error if error == error else math.inf
+        found.value_mean = exact.double().abs().mean().item()
+    errors = [relative_error([ours], [exact]) for ours, exact in zip(got, truth, strict=True)]
+    found.gradient_error = max(errors, default=None)
+    found.gradients = ", ".join(f"{name} {error:.1e}" for name, error in zip(names, errors))
+    return found
+
+
 @dataclass
 class Benchmark:
     """Runs cases, and prints and writes each line as it comes."""
@@ -292,54 +387,73 @@ class Benchmark:
             return False
         return True
 
-    def case(self, name: str, candidates: Sequence[Candidate], truth: Callable[[], Sequence[Tensor]] | None) -> None:
+    def case(
+        self,
+        name: str,
+        candidates: Sequence[Candidate],
+        truth: Callable[[], Sequence[Tensor]] | None,
+        value: str = "loss",
+        gradients: Sequence[str] = (),
+        timed: bool = True,
+    ) -> None:
         """Measure the candidates of one case, floors first. `truth` gives what `run` should; None: nothing to check.
+        `value` says what the first of that is ("": a gradient like the others), and `gradients` what the rest is of.
 
         Ratios are to the first floor. One that fails is a line of the table, so that the others are still measured;
-        ours is reported at the end too.
+        ours is reported at the end too. Without `timed` there are errors alone.
         """
         candidates = [c for c in candidates if self.peers or c.role != PEER]
         if not self.wants(name, [c.name for c in candidates]):
             return
-        if "torch._dynamo" in sys.modules:
+        if timed and "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # peers compile a closure in every call; past dynamo's limit they would run eagerly
         expected = None if truth is None else truth()
         floor = None
         for candidate in sorted(candidates, key=lambda c: c.role != FLOOR):
-            timing, error = Timing(), None
+            timing, errors = Timing(), Errors()
             try:
-                timing, error = self._checked(candidate, expected)
+                if candidate.role == FLOOR or expected is None:
+                    timing = measure(candidate.run, self.device, self.warmups, self.repeats)
+                else:
+                    timing, errors = self._checked(candidate, expected, value, gradients, timed)
             except Exception as problem:
                 timing = Timing(note=failure(problem))
-            if candidate.role == OURS and timing.ms is None:
+            if candidate.role == OURS and (timing.note if not timed else timing.ms is None):
                 self.wrong.append(f"{name}, {candidate.name}: {timing.note}")
             if candidate.role == FLOOR:
                 floor = floor or timing.ms
             _collect(self.device)
-            self.add(name, candidate.name, candidate.role, timing, error, floor)
+            self.add(name, candidate.name, candidate.role, timing, errors, floor)
 
-    def _checked(self, candidate: Candidate, expected: Sequence[Tensor] | None) -> tuple[Timing, float | None]:
-        """A time, once the result is right. A peer's time is given beside its error, ours only without one."""
-        if candidate.role == FLOOR or expected is None:
-            return measure(candidate.run, self.device, self.warmups, self.repeats), None
+    def _checked(
+        self, candidate: Candidate, expected: Sequence[Tensor], value: str, gradients: Sequence[str], timed: bool
+    ) -> tuple[Timing, Errors]:
+        """A time, once the result is right. A peer's stands beside its errors, ours only where they are small."""
         first, result = _seconds(candidate.run, self.device)
-        error = relative_error(result, expected)
+        if candidate.read is not None:
+            result = [candidate.read().detach(), *result[1:]]
+        errors = errors_of(result, expected, value, gradients)
         del result
-        wrong = error > candidate.bound
+        wrong = errors.worst > candidate.bound
         if wrong and candidate.role == OURS:
-            return Timing(first_s=first, note=f"WRONG: above {candidate.bound:.0e}, not timed"), error
-        timing = measure(candidate.run, self.device, self.warmups, self.repeats)
-        timing.first_s = first
+            note = f"WRONG: {errors.worst:.1e}, above {candidate.bound:.0e}" + ", not timed" * timed
+            return Timing(first_s=first, note=note), errors
+        timing = Timing()
+        if timed:
+            timing = measure(candidate.run, self.device, self.warmups, self.repeats, first)
         timing.note = f"inaccurate: above {candidate.bound:.0e}" if wrong else ""
-        return timing, error
+        return timing, errors
 
-    def add(self, case: str, name: str, role: str, timing: Timing, error: float | None, floor: float | None) -> None:
+    def add(
+        self, case: str, name: str, role: str, timing: Timing, errors: Errors | None = None, floor: float | None = None
+    ) -> None:
         ratio = timing.ms / floor if timing.ms and floor else None
-        numbers = {"floor_ratio": ratio, "error": error, **asdict(timing)}
+        numbers = {"floor_ratio": ratio, **asdict(errors or Errors()), **asdict(timing)}
         line = Line(case=case, name=name, role=role, **numbers, **self.where())  # type: ignore[arg-type]
         self.lines.append(line)
         print(" | ".join([case, *_cells(line)]), flush=True)
-        write_csv(self.path, merge(self.known, self.lines))  # a run that is cut short keeps what it has
+        with locked(self.path):  # a run that is cut short keeps what it has, and so does one beside it
+            write_csv(self.path, merge(read_csv(self.path), [line]))
 
     @property
     def path(self) -> Path:
@@ -368,7 +482,7 @@ class Benchmark:
             raise SystemExit("no case was chosen")
         if self.lines:
             print_table(self.lines)
-            plot(self.path.with_suffix(".png"), merge(self.known, self.lines))
+            plot(self.path.with_suffix(".png"), read_csv(self.path))
             print(f"written to {self.path} and {self.path.with_suffix('.png').name}")
         print(f"{time.perf_counter() - self.began:.0f} s, {len(self.left)} cases left")
         if self.wrong:
@@ -383,18 +497,32 @@ def _version(package: str) -> str:
 
 
 def merge(old: Sequence[Line], new: Sequence[Line]) -> list[Line]:
-    """The lines that were not measured again, then the new ones."""
+    """The lines that were not measured again, then the new ones; those of a case stay together."""
     replaced = {(line.case, line.name) for line in new}
-    return [line for line in old if (line.case, line.name) not in replaced] + list(new)
+    lines = [line for line in old if (line.case, line.name) not in replaced] + list(new)
+    order = {case: place for place, case in enumerate(dict.fromkeys(line.case for line in (*old, *new)))}
+    return sorted(lines, key=lambda line: order[line.case])
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Nobody else changes this file meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def read_csv(path: Path) -> list[Line]:
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         return []
-    numbers = ("ms", "min_ms", "floor_ratio", "peak_gib", "first_s", "error")
+    numbers = [f.name for f in fields(Line) if "float" in str(f.type)]
     found = []
     with path.open(newline="") as file:
-        for row in csv.DictReader(file):
+        reader = csv.DictReader(file)
+        if list(reader.fieldnames or ()) != [f.name for f in fields(Line)]:
+            raise SystemExit(f"expected the columns of today in {path}, got {reader.fieldnames}: move it away")
+        for row in reader:
             values = {key: (float(value) if value else None) if key in numbers else value for key, value in row.items()}
             found.append(Line(**values))  # type: ignore[arg-type]
     return found
@@ -409,13 +537,15 @@ def write_csv(path: Path, lines: Sequence[Line]) -> None:
             writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(line).items()})
 
 
-COLUMNS = ("", "ms", "x floor", "peak GiB", "first s", "error", "")
+COLUMNS = ("", "ms", "x floor", "peak GiB", "first s", "of gradients", "of the value", "")
 
 
 def _cells(line: Line) -> list[str]:
     numbers = [(line.ms, ".3g" if (line.ms or 0) < 100 else ".0f"), (line.floor_ratio, ".2f"), (line.peak_gib, ".3g")]
-    numbers += [(line.first_s, ".1f"), (line.error, ".1e")]
-    return [line.name, *("" if value is None else format(value, form) for value, form in numbers), line.note]
+    numbers += [(line.first_s, ".1f"), (line.gradient_error, ".1e")]
+    told = ["" if number is None else format(number, form) for number, form in numbers]
+    of_value = "" if line.value_error is None else f"{line.value_error:.1e} of {line.value_mean:.3g}"
+    return [line.name, *told, of_value, line.note]
 
 
 def print_table(lines: Sequence[Line]) -> None:

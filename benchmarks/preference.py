@@ -7,9 +7,13 @@
 
 A floor is the bare matrix products over the rows in use, in the same chunks: one for the reference where there is one,
 three for the policy, four where code behind the log-probabilities decides, or the loss couples the batch. Groups longer
-than a chunk take us one product more than their floor. The truth is formed in float32 from blocks of tokens, by
+than a chunk take us one product more than their floor. The truth is formed in float64 from blocks of tokens, by
 formulas of its own for DPO and the training steps. Peers import what they need where they are called; one that is not
 installed is a line that says so.
+
+The value is the margins of the pairs' rewards; log-probabilities, in nats, of `logps`, and a training step's loss.
+Logits have a standard deviation of 8, targets are likely tokens, and the reference is near the policy: margins are then
+what they are in training, small differences of large sums, and rounded logits show in them.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,6 +39,9 @@ from measure import (
     Out,
     Peers,
     as_candidates,
+    floors,
+    likely_tokens,
+    precisions,
     products,
     trl_kernel,
     value,
@@ -44,9 +51,10 @@ from torch import Tensor
 import alignment as al
 from chunked_embed import ChunkPlan, Projection, TokenStatistics, linear_logps
 
-BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
+BOUNDS = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 STEP_BOUNDS = {torch.bfloat16: 5e-2, torch.float32: 1e-3}
-BLOCK = 2048  # rows of float32 logits that the truth holds
+BLOCK = 1024  # rows of float64 logits that the truth holds, some five times
+MARGINS, GRADIENTS = "margins", ("hidden", "weight")
 TRL_STATISTICS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what its DPO trainer asks of the policy
 
 
@@ -101,22 +109,22 @@ class Batch:
         """`forwards` products of the policy, two back, and the reference's."""
         frozen = [(self.ref_hidden.flatten(0, 1), self.ref_weight)] if reference else []
         # The first rows stand for those in use: as many of them.
-        run = products((self.hidden.flatten(0, 1), self.weight), frozen, chunk_sizes(plan), forwards)
-        return [Candidate(f"floor: {forwards + 2 + reference} products", FLOOR, run)]
+        trained, label = (self.hidden.flatten(0, 1), self.weight), f"{forwards + 2 + reference} products"
+        return floors(label, trained, frozen, chunk_sizes(plan), forwards=forwards)
 
 
 def random_batch(bench: Benchmark, shape: Shape, dtype: torch.dtype) -> Batch:
-    """Sequences and a reference that is near the policy, as in training."""
+    """Sequences of likely tokens, and a reference that is near the policy."""
     torch.manual_seed(0)
     sequences = 2 * shape.pairs
     like: dict[str, Any] = {"device": bench.device, "dtype": dtype}
-    hidden = torch.randn(sequences, shape.tokens, shape.width, **like).mul_(0.3)
-    weight = torch.randn(shape.vocabulary, shape.width, **like).mul_(shape.width**-0.5)
-    target = torch.randint(shape.vocabulary, (sequences, shape.tokens), device=bench.device)
+    hidden = torch.randn(sequences, shape.tokens, shape.width, **like)
+    weight = torch.randn(shape.vocabulary, shape.width, **like).mul_(8 * shape.width**-0.5)
+    target = likely_tokens(hidden, weight)
     if shape.lengths:
         lengths = torch.tensor(shape.lengths, device=bench.device).expand(shape.pairs).repeat(2)
         target[torch.arange(shape.tokens, device=bench.device) < shape.tokens - lengths[:, None]] = -100
-    ref_hidden = torch.randn_like(hidden).mul_(0.1).add_(hidden)
+    ref_hidden = torch.randn_like(hidden).mul_(0.02).add_(hidden)
     return Batch(hidden.requires_grad_(), weight.requires_grad_(), target, ref_hidden, weight.detach().clone())
 
 
@@ -125,34 +133,34 @@ def chunk_sizes(plan: ChunkPlan) -> list[int]:
 
 
 def log_probs(hidden: Tensor, weight: Tensor, index: Tensor) -> Iterator[Tensor]:
-    """Of the tokens `index`, a block at a time, in float32."""
-    rows, wide = hidden.detach().flatten(0, 1), weight.detach().float()
-    return ((rows[part].float() @ wide.T).log_softmax(1) for part in index.split(BLOCK))
+    """Of the tokens `index`, a block at a time, in float64."""
+    rows, wide = hidden.detach().flatten(0, 1), weight.detach().double()
+    return ((rows[part].double() @ wide.T).log_softmax(1) for part in index.split(BLOCK))
 
 
-Formula = Callable[..., Tensor]
-"""`(logps, ref, kl)`, each (S, T), in float64 and zero on tokens that are not used -> a scalar."""
+Formula = Callable[..., tuple[Tensor, Tensor]]
+"""`(logps, ref, kl)`, each (S, T), float64, zero on tokens that are not used -> the loss, and the case's value."""
 
 
 def true_step(batch: Batch, formula: Formula, reference: bool = True) -> list[Tensor]:
-    """Loss and gradients of any function of the tokens' log-probabilities and of KL(reference || policy)."""
+    """Value and gradients of any function of the tokens' log-probabilities and of KL(reference || policy)."""
     index = batch.used.flatten().nonzero()[:, 0]
     parts, ids = index.split(BLOCK), batch.target.flatten()
     scores = torch.zeros(3, batch.target.numel(), dtype=torch.float64, device=ids.device)
     ref_blocks = log_probs(batch.ref_hidden, batch.ref_weight, index) if reference else [None] * len(parts)
     for part, log_p, log_r in zip(parts, log_probs(batch.hidden, batch.weight, index), ref_blocks, strict=True):
         of_target = ids[part, None]
-        scores[0, part] = log_p.gather(1, of_target)[:, 0].double()
+        scores[0, part] = log_p.gather(1, of_target)[:, 0]
         if log_r is not None:
-            scores[1, part] = log_r.gather(1, of_target)[:, 0].double()
-            scores[2, part] = (log_r.exp() * (log_r - log_p)).sum(1).double()
+            scores[1, part] = log_r.gather(1, of_target)[:, 0]
+            scores[2, part] = (log_r.exp() * (log_r - log_p)).sum(1)
     logps, ref, kl = (s.view(batch.target.shape) for s in scores)
     learns = [logps.requires_grad_(), kl.requires_grad_()]
-    loss = formula(logps, ref, kl)
+    loss, value = formula(logps, ref, kl)
     pulls = torch.autograd.grad(loss, learns, allow_unused=True, materialize_grads=True)
-    of_logps, of_kl = (pull.flatten().float()[:, None] for pull in pulls)
+    of_logps, of_kl = (pull.flatten()[:, None] for pull in pulls)
 
-    wide, rows = batch.weight.detach().float(), batch.hidden.detach().flatten(0, 1)
+    wide, rows = batch.weight.detach().double(), batch.hidden.detach().flatten(0, 1)
     grad_hidden = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
     grad_weight = torch.zeros_like(wide)
     ref_blocks = log_probs(batch.ref_hidden, batch.ref_weight, index) if bool(of_kl.any()) else [None] * len(parts)
@@ -162,26 +170,39 @@ def true_step(batch: Batch, formula: Formula, reference: bool = True) -> list[Te
         grad.scatter_add_(1, ids[part, None], of_logps[part])
         if log_r is not None:
             grad += of_kl[part] * (p - log_r.exp())
-        grad_hidden[part] = grad @ wide
-        grad_weight.addmm_(grad.T, rows[part].float())
-    return [loss.detach(), grad_hidden.view(batch.hidden.shape), grad_weight]
+        grad_hidden[part] = (grad @ wide).float()
+        grad_weight.addmm_(grad.T, rows[part].double())
+    return [value.detach(), grad_hidden.view(batch.hidden.shape), grad_weight.float()]
 
 
-def dpo(logps: Tensor, ref: Tensor, kl: Tensor | None = None, beta: float = 0.1) -> Tensor:
+def margins(logps: Tensor, ref: Tensor, beta: float = 0.1) -> Tensor:
     chosen, rejected = (logps - ref).sum(1).chunk(2)
-    return -F.logsigmoid(beta * (chosen - rejected)).mean()
+    return beta * (chosen - rejected)
+
+
+def dpo(logps: Tensor, ref: Tensor, kl: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    found = margins(logps, ref)
+    return -F.logsigmoid(found).mean(), found
 
 
 # --- other people's --------------------------------------------------------------------------------------------------
 
 
-def liger(name: str, *arguments: Any, **options: Any) -> Loss:
-    def loss() -> Tensor:
+def liger(name: str, *arguments: Any, **options: Any) -> Callable[[], tuple[Tensor, Any]]:
+    """-> its loss, and what it reports."""
+
+    def call() -> tuple[Tensor, Any]:
         from liger_kernel import chunked_loss
 
-        return getattr(chunked_loss, name)(**options)(*arguments)[0]
+        return getattr(chunked_loss, name)(**options)(*arguments)
 
-    return loss
+    return call
+
+
+def liger_margins(call: Callable[[], tuple[Tensor, Any]]) -> Tensor:
+    """Of its pairs: the rewards stand behind five statistics. Of sequences it reports sums behind four."""
+    _, told = call()
+    return told[5] - told[6] if told[5].dim() else (told[4] - told[5])
 
 
 def trl_logps(hidden: Tensor, weight: Tensor, target: Tensor, outputs: tuple[str, ...] = ("log_probs",)) -> Tensor:
@@ -196,13 +217,19 @@ def whole_logps(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return log_p.gather(2, target.clamp_min(0)[..., None])[..., 0] * (target != -100)
 
 
-def dpo_of(scorer: Callable[..., Tensor], batch: Batch, *statistics: Any) -> Loss:
-    def loss() -> Tensor:
-        with torch.no_grad():
-            ref = scorer(batch.ref_hidden, batch.ref_weight, batch.target)
-        return dpo(scorer(*batch.policy, *statistics), ref)
+def dpo_of(
+    scorer: Callable[..., Tensor], batch: Batch, *statistics: Any, ref: Tensor | None = None
+) -> tuple[Loss, Loss]:
+    """-> the loss, and its margins."""
 
-    return loss
+    def both() -> tuple[Tensor, Tensor]:
+        known = ref
+        if known is None:
+            with torch.no_grad():
+                known = scorer(batch.ref_hidden, batch.ref_weight, batch.target)
+        return dpo(scorer(*batch.policy, *statistics), known)
+
+    return lambda: both()[0], lambda: both()[1]
 
 
 # --- DPO -------------------------------------------------------------------------------------------------------------
@@ -210,13 +237,13 @@ def dpo_of(scorer: Callable[..., Tensor], batch: Batch, *statistics: Any) -> Los
 large = partial(Shape, vocabulary=128256, width=4096)
 narrow = partial(Shape, vocabulary=128256, width=2048)
 DPO_CASES = {
-    "dpo": [large(4, 1024)],
+    "dpo": [large(4, 1024), Shape(8, 1024, vocabulary=151936, width=2048)],
     "completion": [large(4, 2048, lengths=(length,)) for length in (512, 1024, 2048)],
     "length": [
         narrow(8, 1024),
         narrow(1, 8192),
         narrow(1, 32768),
-        narrow(33, 32768, lengths=(32768,) + 32 * (256,)),
+        narrow(16, 8192, lengths=(8192,) + 15 * (256,)),
     ],
 }
 
@@ -224,40 +251,45 @@ DPO_CASES = {
 def run_dpo(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, options: dict[str, Any]) -> None:
     batch, bound = random_batch(bench, shape, dtype), BOUNDS[dtype]
     expected = cache(partial(true_step, batch, dpo))
-    loss = al.DPOLoss(beta=0.1, **options)
-    plan = loss.plan(*batch.policy, **batch.reference)
-    ours = {"DPOLoss": value(loss, *batch.policy, **batch.reference)}
-    peers = {"TRL fused head": dpo_of(trl_logps, batch, TRL_STATISTICS)}
+
+    def ours(name: str, given: dict[str, Tensor], **more: Any) -> Iterator[Candidate]:
+        for label, precision in precisions(name, dtype).items():
+            call = partial(al.DPOLoss(beta=0.1, **options, **more, **precision), *batch.policy, **given)
+            reads = {label: lambda call=call: call().metrics["rewards/margins"]}
+            yield from as_candidates({label: value(call)}, batch.leaves, OURS, bound, reads)
+
+    def peer(name: str, loss: Loss, read: Loss) -> Iterator[Candidate]:
+        return as_candidates({name: loss}, batch.leaves, PEER, bound, {name: read})
+
+    candidates = batch.floor(al.DPOLoss(beta=0.1, **options).plan(*batch.policy, **batch.reference))
+    candidates += ours("DPOLoss", batch.reference)
+    candidates += peer("TRL fused head", *dpo_of(trl_logps, batch, TRL_STATISTICS))
     if case != "length":
-        plain = al.DPOLoss(beta=0.1, token_metrics=False, **options)
-        ours["DPOLoss, token_metrics=False"] = value(plain, *batch.policy, **batch.reference)
-        peers["TRL fused head, log-probabilities alone"] = dpo_of(trl_logps, batch)
-        peers["torch, whole logits"] = dpo_of(whole_logps, batch)
+        label = "DPOLoss, token_metrics=False"
+        candidates += [c for c in ours(label, batch.reference, token_metrics=False) if c.name == label]
+        candidates += peer("TRL fused head, log-probabilities alone", *dpo_of(trl_logps, batch))
+        candidates += peer("torch, whole logits", *dpo_of(whole_logps, batch))
     if case != "length" or not shape.lengths:  # Liger would multiply all of the padding
         arguments = (batch.weight, batch.hidden, batch.target, None, batch.ref_hidden, batch.ref_weight)
         for size in (1, 4) if case == "dpo" else (1,):
+            settings = {"beta": 0.1, "chunk_size": size, "compiled": options["compiled"]}
+            call = liger("LigerFusedLinearDPOLoss", *arguments, **settings)
             name = f"Liger, chunks of {size} pair{'s' * (size > 1)}"
-            peers[name] = liger(
-                "LigerFusedLinearDPOLoss", *arguments, beta=0.1, chunk_size=size, compiled=options["compiled"]
-            )
-    candidates = [*batch.floor(plan), *as_candidates(ours, batch.leaves, OURS, bound)]
-    candidates += as_candidates(peers, batch.leaves, PEER, bound)
-    bench.case(shape.title("DPO", dtype), candidates, expected)
+            candidates += peer(name, lambda call=call: call()[0], partial(liger_margins, call))
+    bench.case(shape.title("DPO", dtype), candidates, expected, MARGINS, GRADIENTS)
     if case != "dpo":
         return
 
     with torch.no_grad():
         known = linear_logps(batch.ref_hidden, batch.ref_weight, batch.target, **options).logps
     assert known is not None
-    given = {"ref_logps": known.sum(1)}
-    ours = {"DPOLoss": value(loss, *batch.policy, **given)}
-    peers = {"TRL fused head": lambda: dpo(trl_logps(*batch.policy, TRL_STATISTICS), known)}
+    given = {"ref_logps": known.double().sum(1)}
     candidates = [
-        *batch.floor(loss.plan(*batch.policy, **given), reference=False),
-        *as_candidates(ours, batch.leaves, OURS, bound),
-        *as_candidates(peers, batch.leaves, PEER, bound),
+        *batch.floor(al.DPOLoss(beta=0.1, **options).plan(*batch.policy, **given), reference=False),
+        *ours("DPOLoss", given),
+        *peer("TRL fused head", *dpo_of(trl_logps, batch, TRL_STATISTICS, ref=known)),
     ]
-    bench.case(shape.title("DPO, ref_logps given", dtype), candidates, expected)
+    bench.case(shape.title("DPO, ref_logps given", dtype), candidates, expected, MARGINS, GRADIENTS)
 
 
 # --- log-probabilities -----------------------------------------------------------------------------------------------
@@ -269,34 +301,32 @@ def token_loss(scores: dict[str, Tensor], groups: dict[str, Tensor]) -> Tensor:
 
 def run_logps(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, options: dict[str, Any]) -> None:
     """TRL's published case. Sequences of a batch do not matter here."""
-    batch, bound = random_batch(bench, shape, dtype), BOUNDS[dtype]
-
-    def ours() -> Tensor:
-        logps = linear_logps(*batch.policy, **options).logps
-        assert logps is not None
-        return -logps.mean()
+    batch = random_batch(bench, shape, dtype)
+    flat = batch.hidden.flatten(0, 1)
 
     def fused() -> Tensor:
         from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Kernel
 
-        return Kernel.apply(batch.hidden.flatten(0, 1), batch.weight, batch.target.flatten()).mean()
+        return -Kernel.apply(batch.hidden.flatten(0, 1), batch.weight, batch.target.flatten()).view(batch.target.shape)
 
+    def add(scores: dict[str, Loss], role: str) -> None:
+        losses = {name: lambda f=f: -f().mean() for name, f in scores.items()}
+        candidates.extend(as_candidates(losses, batch.leaves, role, BOUNDS[dtype], scores))
+
+    rows = {"target": batch.target.flatten()}
+    plan = TokenStatistics(loss_fn=token_loss, **options).plan(Projection(flat, batch.weight), rows)
+    candidates = batch.floor(plan, forwards=2, reference=False)
+    for label, precision in precisions("linear_logps", dtype).items():
+        call = partial(linear_logps, *batch.policy, **options, **precision)
+        add({label: lambda call=call: call().logps}, OURS)
     peers = {
-        "TRL fused head": lambda: -trl_logps(*batch.policy).mean(),
-        "torch, whole logits": lambda: -whole_logps(*batch.policy).mean(),
+        "TRL fused head": partial(trl_logps, *batch.policy),
+        "torch, whole logits": partial(whole_logps, *batch.policy),
         "Liger scaled cross-entropy": fused,
     }
-    expected = partial(true_step, batch, lambda logps, ref, kl: -logps.mean(), reference=False)
-    rows = {"target": batch.target.flatten()}
-    plan = TokenStatistics(loss_fn=token_loss, **options).plan(
-        Projection(batch.hidden.flatten(0, 1), batch.weight), rows
-    )
-    candidates = [
-        *batch.floor(plan, forwards=2, reference=False),
-        *as_candidates({"linear_logps": ours}, batch.leaves, OURS, bound),
-        *as_candidates(peers, batch.leaves, PEER, bound),
-    ]
-    bench.case(shape.title("log-probabilities", dtype), candidates, expected)
+    add(peers, PEER)
+    expected = partial(true_step, batch, lambda logps, ref, kl: (-logps.mean(), logps), reference=False)
+    bench.case(shape.title("log-probabilities", dtype), candidates, expected, "log-probabilities", GRADIENTS)
 
 
 # --- every other loss ------------------------------------------------------------------------------------------------
@@ -333,13 +363,14 @@ LOSSES = {
 def own_formula(loss: Any, used: Tensor, given: dict[str, Tensor]) -> Formula:
     """The small loss of a class on sums over its sequences' tokens. Tests hold it against TRL's and Liger's."""
 
-    def formula(logps: Tensor, ref: Tensor, kl: Tensor) -> Tensor:
+    def formula(logps: Tensor, ref: Tensor, kl: Tensor) -> tuple[Tensor, Tensor]:
         sums = [score.sum(1) for score in (logps, ref, used.to(logps.dtype), kl)]
         if isinstance(loss, al.SequenceLoss):
             of_policy, of_ref, tokens, _ = sums
-            result = loss.sequence_loss(
-                al.SequenceScores(of_policy, of_ref, tokens, given["preference_labels"], given=given)
-            )
+            chosen = given["preference_labels"]
+            scores = al.SequenceScores(of_policy, of_ref, tokens, chosen, given=given)
+            result, rewards = loss.sequence_loss(scores), loss.reward_scale * scores.ratio
+            told = rewards[chosen].mean() - rewards[~chosen].mean()
         else:
             chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected, *of_kl = chain(
                 *(s.chunk(2) for s in sums)
@@ -356,8 +387,9 @@ def own_formula(loss: Any, used: Tensor, given: dict[str, Tensor]) -> Formula:
                 has_reference=bool(ref.any()),
                 sums={"kl": tuple(of_kl)},
             )
-            result = loss.pair_loss(x)
-        return (result[0] if isinstance(result, tuple) else result).mean()
+            result, rewards = loss.pair_loss(x), loss.rewards(x)
+            told = rewards[0] - rewards[1]
+        return (result[0] if isinstance(result, tuple) else result).mean(), told
 
     return formula
 
@@ -367,28 +399,30 @@ def run_losses(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, op
     labels = torch.arange(2 * shape.pairs, device=bench.device) < shape.pairs
     for name, kind in LOSSES.items():
         loss = kind.make(**options)
-        given = {"preference_labels": labels} if isinstance(loss, al.SequenceLoss) else {}
+        of_sequences = isinstance(loss, al.SequenceLoss)
+        given = {"preference_labels": labels} if of_sequences else {}
         if isinstance(loss, al.KTOLoss):
             given["kl"] = torch.tensor(0.5, device=bench.device)
         keywords = given | (batch.reference if kind.reference else {})
-        ours = {type(loss).__name__: value(loss, *batch.policy, **keywords)}
-        peers = {}
+        candidates = batch.floor(loss.plan(*batch.policy, **keywords), kind.forwards, kind.reference)
+        for label, precision in precisions(type(loss).__name__, dtype).items():
+            call = partial(kind.make(**options, **precision), *batch.policy, **keywords)
+            reads = {label: lambda call=call: call().metrics["rewards/margins"]}
+            candidates += as_candidates({label: value(call)}, batch.leaves, OURS, bound, reads)
         if kind.peer:
             arguments: tuple[Any, ...] = (batch.weight, batch.hidden, batch.target)
             if given:
                 arguments = (batch.hidden, batch.weight, batch.target, None, labels)
                 arguments += (batch.ref_hidden, batch.ref_weight, None, given["kl"])
-            settings = dict(kind.peer_options) | {"compiled": options["compiled"]}
-            peers["Liger, chunks of 1"] = liger(kind.peer, *arguments, **settings)
+            peer = liger(kind.peer, *arguments, **dict(kind.peer_options), compiled=options["compiled"])
+            label, pairs = "Liger, chunks of 1", shape.pairs if of_sequences else 1  # sums, and means of ours
+            reads = {label: lambda peer=peer, pairs=pairs: liger_margins(peer) / pairs}
+            losses = {label: lambda peer=peer: peer()[0]}
+            candidates += as_candidates(losses, batch.leaves, PEER, bound, reads)
         # An instance of its own: BCO's counts its calls.
         formula = own_formula(kind.make(), batch.used, given)
-        candidates = [
-            *batch.floor(loss.plan(*batch.policy, **keywords), kind.forwards, kind.reference),
-            *as_candidates(ours, batch.leaves, OURS, bound),
-            *as_candidates(peers, batch.leaves, PEER, bound),
-        ]
         expected = partial(true_step, batch, formula, kind.reference)
-        bench.case(shape.title(name, dtype), candidates, expected)
+        bench.case(shape.title(name, dtype), candidates, expected, MARGINS, GRADIENTS)
 
 
 # --- training steps --------------------------------------------------------------------------------------------------
@@ -463,7 +497,7 @@ def run_step(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, opti
     target = following.clone()
     target[:, : shape.tokens - 1 - shape.lengths[0]] = -100
     weight, leaves = model.lm_head.weight, list(model.parameters())
-    loss = make(**options)
+    kinds = {label: make(**options, **more) for label, more in precisions(make.__name__, dtype).items()}
     nll = {"nll_target": following} if case == "orpo-step" else {}
 
     def backbone() -> Tensor:
@@ -474,19 +508,21 @@ def run_step(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, opti
     if nll:
         every[: shape.pairs] = following[: shape.pairs]
 
+    def true_loss(logps: Tensor, ref: Tensor, kl: Tensor) -> tuple[Tensor, Tensor]:
+        found = formula(logps, (target != -100).double())
+        return found, found
+
     def expected() -> list[Tensor]:
-        """The head by blocks in float32, the backbone as it is."""
+        """The head by blocks in float64, the backbone as it is."""
         hidden = backbone()
-        batch = Batch(hidden.detach(), weight, every, hidden, weight)
-        known = (target != -100).double()
-        value, of_hidden, of_weight = true_step(batch, lambda logps, ref, kl: formula(logps, known), False)
+        value, of_hidden, of_weight = true_step(Batch(hidden.detach(), weight, every, hidden, weight), true_loss, False)
         others = [leaf for leaf in leaves if leaf is not weight]
         grads = iter(torch.autograd.grad(hidden, others, of_hidden.to(dtype)))
         return [value, *(of_weight if leaf is weight else next(grads) for leaf in leaves)]
 
     with torch.no_grad():
         sample = backbone()
-    plan = loss.plan(sample, weight, target, **nll)
+    plan = kinds[make.__name__].plan(sample, weight, target, **nll)
     head = products((sample.flatten(0, 1), weight), [], chunk_sizes(plan))
 
     def floor() -> list[Tensor]:
@@ -494,7 +530,7 @@ def run_step(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, opti
         head()
         return list(torch.autograd.grad(hidden, [p for p in leaves if p is not weight], torch.ones_like(hidden)))
 
-    ours = {type(loss).__name__: lambda: loss(backbone(), weight, target, **nll).loss}
+    ours = {label: lambda loss=loss: loss(backbone(), weight, target, **nll).loss for label, loss in kinds.items()}
     peers = {"TRL's way, whole logits": lambda: whole(model(ids, use_cache=False).logits.float(), ids, target)}
     candidates = [
         Candidate("floor: backbone and 3 products", FLOOR, floor),
@@ -536,10 +572,10 @@ def main(
     bench = Benchmark("preference", torch.device(device), out, 2, repeats, match, peers, missing, budget)
     for case in only.split(","):
         run, shapes = CASES[case]
-        for shape in shapes:
-            sized = shape.small() if cpu else shape
-            sized = replace(sized, vocabulary=vocabulary or sized.vocabulary, width=width or sized.width)
-            run(bench, case, sized, kind, options)
+        sized = [shape.small() if cpu else shape for shape in shapes]
+        sized = [replace(s, vocabulary=vocabulary or s.vocabulary, width=width or s.width) for s in sized]
+        for shape in dict.fromkeys(sized):
+            run(bench, case, shape, kind, options)
     bench.finish()
 
 

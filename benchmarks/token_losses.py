@@ -5,12 +5,15 @@
     python benchmarks/token_losses.py --only kernel --tune                  # block sizes and warps
     python benchmarks/token_losses.py --device cpu --no-compiled            # small, in seconds
 
+Logits have a standard deviation of 8 and targets are likely tokens, as those of a language model: the size of logits
+decides what their rounding does. The value is the tokens' log-probabilities, in nats.
+
 A floor is the bare matrix products in the same chunks (three where the loss is known, four behind `linear_logps`), or
 for the kernel pair as many bytes as it reads and writes: the logits once for statistics, twice for the gradient.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Annotated, Any
 
 import torch
@@ -24,12 +27,18 @@ from measure import (
     Benchmark,
     Budget,
     Candidate,
+    Errors,
+    Loss,
     Match,
     Missing,
     Out,
     Peers,
     Timing,
-    relative_error,
+    as_candidates,
+    errors_of,
+    floors,
+    likely_tokens,
+    precisions,
     value_and_gradients,
 )
 from torch import Tensor
@@ -46,7 +55,8 @@ from chunked_embed.kernels.token_scores import (
 )
 
 CASES = ("linear-logps", "cross-entropy", "grouped", "weight-error", "kernel")
-BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
+BOUNDS = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+VALUE, GRADIENTS = "log-probabilities", ("hidden", "weight")
 
 
 # --- losses as a user writes them ---
@@ -55,6 +65,14 @@ BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 class CrossEntropy(FlexChunkLoss):
     def loss_fn(self, outputs, rows):
         return F.cross_entropy(outputs, rows["target"], reduction="none")
+
+
+class Told(FlexChunkLoss):
+    """The same, and each row's log-probability with it."""
+
+    def loss_fn(self, outputs, rows):
+        loss = F.cross_entropy(outputs, rows["target"], reduction="none")
+        return loss, {"logps": -loss}
 
 
 class SequenceLoss(FlexChunkLoss):
@@ -74,68 +92,52 @@ class TokenLoss(TokenStatistics):
         return -scores["logps"].squeeze(1)
 
 
-# --- truth and floors ---
+# --- truth and peers ---
 
 
-def true_step(hidden: Tensor, weight: Tensor, target: Tensor, dtype: torch.dtype, rows: int = 1024):
-    """Mean cross-entropy of hidden @ weight.T with both gradients, in `dtype`, some rows at a time."""
-    wide = weight.detach().to(dtype)
-    loss = torch.zeros((), dtype=dtype, device=hidden.device)
-    grad_hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
+def true_step(hidden: Tensor, weight: Tensor, target: Tensor, rows: int = 1024) -> list[Tensor]:
+    """Log-probabilities of the targets and both gradients of their negative mean, in float64, some rows at a time."""
+    wide = weight.detach().double()
+    logps = torch.empty(len(hidden), dtype=torch.float64, device=hidden.device)
+    grad_hidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
     grad_weight = torch.zeros_like(wide)
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
-        chunk, index = hidden.detach()[part].to(dtype), target[part, None]
+        chunk, index = hidden.detach()[part].double(), target[part, None]
         log_p = torch.log_softmax(chunk @ wide.T, -1)
-        loss -= log_p.gather(1, index).sum() / len(hidden)
+        logps[part] = log_p.gather(1, index)[:, 0]
         grad = log_p.exp_()
         grad.scatter_add_(1, index, grad.new_full(index.shape, -1))
         grad /= len(hidden)
         grad_hidden[part] = grad @ wide
         grad_weight.addmm_(grad.T, chunk)
-    return [loss, grad_hidden, grad_weight]
+    return [logps, grad_hidden, grad_weight.float()]
 
 
-def product_floor(hidden: Tensor, weight: Tensor, rows: int, forwards: int) -> Callable[[], list[Tensor]]:
-    hidden, weight = hidden.detach(), weight.detach()
+def others(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, Callable[[str], Tensor]]:
+    """Other ways to the same loss, by the reduction: whole logits, and what is installed here of the fused kernels."""
 
-    def run() -> list[Tensor]:
-        buffer = torch.empty(min(rows, len(hidden)), len(weight), dtype=hidden.dtype, device=hidden.device)
-        results = []
-        for chunk in hidden.split(rows):
-            outputs = buffer[: len(chunk)]
-            for _ in range(forwards):
-                torch.mm(chunk, weight.T, out=outputs)
-            results = [outputs @ weight, outputs.T @ chunk]
-        return results
-
-    return run
-
-
-def others(hidden: Tensor, weight: Tensor, target: Tensor, bound: float) -> list[Candidate]:
-    """Other ways to the same loss and gradients: whole logits, and what is installed here of the fused kernels."""
-
-    def whole() -> Tensor:
-        return F.cross_entropy((hidden @ weight.T).float(), target)
+    def whole(reduction: str) -> Tensor:
+        return F.cross_entropy((hidden @ weight.T).float(), target, reduction=reduction)
 
     losses = {"torch, whole logits": whole}
     if hasattr(F, "linear_cross_entropy"):
-        losses["F.linear_cross_entropy"] = lambda: F.linear_cross_entropy(hidden, weight, target)
+        losses["F.linear_cross_entropy"] = lambda r: F.linear_cross_entropy(hidden, weight, target, reduction=r)
     if hidden.is_cuda:
         try:
             from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
 
-            losses["Liger fused linear CE"] = lambda: Liger.apply(hidden, weight, target)[0]
+            arguments = (hidden, weight, target, None, None, -100, 0.0, 0.0)
+            losses["Liger fused linear CE"] = lambda r: Liger.apply(*arguments, r)[0]
         except ImportError:
             pass
         try:
             from cut_cross_entropy import linear_cross_entropy
 
-            losses["cut-cross-entropy"] = lambda: linear_cross_entropy(hidden, weight, target)
+            losses["cut-cross-entropy"] = lambda r: linear_cross_entropy(hidden, weight, target, reduction=r)
         except ImportError:
             pass
-    steps = {name: value_and_gradients(loss, [hidden, weight]) for name, loss in losses.items()}
-    return [Candidate(name, PEER, run, bound) for name, run in steps.items()]
+    return losses
 
 
 # --- cases ---
@@ -143,66 +145,76 @@ def others(hidden: Tensor, weight: Tensor, target: Tensor, bound: float) -> list
 
 def random_head(bench: Benchmark, tokens: int, vocabulary: int, width: int, dtype: torch.dtype):
     torch.manual_seed(0)
-    hidden = torch.randn(tokens, width, device=bench.device, dtype=dtype).mul_(0.3).requires_grad_()
-    weight = torch.randn(vocabulary, width, device=bench.device, dtype=dtype).mul_(0.02).requires_grad_()
-    return hidden, weight, torch.randint(vocabulary, (tokens,), device=bench.device)
+    hidden = torch.randn(tokens, width, device=bench.device, dtype=dtype)
+    weight = torch.randn(vocabulary, width, device=bench.device, dtype=dtype).mul_(8 * width**-0.5)
+    target = likely_tokens(hidden, weight)
+    return hidden.requires_grad_(), weight.requires_grad_(), target
 
 
 def run_head(
-    bench: Benchmark, chosen: set[str], shape: tuple[int, int, int], dtype: torch.dtype, options: dict
+    bench: Benchmark, chosen: set[str], shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     tokens, vocabulary, width = shape
-    hidden, weight, target = random_head(bench, *shape, dtype)
+    hidden, weight, target = random_head(bench, tokens, vocabulary, width, dtype)
     leaves, bound = [hidden, weight], BOUNDS[dtype]
-    rows = CrossEntropy(**options).plan(Projection(hidden, weight), {"target": target}).chunk_rows
-    size = f"{tokens} tokens, V={vocabulary}, H={width}, {str(dtype).removeprefix('torch.')}, chunks of {rows}"
-    expected: list[Tensor] = []
+    head, rows = Projection(hidden, weight), {"target": target}
+    plan = CrossEntropy(**options).plan(head, rows)
+    sizes = [span.rows for block in plan.blocks for span in block.spans]
+    size = f"{tokens} tokens, V={vocabulary}, H={width}, {str(dtype).removeprefix('torch.')}"
+    expected = cache(partial(true_step, hidden, weight, target))
 
-    def truth() -> list[Tensor]:
-        expected[:] = expected or true_step(hidden, weight, target, torch.float32)
-        return expected
+    def add(name: str, losses: dict[str, Loss], reads: dict[str, Loss], role: str) -> None:
+        candidates.extend(as_candidates(losses, leaves, role, bound, reads))
 
     if "linear-logps" in chosen:
-        ours = value_and_gradients(lambda: -linear_logps(hidden, weight, target, **options).logps.mean(), leaves)
-        candidates = [
-            Candidate("floor: 4 products", FLOOR, product_floor(hidden, weight, rows, 2)),
-            Candidate("linear_logps", OURS, ours, bound),
-        ]
-        bench.case(f"log-probabilities, {size}", candidates, truth)
-    candidates = []
+        candidates = floors("4 products", (hidden, weight), [], sizes, forwards=2)
+        for label, more in precisions("linear_logps", dtype).items():
+            logps = partial(linear_logps, hidden, weight, target, **options, **more)
+            add(label, {label: lambda f=logps: -f().logps.mean()}, {label: lambda f=logps: f().logps}, OURS)
+        bench.case(f"log-probabilities, {size}", candidates, expected, VALUE, GRADIENTS)
+    candidates = floors("3 products", (hidden, weight), [], sizes)
+    n_floors = len(candidates)
     if "cross-entropy" in chosen:
-        loss = CrossEntropy(**options)
-        ours = value_and_gradients(lambda: loss(Projection(hidden, weight), {"target": target}).loss, leaves)
-        candidates.append(Candidate("loss_fn, row-wise", OURS, ours, bound))
+        for label, more in precisions("loss_fn, row-wise", dtype).items():
+            loss, told = CrossEntropy(**options, **more), Told(**options, **more)
+            reads = {label: lambda f=told: f(head, rows).metrics["logps"]}
+            add(label, {label: lambda f=loss: f(head, rows).loss}, reads, OURS)
     if "grouped" in chosen:
-        sequence_loss = SequenceLoss(**options)
         segments = torch.arange(tokens, device=bench.device) // (tokens // 8)
-        ours = value_and_gradients(
-            lambda: sequence_loss(Projection(hidden, weight), {"target": target}, segments=segments).loss, leaves
-        )
-        candidates.append(Candidate("score_fn, grouped", OURS, ours, bound))
-        token_loss = TokenLoss(**options)
-        ours = value_and_gradients(lambda: token_loss(Projection(hidden, weight), {"target": target}).loss, leaves)
-        candidates.append(Candidate("TokenStatistics, grouped", OURS, ours, bound))
-    if candidates:
-        candidates.append(Candidate("floor: 3 products", FLOOR, product_floor(hidden, weight, rows, 1)))
-        bench.case(f"cross-entropy, {size}", candidates + others(hidden, weight, target, bound), truth)
+        kinds = {"score_fn, grouped": (SequenceLoss, segments), "TokenStatistics, grouped": (TokenLoss, None)}
+        for name, (kind, by) in kinds.items():
+            for label, more in precisions(name, dtype).items():
+                loss = kind(**options, **more)
+                reads = {label: lambda f=loss: f.scores(head, rows)["logps"]}
+                add(label, {label: lambda f=loss, by=by: f(head, rows, segments=by).loss}, reads, OURS)
+    if len(candidates) > n_floors:
+        peers = others(hidden, weight, target)
+        steps = {name: partial(loss, "mean") for name, loss in peers.items()}
+        reads = {name: lambda f=loss: -f("none") for name, loss in peers.items()}
+        add("", steps, reads, PEER)
+        bench.case(f"cross-entropy, {size}", candidates, expected, VALUE, GRADIENTS)
 
 
-def run_weight_error(bench: Benchmark, shape: tuple[int, int, int], dtype: torch.dtype, compiled: bool) -> None:
+def run_weight_error(bench: Benchmark, shape: tuple[int, ...], dtype: torch.dtype, compiled: bool) -> None:
     """The weight gradient's distance from float64 must not grow with the number of chunks."""
-    case = "weight gradient against float64, {} tokens, V={}, H={}".format(*shape)
+    case = "weight gradient, {} tokens, V={}, H={}".format(*shape)
     if not bench.wants(case, ["torch, one product", "linear_logps, 64 chunks"]):
         return
-    hidden, weight, target = random_head(bench, *shape, dtype)
+    tokens, vocabulary, width = shape
+    hidden, weight, target = random_head(bench, tokens, vocabulary, width, dtype)
     leaves = [hidden, weight]
-    expected = true_step(hidden, weight, target, torch.float64)[2:]
+    expected = true_step(hidden, weight, target)[2:]
 
-    def error(loss: Callable[[], Tensor]) -> float:
-        return relative_error(value_and_gradients(loss, leaves)()[2:], expected)
+    def errors(loss: Loss) -> Errors:
+        return errors_of(value_and_gradients(loss, leaves)()[2:], expected, "", ["weight"])
 
-    whole = error(lambda: F.cross_entropy((hidden @ weight.T).float(), target))
-    bench.add(case, "torch, one product", PEER, Timing(), whole, None)
+    def one_product() -> Tensor:
+        """Float32 logits of the half-precision inputs, as products on a GPU write them, and one product back."""
+        logits = Logits.apply(hidden, weight)
+        return F.cross_entropy(logits, target)
+
+    whole = errors(one_product)
+    bench.add(case, "torch, one product", PEER, Timing(), whole)
     for chunks in (1, 8, 64):
         options: dict[str, Any] = {"chunk_size": -(-shape[0] // chunks), "compiled": compiled}
         loss = CrossEntropy(**options)
@@ -211,11 +223,27 @@ def run_weight_error(bench: Benchmark, shape: tuple[int, int, int], dtype: torch
             "linear_logps": lambda options=options: -linear_logps(hidden, weight, target, **options).logps.mean(),
         }
         for name, value in losses.items():
-            found = error(value)
-            note = f"{found / whole:.2f} x one product"
-            if found > 2 * whole:
+            found = errors(value)
+            assert found.gradient_error is not None and whole.gradient_error is not None
+            note = f"{found.gradient_error / whole.gradient_error:.2f} x one product"
+            if found.gradient_error > 2 * whole.gradient_error:
                 bench.wrong.append(f"{case}, {name} in {chunks} chunks: {note}")
-            bench.add(case, f"{name}, {chunks} chunks", OURS, Timing(note=note), found, None)
+            bench.add(case, f"{name}, {chunks} chunks", OURS, Timing(note=note), found)
+
+
+class Logits(torch.autograd.Function):
+    """`hidden @ weight.T` in float32; the gradient is rounded once, to the inputs' dtype, before its two products."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return hidden.float() @ weight.float().T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, weight = ctx.saved_tensors
+        narrow = gradient.to(hidden.dtype)
+        return narrow @ weight, narrow.T @ hidden
 
 
 def run_kernel(bench: Benchmark, rows: int, columns: int, dtype: torch.dtype, tune: bool) -> None:
@@ -252,12 +280,13 @@ def run_kernel(bench: Benchmark, rows: int, columns: int, dtype: torch.dtype, tu
                 stats = token_statistics_reference(wide, target[part], names=names, **options)
                 pulled = {name: g[part] for name, g in upstream.items()}
                 gradient = token_gradient_reference(wide, target[part], stats, pulled, **options)
-                parts.append([*(stats[name].float() for name in names), gradient.to(dtype)])
+                parts.append([*(stats[name] for name in names), gradient.float()])
             return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
 
         name = "Triton" if available(bench.device) else "plain torch"
         candidates = [Candidate("floor: 3 passes", FLOOR, three_passes), Candidate(name, OURS, run, BOUNDS[dtype])]
-        bench.case(f"kernel pair {rows}x{columns}, {label}", candidates, truth)
+        results = [*names, "gradient"]
+        bench.case(f"kernel pair {rows}x{columns}, {label}", candidates, truth, "", results)
     if tune:
         run_tuning(bench, x, target)
 
@@ -289,7 +318,7 @@ def _shape(text: str) -> tuple[int, ...]:
 def main(
     device: Annotated[str, typer.Option(help="cuda, or cpu for a small run")] = "cuda",
     only: Annotated[str, typer.Option(help="cases, comma-separated")] = ",".join(CASES),
-    head: Annotated[str, typer.Option(help="tokens x vocabulary x hidden")] = "",
+    head: Annotated[str, typer.Option(help="tokens x vocabulary x hidden, comma-separated")] = "",
     error: Annotated[str, typer.Option(help="tokens x vocabulary x hidden of the weight-gradient error")] = "",
     kernel: Annotated[str, typer.Option(help="rows x columns of the raw kernels")] = "",
     dtype: str = "",
@@ -311,7 +340,9 @@ def main(
     options = {"chunk_size": chunk_size or (64 if cpu else None), "compiled": compiled}
     bench = Benchmark("token-losses", torch.device(device), out, 2, repeats, match, peers, missing, budget)
     if chosen & {"linear-logps", "cross-entropy", "grouped"}:
-        run_head(bench, chosen, _shape(head or ("256x1000x64" if cpu else "8192x151936x4096")), kind, options)
+        usual = "256x1000x64" if cpu else "8192x128256x2048,8192x128256x4096,16384x151936x2048"
+        for shape in (head or usual).split(","):
+            run_head(bench, chosen, _shape(shape), kind, options)
     if "weight-error" in chosen:
         shape = _shape(error or ("256x500x32" if cpu else "4096x16384x1024"))
         run_weight_error(bench, shape, kind, compiled)

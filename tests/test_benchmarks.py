@@ -1,6 +1,7 @@
-"""The benchmarks' small CPU mode runs, finds every result right, and writes its files."""
+"""The benchmarks' small CPU mode runs, finds every result right, and writes its files, and the tables are theirs."""
 
 import csv
+import math
 import os
 import subprocess
 import sys
@@ -13,12 +14,31 @@ ROOT = Path(__file__).parents[1]
 pytest.importorskip("typer")
 
 
+def run_script(folder, script, arguments):
+    """-> the lines of its csv"""
+    command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", "--device", "cpu", "--repeats", "1", *arguments]
+    # One thread: tiny products on a busy machine wait for their threads most of the time.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "BENCH_OUT": str(folder)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (table,) = folder.glob("*.csv")
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def has_errors(line):
+    """Against a truth; or of a line that another one answers for, and of what fails here."""
+    elsewhere = ("mega-batch", "batch-", "training step")
+    unchecked = line["case"].startswith(elsewhere) or "first product" in line["name"] or line["role"] == "floor"
+    return bool(line["gradient_error"]) or unchecked or line["note"].startswith(("failed", "not installed"))
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "lines"),
     [
         ("embedding", ["--no-compiled", "--sizes", "300x16", "--projected", "200x16"], 30),
-        ("token_losses", ["--no-compiled", "--head", "64x100x8", "--error", "64x50x8", "--kernel", "8x100"], 15),
-        ("contrastive", ["--no-compiled", "--sizes", "64x32", "--small", "32x16", "--sigmoid-size", "64x8"], 25),
+        ("token_losses", ["--no-compiled", "--head", "64x100x8", "--error", "64x50x8", "--kernel", "8x100"], 23),
+        ("contrastive", ["--no-compiled", "--sizes", "64x32", "--small", "32x16", "--sigmoid-size", "64x8"], 75),
         ("preference", ["--no-compiled", "--only", "dpo,logps,losses,orpo-step"], 45),
         ("distillation", ["--no-compiled", "--vocabularies", "100"], 65),
         ("host", ["--rows", "8"], 23),
@@ -27,18 +47,35 @@ pytest.importorskip("typer")
 def test_small_mode(tmp_path, script, arguments, lines):
     if script in ("embedding", "contrastive"):
         pytest.importorskip("sentence_transformers")
-    command = [sys.executable, ROOT / "benchmarks" / f"{script}.py", "--device", "cpu", "--repeats", "1", *arguments]
-    # One thread: tiny products on a busy machine wait for their threads most of the time.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "BENCH_OUT": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (table,) = tmp_path.glob("*.csv")
-    with table.open(newline="") as file:
-        found = list(csv.DictReader(file))
+    found = run_script(tmp_path, script, arguments)
     assert len(found) >= lines
     assert all(line["torch"] == torch.__version__ and line["device"] and line["date"] for line in found)
+    assert all(has_errors(line) for line in found), [line for line in found if not has_errors(line)]
     ours = [line for line in found if line["role"] == "ours"]
-    assert ours and all(float(line["error"] or 0) < 1e-4 for line in ours), ours
+    assert ours and all(float(line["gradient_error"] or 0) < 1e-4 for line in ours), ours
+    told = [line for line in ours if line["value"]]
+    assert all(float(line["value_error"]) < 1e-4 * float(line["value_mean"]) for line in told), told
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("token_losses", ["--only", "linear-logps,cross-entropy,grouped", "--head", "64x100x8"]),
+        ("contrastive", ["--only", "infonce,guided,near-duplicates", "--sizes", "64x32", "--small", "64x32"]),
+        ("preference", ["--only", "dpo"]),
+    ],
+)
+def test_half_precision_outputs_are_lines_of_their_own(tmp_path, script, arguments):
+    """Ours are exact by default, or the script would say so."""
+    pytest.importorskip("sentence_transformers")
+    found = run_script(tmp_path, script, ["--no-compiled", "--dtype", "bfloat16", "--no-peers", *arguments])
+    errors = {(line["case"], line["name"]): float(line["gradient_error"] or "nan") for line in found}
+    pairs = [(errors[case, name.removesuffix(HALF)], errors[case, name]) for case, name in errors if HALF in name]
+    assert pairs and all(exact < 6e-3 for exact, _ in pairs)
+    assert sum(exact < rough for exact, rough in pairs) > len(pairs) / 2
+
+
+HALF = ", half-precision outputs"
 
 
 def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch, capsys):
@@ -62,11 +99,12 @@ def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch, capsys):
         measure.Candidate("floor", measure.FLOOR, lambda: x + 1),
         measure.Candidate("higher floor", measure.FLOOR, lambda: torch.ones(500, 500) @ torch.ones(500, 500)),
     ]
-    bench.case("case", candidates, lambda: [x])
+    bench.case("case", candidates, lambda: [x], "margins")
     lines = {line.name: line for line in bench.lines}
     assert bench.lines[0].name == "floor"
     assert lines["wrong"].ms is None and "WRONG" in lines["wrong"].note
     assert lines["right"].ms is not None and lines["right"].floor_ratio is not None
+    assert lines["right"].value == "margins" and lines["right"].value_error == pytest.approx(1e-4, rel=0.01)
     assert lines["loose"].ms is not None and "inaccurate" in lines["loose"].note
     assert lines["broken"].ms is None and "no such kernel" in lines["broken"].note
     assert lines["absent"].note.startswith("not installed: No module named 'no_such_package'")
@@ -116,3 +154,83 @@ def test_peak_memory_on_a_cpu(monkeypatch):
 
     timing = measure.measure(run, torch.device("cpu"), repeats=1)
     assert timing.peak_gib * 2**30 == pytest.approx(2**23, rel=0.01)
+
+
+def test_errors_of_a_result(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measure = pytest.importorskip("measure")
+    truth = [torch.tensor([1.0, -3.0]), torch.tensor([3.0, 4.0]), torch.ones(2)]
+    got = [torch.tensor([1.5, -3.0]), torch.tensor([3.0, 4.5]), torch.ones(2)]
+    found = measure.errors_of(got, truth, "margins", ["a", "b"])
+    assert (found.value, found.value_error, found.value_mean) == ("margins", 0.25, 2.0)
+    assert found.gradient_error == pytest.approx(0.1) and found.gradients == "a 1.0e-01, b 0.0e+00"
+    assert found.worst == pytest.approx(0.125)
+    assert measure.errors_of(got[1:], truth[1:], "", []).gradient_error == pytest.approx(0.1)
+    got[0][0] = math.nan
+    assert measure.errors_of(got, truth, "margins", []).worst == math.inf
+    with pytest.raises(ValueError, match="expected 3 results, got 2"):
+        measure.errors_of(got[1:], truth, "margins", [])
+
+
+def test_what_a_candidate_reads_is_compared_in_place_of_its_loss(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measure = pytest.importorskip("measure")
+    bench = measure.Benchmark("family", torch.device("cpu"), tmp_path, repeats=1)
+    x, margins = torch.ones(2), torch.tensor([1.0, 2.0])
+    candidates = [
+        measure.Candidate("right", measure.OURS, lambda: [torch.tensor(9.0), x], 1e-2, lambda: margins),
+        measure.Candidate("wrong", measure.OURS, lambda: [torch.tensor(9.0), x], 1e-2, lambda: 1.1 * margins),
+    ]
+    bench.case("case", candidates, lambda: [margins, x], "margins", timed=False)
+    right, wrong = bench.lines
+    assert right.ms is None and right.value_error == 0 and right.is_done
+    assert "WRONG" in wrong.note and not wrong.is_done and len(bench.wrong) == 1
+
+
+def test_two_runs_at_once_share_a_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measure = pytest.importorskip("measure")
+    one, other = (measure.Benchmark("family", torch.device("cpu"), tmp_path, repeats=1) for _ in range(2))
+    for bench, case in ((one, "a"), (other, "b"), (one, "a")):
+        bench.add(case, f"line {len(bench.lines)}", measure.PEER, measure.Timing(ms=1.0))
+    assert [(line.case, line.name) for line in measure.read_csv(one.path)] == [
+        ("a", "line 0"),
+        ("a", "line 1"),
+        ("b", "line 0"),
+    ]
+
+
+def test_tables_of_the_page_are_what_the_files_say(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    tables = pytest.importorskip("tables")
+    page = tables.PAGE.read_text()
+    assert tables.rendered(page) == page, "python benchmarks/tables.py"
+    assert {found["name"] for found in tables.MARK.finditer(page)} == {"where", *tables.TABLES}
+
+
+def test_a_table_of_lines(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measure, tables = pytest.importorskip("measure"), pytest.importorskip("tables")
+    bench = measure.Benchmark("preference", torch.device("cpu"), tmp_path, repeats=1)
+    errors = measure.Errors("margins", 0.44, 8.7e-2, 2.3e-3)
+    case = "DPO, 4 pairs x 1024, V=300, H=32, bfloat16"
+    bench.add(case, "floor: 4 products", measure.FLOOR, measure.Timing(50.0), floor=50.0)
+    bench.add(case, "DPOLoss", measure.OURS, measure.Timing(55.0, 54.0, 2.5), errors, 50.0)
+    bench.add(case, "TRL", measure.PEER, measure.Timing(note="out of memory"))
+    page = "before\n<!-- figures: dpo -->\n<!-- end -->\nbehind\n"
+    device = bench.path.stem.removeprefix("preference-")
+    assert tables.rendered(page, tmp_path, device).splitlines()[1:-1] == [
+        "<!-- figures: dpo -->",
+        "",
+        "|  | ms | x floor | GiB | error of gradients | error of margins |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| **{case}** |  |  |  |  |  |",
+        "| floor: 4 products | 50 | 1.00 |  |  |  |",
+        "| DPOLoss | 55 | 1.10 | 2.5 | 2.3e-3 | 8.7e-2 of 0.44 |",
+        "| TRL | out of memory |  |  |  |  |",
+        "",
+        "<!-- end -->",
+    ]
+    assert tables.MISSING.strip() in tables.rendered(page, tmp_path, "another")
+    with pytest.raises(SystemExit, match="no-such-table"):
+        tables.rendered(page.replace("dpo", "no-such-table"), tmp_path, device)
