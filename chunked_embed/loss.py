@@ -87,7 +87,8 @@ class FlexChunkLoss(nn.Module):
         float32_outputs: products of half-precision operands write float32 outputs. False: in the operands' dtype, for
             up to a fifth less time and half of a chunk's memory; what follows is as wrong as that rounding. Outputs of
             bfloat16 are right to 0.4% of themselves: a margin between log-probabilities of a policy and a reference
-            near it is off by a fifth, the gradient of a softmax over near duplicates at a scale of 100 by a tenth.
+            near it is off by a fifth to a half, the gradient of a softmax over near duplicates at a scale of 100 by 5
+            to 10%.
             Float16 has an eighth of those errors, and infinity above 65,504.
         targets: names of row arguments that index the outputs' columns; or a dict that says of which projection. Rows
             whose target is ``ignore_index`` are dropped before any product, and all other targets must lie in [0, V).

@@ -139,23 +139,22 @@ class ChunkedScores(torch.autograd.Function):
         ctx.watched.check()
         layout, selection = call.layout, call.selection
         (block,) = call.plan.blocks
-        with torch.autocast(layout.device.type, enabled=False):
-            sweep = Sweep(call, tensors, holds=True)
-        scale = sweep.scale_for([g for g in grads if g is not None])
-        if scale is not None:
-            grads = tuple(None if g is None else g / scale for g in grads)
         upstream: dict[str, Named] = {unit.label: {} for unit in layout.units}
         of_columns: Named = {}
-        for (label, name), by_row, grad in zip(ctx.names, ctx.rowlike, grads):
-            if grad is None:
-                continue
-            if label is None:
-                of_columns[name] = grad.to(layout.dtype)
-            elif by_row:
-                upstream[label][name] = grad if selection.order is None else grad.index_select(0, selection.order)
-            else:
-                upstream[label][name] = to_rows(grad, call, block, label)
         with torch.autocast(layout.device.type, enabled=False):
+            sweep = Sweep(call, tensors, holds=True)
+            scale = sweep.scale_for([g for g in grads if g is not None])
+            if scale is not None:
+                grads = tuple(None if g is None else g / scale for g in grads)
+            for (label, name), by_row, grad in zip(ctx.names, ctx.rowlike, grads):
+                if grad is None:
+                    continue
+                if label is None:
+                    of_columns[name] = grad.to(layout.dtype)
+                elif by_row:
+                    upstream[label][name] = grad if selection.order is None else grad.index_select(0, selection.order)
+                else:
+                    upstream[label][name] = to_rows(grad, call, block, label)
             sweep.pull(block.spans, scored, upstream, of_columns)
             # Gradients took the outputs' place: a second backward forms them again.
             ctx.scored = Scored({}, scored.columns, scored.parts, [{} for _ in scored.chunks])

@@ -228,7 +228,7 @@ def choose(
         step, shape = made[label] or plain[label], layout.shape_of(names)
         needs = step.needs(shape)
         if shape.cosine and not step.takes_factors:
-            needs = Needs("takes no factors of the outputs, which the norms of cosines are")
+            needs = Needs("does not multiply outputs by norms, as cosine=True asks")
         if needs.refusal is not None:
             layout.refused[label] = f"{type(step).__name__}: {needs.refusal}"
             step, needs = plain[label], plain[label].needs(shape)

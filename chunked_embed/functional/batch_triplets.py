@@ -204,8 +204,9 @@ class Labelled:
 
     def all(self, margin: float) -> tuple[Tensor, Tensor]:
         """Sum over the rows, and how many triplets are above zero."""
-        # Coefficients of 1 to V: the middle of that.
-        loss, arguments = self.call(AllTriplets, margin=margin, gradient_size=len(self.candidates) ** 0.5)
+        # Coefficients of 1 to V: the middle of that, as a power of two, so that few losses serve ragged batches.
+        size = 2.0 ** (len(self.candidates).bit_length() // 2)
+        loss, arguments = self.call(AllTriplets, margin=margin, gradient_size=size)
         result = loss(**arguments, row_weight=torch.ones_like(self.rows[:, 0]))
         return result.loss, result.metrics["count"].sum()
 

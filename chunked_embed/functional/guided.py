@@ -85,6 +85,7 @@ def guided_info_nce(
         hard_negatives, guide_hard_negatives: further candidates, of every query.
         gather_across_devices: compare with the queries and documents of all processes; the results of all processes
             average to the loss of the whole batch, and so do their gradients.
+        chunk_size, max_chunk_bytes, compiled, float32_outputs: as for ``FlexChunkLoss``.
 
     Returns:
         A scalar, float32 (float64 for float64 embeddings).

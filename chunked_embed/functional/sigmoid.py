@@ -55,6 +55,7 @@ def sigmoid_pairs(
             (R, V)``, which runs by ordinary autograd, twice for each chunk.
         gather_across_devices: compare with the ``b`` of all processes; the results of all processes average to the loss
             of the whole batch, and so do their gradients.
+        chunk_size, max_chunk_bytes, compiled, float32_outputs: as for ``FlexChunkLoss``.
 
     Returns:
         A scalar, float32 (float64 for float64 embeddings).

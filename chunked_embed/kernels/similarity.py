@@ -171,7 +171,7 @@ def use_triton(x: Tensor) -> bool:
 def _place(x: Tensor, out: Tensor | None) -> Tensor:
     if out is None:
         return x
-    in_own_rows(x, out)  # refuses what overlaps otherwise
+    in_own_rows(x, out)  # refuses one at the address of x that is not
     return out
 
 

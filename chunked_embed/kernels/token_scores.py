@@ -74,7 +74,7 @@ def token_gradient_(
     out = x if out is None else out
     if out.shape != x.shape or out.device != x.device:
         raise ValueError(f"expected out like x, {tuple(x.shape)} on {x.device}, got {tuple(out.shape)} on {out.device}")
-    in_own_rows(x, out)  # refuses what overlaps otherwise
+    in_own_rows(x, out)  # refuses one at the address of x that is not
     if _use_triton(x):
         from chunked_embed.kernels import _triton_token_scores as kernels
 
