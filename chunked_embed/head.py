@@ -105,8 +105,8 @@ class Head:
         """For a frozen model."""
         return self._map(Tensor.detach)
 
-    def to(self, dtype: torch.dtype) -> Head:
-        return self._map(lambda tensor: tensor.to(dtype))
+    def to(self, where: torch.dtype | torch.device) -> Head:
+        return self._map(lambda tensor: tensor.to(where))
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Head:
         bias = None if self.bias is None else fn(self.bias)

@@ -27,6 +27,7 @@ _INSIDE: ContextVar[bool] = ContextVar("inside", default=False)
 BROKEN: set[str] = set()  # device types on which nothing can be compiled: no C++ compiler, no Triton
 _WARNED: set[str] = set()
 _SERIAL = itertools.count()
+_TELLS: ContextVar[Callable[[], None] | None] = ContextVar("tells", default=None)
 CACHES: list[Any] = [BROKEN, _WARNED]
 """All that the process keeps; ``specialize.py`` adds its own."""
 
@@ -46,6 +47,16 @@ def warn_once(message: str) -> None:
     if message not in _WARNED and len(_WARNED) < 1000:
         _WARNED.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+@contextmanager
+def telling(say: Callable[[], None]) -> Iterator[None]:
+    """``say()`` before a step is compiled that has not been: for callers whose users would wonder at the wait."""
+    token = _TELLS.set(say)
+    try:
+        yield
+    finally:
+        _TELLS.reset(token)
 
 
 def outside_compile(function: F) -> F:
@@ -121,6 +132,8 @@ class Compiled:
                     return self.compiled(*args)
             except _errors() as error:
                 raise Failure(error) from None
+        if (say := _TELLS.get()) is not None:
+            say()
         try:
             options = _inductor_options() if self.device_type == "cuda" and BACKEND == "inductor" else None
             compiled = torch.compile(self.function, fullgraph=True, backend=BACKEND, options=options)
