@@ -1,9 +1,10 @@
-# make demo | test | test-all | lint | docs | bench | clean
+# make demo | test | test-all | test-trl | lint | docs | bench | clean
 #
 # Needs make and a python3 (3.10 or newer). Everything else is installed into .venv, once.
 #   make demo TORCH=torch==2.12.0              another torch, or a wheel's path, or "torch --pre"
 #   make demo DEMO="--loss triplet --steps 8"  other arguments for the example
 #   make test PYTEST="tests/test_packaging.py" other arguments for pytest
+#   make test-trl TRL=trl==1.16.0              the trainers with another TRL
 
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -15,7 +16,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Two processes of one thread each: torch's own threads gain little on tests this small.
 PARALLEL ?= -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint format docs bench clean
+# The oldest that pyproject.toml allows.
+TRL ?= trl==1.16.0
+# A trainer says at its import that it is not tried with another TRL; here it is.
+WITH_TRL := -W "ignore:alignment.trl is written for" -W "ignore:distill.trl is written for" \
+	tests/alignment/test_trl*.py tests/distill/test_trainer.py tests/distill/test_gkd.py
+
+.PHONY: demo test test-all test-trl lint format docs bench clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python examples/train_embeddings.py $(DEMO)
@@ -25,6 +32,12 @@ test: $(VENV)/dev.installed
 
 test-all: $(VENV)/dev.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) --slow=all $(PYTEST)
+
+# TRL alone, in a folder in front of the installed packages.
+test-trl: $(VENV)/dev.installed
+	@rm -rf $(VENV)/trl
+	@$(PIP) --no-deps --target $(VENV)/trl '$(TRL)'
+	PYTHONPATH=$(VENV)/trl OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(WITH_TRL) $(PYTEST)
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
@@ -45,6 +58,7 @@ bench: $(VENV)/bench.installed
 	$(BIN)/python benchmarks/token_losses.py
 	$(BIN)/python benchmarks/preference.py
 	$(BIN)/python benchmarks/distillation.py
+	$(BIN)/python benchmarks/trainers.py
 
 clean:
 	rm -rf $(VENV) runs build dist docs/_build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -110,6 +110,10 @@ class DPONumbers(Protocol):
 
 
 def _sigmoid(x: Ratios, n: DPONumbers) -> Tensor:
+    return -F.logsigmoid(n.beta * x.delta)
+
+
+def _cdpo(x: Ratios, n: DPONumbers) -> Tensor:
     return smoothed_logistic(n.beta * x.delta, n.label_smoothing)
 
 
@@ -185,6 +189,7 @@ def _sft(x: Ratios, n: DPONumbers) -> Tensor:
 
 DPO_LOSSES: dict[str, Callable[[Ratios, DPONumbers], Tensor]] = {
     "sigmoid": _sigmoid,
+    "cdpo": _cdpo,
     "hinge": _hinge,
     "ipo": _ipo,
     "sigmoid_norm": _sigmoid_norm,
@@ -204,8 +209,10 @@ DPO_LOSSES: dict[str, Callable[[Ratios, DPONumbers], Tensor]] = {
 
 SORTING = frozenset({"aot", "aot_unpaired"})
 """Loss types whose rows are no pairs any more: they sort the batch."""
-DIFFERENCES = frozenset({"sigmoid", "hinge", "ipo", "sigmoid_norm", "exo_pair", "robust", "discopop", "sft"})
+DIFFERENCES = frozenset({"sigmoid", "cdpo", "hinge", "ipo", "sigmoid_norm", "exo_pair", "robust", "discopop", "sft"})
 """Loss types that see f' in differences alone, where its unknown constant cancels: the ones with f-divergences."""
+SMOOTHING = frozenset({"cdpo", "exo_pair", "robust", "aot", "aot_unpaired"})
+"""Loss types that read ``label_smoothing``. As in TRL, "sigmoid" does not."""
 
 
 def ratios(

@@ -66,7 +66,8 @@ class DPOLoss(PairLoss):
 
     With ``D = f'(lc) - f'(lr)`` (``lc - lr`` by default) and ``e`` the label smoothing::
 
-        sigmoid       -(1 - e) logsigmoid(b D) - e logsigmoid(-b D)
+        sigmoid       -logsigmoid(b D)
+        cdpo          -(1 - e) logsigmoid(b D) - e logsigmoid(-b D): conservative DPO
         hinge         relu(1 - b D)                                                     arXiv 2309.06657
         ipo           (f'(lc) / nc - f'(lr) / nr - 1 / (2 b))^2                         arXiv 2310.12036
         sigmoid_norm  -logsigmoid(b (f'(lc) / nc - f'(lr) / nr))
@@ -75,15 +76,15 @@ class DPOLoss(PairLoss):
         robust        (-(1 - e) logsigmoid(b D) + e logsigmoid(-b D)) / (1 - 2 e)       arXiv 2403.00409
         bco_pair      -logsigmoid(b lc) - logsigmoid(-b lr)                             arXiv 2404.04656
         sppo_hard     (lc - 1 / (2 b))^2 + (lr + 1 / (2 b))^2                           arXiv 2405.00675
-        aot           d = sort(c - r) - sort(rc - rr), then as sigmoid                  arXiv 2406.05882
-        aot_unpaired  d = sort(lc) - sort(lr), then as sigmoid
+        aot           d = sort(c - r) - sort(rc - rr), then as cdpo                     arXiv 2406.05882
+        aot_unpaired  d = sort(lc) - sort(lr), then as cdpo
         apo_zero      1 - sigmoid(b lc) + sigmoid(b lr)                                 arXiv 2408.06266
         apo_down      sigmoid(b lc) + 1 - sigmoid(b (lc - lr))
         discopop      z = b D, m = sigmoid(z / tau); -logsigmoid(z) (1 - m) + exp(-z) m arXiv 2406.08414
         sft           negative log-likelihood of the chosen completions, per token
 
-    Defaults and names are TRL's; several losses may be added up with weights (MPO is ``["sigmoid", "bco_pair",
-    "sft"]`` with ``[0.8, 0.2, 1.0]``).
+    Defaults and names are TRL's, but for cdpo; a number that none of the chosen losses reads is refused. Several losses
+    may be added up with weights (MPO is ``["sigmoid", "bco_pair", "sft"]`` with ``[0.8, 0.2, 1.0]``).
 
     Example:
         >>> import torch
@@ -128,6 +129,22 @@ class DPOLoss(PairLoss):
         "detached (https://arxiv.org/abs/2406.11827); not with aot or aot_unpaired",
     )
     discopop_tau: float = number(0.05, POSITIVE, "temperature of discopop's gate")
+
+    @staticmethod
+    def readers(loss_types: Sequence[str], f_divergence: str) -> Mapping[str, str]:
+        """Numbers that these losses do not read, and what would."""
+        found = {}
+        if AF.SMOOTHING.isdisjoint(loss_types):
+            found["label_smoothing"] = f'loss_type "cdpo" (conservative DPO) or another of {sorted(AF.SMOOTHING)}'
+        if "discopop" not in loss_types:
+            found["discopop_tau"] = 'loss_type "discopop"'
+        if f_divergence != "alpha":
+            found["f_alpha"] = 'f_divergence="alpha"'
+        return found
+
+    @property
+    def unread(self) -> Mapping[str, str]:
+        return self.readers(self.loss_types, self.f_divergence)
 
     @property
     def loss_types(self) -> tuple[str, ...]:
@@ -230,6 +247,10 @@ class TDPOLoss(PairLoss):
     kl_weight: float = number(0.5, NOT_NEGATIVE, "of tdpo2")
     needs_kl = True
 
+    @property
+    def unread(self) -> Mapping[str, str]:
+        return {} if self.loss_type == "tdpo2" else {"kl_weight": 'loss_type="tdpo2"'}
+
     def pair_loss(self, x: PairScores) -> tuple[Tensor, Named]:
         chosen_kl, rejected_kl = x.sums["kl"]
         vectors = x.chosen_ratio, x.rejected_ratio, chosen_kl, rejected_kl
@@ -263,6 +284,10 @@ class FPOLoss(PairLoss):
         0.1, FINITE, 'a of "alpha"; not 0 or 1, where the formula has limits: "exo" and "dpo"'
     )
     takes_reference = None
+
+    @property
+    def unread(self) -> Mapping[str, str]:
+        return {} if self.divergence == "alpha" else {"divergence_order": 'divergence="alpha"'}
 
     def check(self) -> None:
         super().check()
@@ -303,6 +328,10 @@ class CPOLoss(PairLoss):
     label_smoothing: float = SMOOTHED
     takes_reference = False
     takes_nll_target = True
+
+    @property
+    def unread(self) -> Mapping[str, str]:
+        return {} if self.loss_type == "sigmoid" else {"label_smoothing": 'loss_type="sigmoid"'}
 
     @property
     def per_token(self) -> bool:

@@ -82,6 +82,17 @@ class PreferenceLoss(ChunkFields, nn.Module):
     # --- what a loss may say of itself ---
 
     @property
+    def unread(self) -> Mapping[str, str]:
+        """Numbers that the loss does not read as its other options are, and what would read each."""
+        return {}
+
+    def check(self) -> None:
+        super().check()
+        for name, reader in self.unread.items():
+            if (value := getattr(self, name)) != (default := self.fields[name].default):
+                raise ValueError(f"expected {name}={default!r}, which nothing reads without {reader}, got {value!r}")
+
+    @property
     def statistics(self) -> tuple[str, ...]:
         """What ``sums`` shall hold besides log-probabilities: names of ``linear_logps``'s outputs."""
         return ()

@@ -22,7 +22,7 @@ SMOOTH = {"beta": 0.1, "label_smoothing": 0.2}
 
 def dpo(name: str, divergence: str, c: Tensor, r: Tensor, rc: Tensor, rr: Tensor, alpha: float = 0.5) -> Tensor:
     terms = AF.ratios(c, r, rc, rr, *COUNTS, f_divergence=divergence, f_alpha=alpha)
-    return AF.DPO_LOSSES[name](terms, DPOLoss(label_smoothing=0.2))
+    return AF.DPO_LOSSES[name](terms, DPOLoss(loss_type="cdpo", label_smoothing=0.2))
 
 
 # name: (function of vectors, how many of those it takes)

@@ -19,7 +19,7 @@ import trl_parts as parts  # noqa: E402
 from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralConfig, MixtralForCausalLM  # noqa: E402
 from trl_zoo import assert_same_training, make, trained  # noqa: E402
 
-from alignment import DPOLoss, IRPOLoss, KTOLoss, SimPOLoss, TDPOLoss  # noqa: E402
+from alignment import BCOLoss, DPOLoss, IRPOLoss, KTOLoss, SimPOLoss, TDPOLoss  # noqa: E402
 from alignment.trl import BCO_STATE, LOSS_TYPES  # noqa: E402
 
 pytestmark = [
@@ -65,9 +65,40 @@ CASES = {
     ],
     "orpo": [{}, {"beta": 0.5}],
 }
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+SYNCED = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
+SLOW_CASES = {
+    "dpo": [
+        REENTRANT,
+        SYNCED,
+        {"pad_to_multiple_of": 8},
+        {"padding_free": True},
+        {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 2},
+        {"max_length": 9, "truncation_mode": "keep_end"},
+        {"disable_dropout": False},
+        {"neftune_noise_alpha": 5.0},
+        {"router_aux_loss_coef": 0.0},
+        {"loss_type": ["discopop"], "discopop_tau": 0.1},
+    ],
+    "kto": [
+        REENTRANT,
+        SYNCED,
+        {"pad_to_multiple_of": 8, "max_length": 9},
+        {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 2},
+        {"beta": 0.3, "disable_dropout": False, "router_aux_loss_coef": 0.0},
+    ],
+    "cpo": [
+        REENTRANT,
+        {"max_length": 9},
+        {"loss_type": "hinge", "label_smoothing": 0.1},
+        {"max_completion_length": 3, "disable_dropout": False, "beta": 0.3},
+    ],
+    "orpo": [{"max_length": 9, "padding_value": 5}, {"max_completion_length": 3, "disable_dropout": False}],
+}
 PARAMETERS = [
-    pytest.param(kind, case, id=f"{kind}-" + "-".join(f"{k}={v}" for k, v in case.items()))
-    for kind, cases in CASES.items()
+    pytest.param(kind, case, marks=marks, id=f"{kind}-" + "-".join(f"{k}={v}" for k, v in case.items()))
+    for table, marks in ((CASES, ()), (SLOW_CASES, pytest.mark.slow))
+    for kind, cases in table.items()
     for case in cases
 ]
 
@@ -132,9 +163,10 @@ def first_batch(trainer: Any) -> dict[str, Tensor]:
     return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
 
 
-@pytest.mark.parametrize("name", [*LOSS_TYPES, "sigmoid"])
+@pytest.mark.parametrize("name", [*LOSS_TYPES, "cdpo"])
 def test_loss_types_that_trl_lacks(name: str, tmp_path: Path) -> None:
-    trainer = trained("dpo", True, tmp_path, args={"loss_type": [name], "label_smoothing": 0.1})
+    smoothing = {"label_smoothing": 0.1} if name == "cdpo" else {}
+    trainer = trained("dpo", True, tmp_path, args={"loss_type": [name], **smoothing})
     assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
     batch = first_batch(trainer)
     found = trainer.compute_loss(trainer.model, batch)
@@ -142,7 +174,7 @@ def test_loss_types_that_trl_lacks(name: str, tmp_path: Path) -> None:
         c, r = eager_logps(trainer.model, batch).chunk(2)
         rc, rr = eager_logps(trainer.ref_model, batch).chunk(2)
     z = 0.1 * ((c - r) - (rc - rr))
-    if name == "sigmoid":  # conservative DPO, which TRL 1.16 leaves out
+    if name == "cdpo":
         torch.testing.assert_close(found, (-0.9 * F.logsigmoid(z) - 0.1 * F.logsigmoid(-z)).mean())
     if name == "dpop":
         torch.testing.assert_close(found, -F.logsigmoid(z - 0.1 * 50 * F.relu(rc - c)).mean())
@@ -193,21 +225,26 @@ def test_two_accumulated_halves_are_the_whole(tmp_path: Path) -> None:
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
 
 
-def test_bco_keeps_its_running_mean(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["bco", "kto"])
+def test_bco_keeps_its_running_mean(kind: str, tmp_path: Path) -> None:
     args = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    whole = trained("bco", True, tmp_path / "a", args=args)
+
+    def made(start: Any = make) -> Any:
+        return start(kind, True, tmp_path / "a", args=args, loss=BCOLoss(compiled=False))
+
+    whole = made(trained)
     state = json.loads((tmp_path / "a/checkpoint-4" / BCO_STATE).read_text())
     assert state["count"] == 16
     assert state["mean"] == pytest.approx(whole.chunked_loss.running_mean.item())
     assert {"delta", "rewards/chosen", "rewards/margins", "logps/rejected"} <= whole.state.log_history[-3].keys()
-    resumed = make("bco", True, tmp_path / "a", args=args)
+    resumed = made()
     resumed.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
     assert resumed.chunked_loss.running_mean == whole.chunked_loss.running_mean
     for p, q in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(p, q)
     (tmp_path / "a/checkpoint-2" / BCO_STATE).unlink()
     with pytest.raises(FileNotFoundError, match=BCO_STATE):
-        make("bco", True, tmp_path / "a", args=args).train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
+        made().train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -253,7 +290,7 @@ def test_stored_reference_logps_are_those_of_the_temperature(tmp_path: Path) -> 
         ("dpo", {"loss": KTOLoss()}, "expected loss to be a PairLoss, got KTOLoss"),
         ("dpo", {"loss": IRPOLoss(), "loss_options": {"chunk_size": 4}}, "got both"),
         ("dpo", {"args": {"loss_type": ["sigmoid", "irpo"]}}, "'irpo' to be the only loss_type"),
-        ("dpo", {"args": {"loss_type": ["nonsense"]}}, "expected loss_type to be one of"),
+        ("dpo", {"args": {"loss_type": ["nonsense"]}}, r"or one of \['irpo', .* alone, got 'nonsense'"),
         ("dpo", {"args": {"beta": float("nan")}}, "expected beta to be a positive, finite number"),
         (
             "dpo",
@@ -262,7 +299,7 @@ def test_stored_reference_logps_are_those_of_the_temperature(tmp_path: Path) -> 
         ),
         ("bco", {"loss": KTOLoss()}, "expected loss to be a BCOLoss"),
         ("orpo", {"loss_options": {"chunk_size": 0}}, "chunk_size"),
-        ("cpo", {"loss": TDPOLoss(compiled=False)}, "compares with a reference"),
+        ("cpo", {"loss": TDPOLoss(compiled=False)}, "a loss without a reference, got TDPOLoss"),
     ],
 )
 def test_refusals(kind: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -50,6 +50,14 @@ def test_ddp_trains_like_trl(kind: str, trained: list[dict[Any, Any]]) -> None:
                 assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
 
 
+@pytest.mark.parametrize("kind", trl_ranks.DROPPING)
+def test_rows_that_fill_up_a_batch_are_not_counted(kind: str, trained: list[dict[Any, Any]]) -> None:
+    for rank in trained:
+        theirs, ours = rank[kind, False]["evaluated"], rank[kind, True]["evaluated"]
+        for name in ("eval_loss", "eval_rewards/chosen", "eval_rewards/accuracies", "eval_logps/rejected"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+
+
 def test_ddp_is_one_process_with_both_batches(trained: list[dict[Any, Any]], tmp_path: Path) -> None:
     alone = trl_ranks.train("dpo", True, str(tmp_path), 1)
     for rank in trained:

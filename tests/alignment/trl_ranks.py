@@ -14,20 +14,22 @@ from torch import Tensor
 
 WORLD = 2
 KINDS = ("dpo", "kto", "cpo", "orpo")
+DROPPING = ("cpo", "orpo")  # rows that fill up a last batch; TRL's others count them
 LAYOUTS = ("accelerate", "root only", "head alone")
 
 
 def train(kind: str, ours: bool, folder: str, world: int) -> dict[str, Any]:
-    """Weights and logs of two steps of eight."""
+    """Weights and logs of two steps of eight, and of an evaluation of six."""
     import trl_zoo
 
     args = {"per_device_train_batch_size": 8 // world, "max_steps": 2, "eval_strategy": "no"}
     if world > 1:
         args["ddp_backend"] = "gloo"
     model = trl_zoo.parts.model(torch.float64 if ours else torch.float32)
-    data = trl_zoo.KINDS[kind].data(16)  # no ragged last batch, of whose metrics TRL's trainers drop the repeats
+    data = trl_zoo.KINDS[kind].data(16)
     trainer = trl_zoo.trained(kind, ours, Path(folder), model=model, data=data, args=args)
-    return {"weights": dict(trainer.model.state_dict()), "logs": trainer.state.log_history}
+    evaluated = trainer.evaluate() if kind in DROPPING else {}
+    return {"weights": dict(trainer.model.state_dict()), "logs": trainer.state.log_history, "evaluated": evaluated}
 
 
 def run_trainers(rank: int, port: int, folder: str) -> None:

@@ -70,13 +70,9 @@ def make(kind: str, ours: bool, folder: Path, model: Any = None, data: Any = Non
         options["ref_model"] = parts.reference(policy)
     if ours and "loss" not in options:
         options.setdefault("loss_options", PLAIN)
+    options = {"eval_dataset": k.data(6, 1), "processing_class": parts.tokenizer(), **options}
     return (k.ours if ours else k.theirs)(
-        model=policy,
-        args=args,
-        train_dataset=k.data() if data is None else data,
-        eval_dataset=k.data(6, 1),
-        processing_class=parts.tokenizer(),
-        **options,
+        model=policy, args=args, train_dataset=k.data() if data is None else data, **options
     )
 
 

@@ -1,0 +1,149 @@
+"""DPO and its kin: pairs, with a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from trl import DPOTrainer
+from trl.trainer import dpo_trainer
+
+from .. import functional as AF
+from ..losses import DPOLoss
+from ..pairs import PairLoss
+from . import LOSS_TYPES
+from ._base import Chunked, pair_sums
+from ._settings import NOTHING, Setting, Settings
+
+__all__ = ["ChunkedDPOTrainer"]
+
+F_DIVERGENCES = {"js_divergence": "js", "alpha_divergence": "alpha"}  # TRL's names, where they differ
+
+
+def dpo_types(loss: Any) -> Any:
+    """The ``DPOConfig.loss_type`` of a loss."""
+    if isinstance(loss, DPOLoss):
+        return loss.loss_types
+    for name, make in LOSS_TYPES.items():
+        cls, options = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
+        if isinstance(loss, cls) and all(getattr(loss, key) == value for key, value in options.items()):  # type: ignore[arg-type]
+            return (name,)
+    return NOTHING
+
+
+def f_divergence_type(loss: Any) -> str:
+    """The ``DPOConfig.f_divergence_type`` of a loss."""
+    ours = getattr(loss, "f_divergence", "reverse_kl")
+    return next((theirs for theirs, name in F_DIVERGENCES.items() if name == ours), ours)
+
+
+class ChunkedDPOTrainer(Chunked, DPOTrainer):
+    """``trl.DPOTrainer`` on the chunked engine: its arguments, and those of ``alignment.trl``.
+
+    ``DPOConfig(loss_type=...)`` may name everything in ``alignment.DPOLoss``, or one of ``LOSS_TYPES`` alone; ``loss``
+    takes any ``alignment.PairLoss``. For one that has no reference (``alignment.SimPOLoss``, say)
+    ``precompute_ref_log_probs=True`` computes nothing, and no reference is kept.
+    """
+
+    _trl_module = dpo_trainer
+    _trl_losses = (DPOLoss,)
+    _settings: ClassVar[Settings] = {
+        "loss_type": Setting("loss_type", read=dpo_types),
+        "loss_weights": Setting("loss_weights", without=None),
+        "beta": Setting("beta"),
+        "label_smoothing": Setting("label_smoothing", without=0.0),
+        "f_divergence_type": Setting("f_divergence", read=f_divergence_type),
+        "f_alpha_divergence_coef": Setting("f_alpha"),
+        "ld_alpha": Setting("ld_alpha", without=None),
+        "use_weighting": Setting("use_weighting", without=False),
+        "discopop_tau": Setting("discopop_tau"),
+    }
+
+    def _check_loss(self, args: Any) -> None:
+        loss, name = self.chunked_loss, type(self.chunked_loss).__name__
+        if args.precompute_ref_log_probs and loss.needs_kl:
+            raise ValueError(f"expected precompute_ref_log_probs=False: {name} needs the reference's distributions")
+        if args.sync_ref_model and loss.takes_reference is False:
+            raise ValueError(f"expected sync_ref_model=False: {name} has no reference")
+
+    def _make_loss(self, args: Any, options: dict[str, Any]) -> PairLoss:
+        if len(args.loss_type) == 1 and args.loss_type[0] in LOSS_TYPES:
+            return LOSS_TYPES[args.loss_type[0]](beta=args.beta, **options)
+        if unknown := [name for name in args.loss_type if name not in {*AF.DPO_LOSSES, *LOSS_TYPES}]:
+            raise ValueError(
+                f"expected loss_type to be one or more of {list(AF.DPO_LOSSES)}, or one of {list(LOSS_TYPES)} alone, "
+                f"got {unknown[0]!r} (losses without a reference are given as loss=)"
+            )
+        if others := [name for name in args.loss_type if name in LOSS_TYPES]:
+            raise ValueError(f"expected {others[0]!r} to be the only loss_type, got {args.loss_type}")
+        divergence = F_DIVERGENCES.get(args.f_divergence_type, args.f_divergence_type)
+        numbers = {
+            "label_smoothing": args.label_smoothing,
+            "f_alpha": args.f_alpha_divergence_coef,
+            "discopop_tau": args.discopop_tau,
+        }
+        for name in DPOLoss.readers(args.loss_type, divergence):
+            del numbers[name]  # TRL ignores it
+        return DPOLoss(
+            args.beta,
+            args.loss_type,
+            loss_weights=args.loss_weights,
+            f_divergence=divergence,
+            ld_alpha=args.ld_alpha,
+            use_weighting=args.use_weighting,
+            **numbers,
+            **options,
+        )
+
+    def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
+        return dataset if self.chunked_loss.takes_reference is False else super()._precompute_ref_logps(dataset, *args)
+
+    @staticmethod
+    def _split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+        """-> the model's arguments, and the target of each state but the last."""
+        ours = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+        target = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)[:, 1:]
+        return {**{k: v for k, v in inputs.items() if k not in ours}, "use_cache": False}, target
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the chosen and of the rejected completions, each ``(B,)``, under the reference."""
+        arguments, target = self._split(inputs)
+        with self._as_reference(model):
+            logps = self._token_logps(model, arguments, target)
+        tail_weight = self.chunked_loss.tail_weight
+        if tail_weight is not None:
+            used = target != -100
+            shared = used.sum(1).view(2, -1).amin(0).repeat(2)[:, None]
+            logps = torch.where(used.cumsum(1) <= shared, logps, tail_weight * logps)
+        chosen, rejected = logps.double().sum(1).chunk(2)  # like the policy's, from which they are subtracted
+        return chosen, rejected
+
+    def _reference(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The loss's arguments of the reference."""
+        loss = self.chunked_loss
+        if loss.takes_reference is False:
+            return {}
+        if loss.needs_kl:
+            (arguments, target), model = self._split(inputs), self._reference_model
+            with self._as_reference(model):
+                self.check_once(model, arguments, "the reference")
+                return {"ref": self.frozen_head(model, arguments, target)}
+        if self.precompute_ref_logps:
+            logps = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        else:
+            logps = self.compute_ref_log_probs(self._reference_model, inputs)
+        return {"ref_logps": torch.cat(logps)}
+
+    def _compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
+        mode = "train" if self.model.training else "eval"
+        arguments, target = self._split(inputs)
+        self.check_once(model, arguments)  # before its adapters are off: FSDP2 looks once at what learns
+        out = self.run_loss(model, arguments, target, self.chunked_loss, **self._reference(inputs))
+        sums = pair_sums(out)
+        if not self.chunked_loss.takes_nll_target:
+            del sums["nll_loss"]  # TRL has none there
+        self._store(mode, self.means_of(sums), inputs["attention_mask"])
+        return self.with_outputs(model, arguments, out.loss, return_outputs)
