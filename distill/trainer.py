@@ -19,7 +19,8 @@ and PEFT see an ordinary one. Written for transformers 5.
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 try:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 except ImportError as missing:
     raise ImportError(
         f"expected transformers 5 and accelerate (pip install 'transformers[torch]'): {missing}"
@@ -37,15 +38,16 @@ except ImportError as missing:
 from chunked_embed import LossOutput, causal_lm, checks
 from chunked_embed.trainers import HeadTrainer, check_given_loss
 
+from . import packing
+from .collator import COLUMNS, MASKS, OFFLINE, ROWS, DistillCollator
 from .divergences import DIVERGENCES
 from .losses import REPORTS, DistillationLoss, DistillLoss, as_report
+from .packing import DOCUMENTS, LENGTHS
 from .topk import TopKLoss
 
 __all__ = ["DistillCollator", "DistillTrainer"]
 
-OFFLINE = ("teacher_ids", "teacher_logprobs")
-MASKS = ("completion_mask", "assistant_masks")  # of the tokens to learn
-COLUMNS = ("input_ids", "attention_mask", "labels", *OFFLINE)
+PICTURES = ("image", "images", "video", "videos", "audio", "audios")
 Schedule = Mapping[str, Callable[[float], float]]
 
 
@@ -65,7 +67,7 @@ class Distilling(HeadTrainer):
         if unknown := [name for name in loss.report if name not in possible]:
             raise ValueError(f"expected report of {type(loss).__name__} among {list(possible)}, got {unknown}")
         self.loss = loss
-        self.checks_logits = bool(check)
+        self.checks_logits = checks.flag("check", check)
         self.sums: dict[str, dict[str, tuple[Any, Any]]] = {"train": {}, "eval": {}}
 
     # --- the loss ---
@@ -87,26 +89,39 @@ class Distilling(HeadTrainer):
                 f"expected sequences of two tokens or more, got input_ids {(len(inputs['labels']), length)}"
             )
         target = inputs["labels"][:, 1:]
-        if self.checks_logits:
-            self.check_once(model, arguments)
-            if self.teacher_model is not None:
-                with self.accelerator.autocast():
-                    self.check_once(self.teacher_model, arguments, "the teacher_model")
+        self.check_once(model, arguments)
+        if self.teacher_model is not None:
+            with self.accelerator.autocast():
+                self.check_once(self.teacher_model, arguments, "the teacher_model")
+        packing.check_unmasked(arguments)
         teacher = self.teach(inputs, arguments, target)
-        # At least one: a step may consist of ignored tokens.
-        items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).clamp_min(1)
-        out, aux_loss = self.run_loss(
-            model, arguments, target, lambda head, labels: self.loss(head, *teacher, target=labels, num_items=items)
-        )
-        loss = out.loss
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # Gradients are averaged over the processes, but this sum was divided by the tokens of all of them.
-            loss = loss * self.accelerator.num_processes
-        if aux_loss is not None:
-            steps = getattr(self, "current_gradient_accumulation_steps", 1) if model.training else 1
-            loss = loss + self.model.config.get_text_config().router_aux_loss_coef / steps * aux_loss
-        self.store("train" if model.training else "eval", out)
-        return self.with_outputs(model, arguments, loss, return_outputs)
+        items = self.items_per_process(num_items_in_batch)
+        out = self.run_loss(model, arguments, target, self.loss, *teacher, num_items=items)
+        self.store("train" if model.training else "eval", out, inputs.get(ROWS))
+        return self.with_outputs(model, arguments, out.loss, return_outputs)
+
+    def check_once(self, model: nn.Module, inputs: Mapping[str, Any], who: str = "the model") -> bool:
+        """Also that all inputs are read, and documents in one row kept apart."""
+        if not super().check_once(model, inputs, who):
+            return False
+        if ignored := packing.unread(model, inputs):
+            if model is not self.teacher_model:
+                raise ValueError(f"expected from data_collator what {who} reads, got also {ignored}, which none does")
+            warnings.warn(f"{who} does not read {ignored}, which the model does", stacklevel=2)
+        if any(name in inputs for name in DOCUMENTS) and inputs.get("attention_mask") is None:
+            packing.check_takes_documents(model, who)
+            if self.checks_logits:
+                packing.check_apart(model, inputs, who)
+        return True
+
+    @property
+    def aux_loss_weight(self) -> float:
+        """What the student's config says, a share of it for each micro-batch of a step."""
+        config = self.model.config.get_text_config()
+        if not getattr(config, "output_router_logits", False):
+            return 0.0
+        steps = getattr(self, "current_gradient_accumulation_steps", 1) if self.model.training else 1
+        return config.router_aux_loss_coef / steps
 
     def model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What the models are called with."""
@@ -116,21 +131,37 @@ class Distilling(HeadTrainer):
         """What stands behind the student's head in a call of the loss."""
         if self.teacher_model is None or self.loss.weight_soft == 0:
             return ()
+        if self.teacher_model.training:  # whoever called train() on it
+            self.teacher_model.eval()
         return (self.frozen_head(self.teacher_model, arguments, target),)
 
     # --- what is logged ---
 
-    def store(self, mode: str, out: LossOutput) -> None:
-        """Sums over tokens: in training those of this process, in evaluation of all, without rows that only fill up."""
+    def store(self, mode: str, out: LossOutput, rows: Sequence[int] | None = None) -> None:
+        """Sums over tokens: in training those of this process, in evaluation of all, without rows that only fill up.
+
+        Args:
+            rows: tokens of each row of the dataset, where the batch has them one behind the other.
+        """
         found = []
-        for name, value in out.metrics.items():
+        metrics = {name: value for name, value in out.metrics.items() if value.dim() == 2}  # (B, tokens)
+        for name, value in metrics.items():
             count = (out.counts or {}).get(name, torch.ones_like(value))
-            found.append(torch.stack([(value * count).sum(1), count.sum(1)], 1))
+            pair = torch.stack([value * count, count.to(value)], -1)  # (B, tokens, 2)
+            if rows is None:
+                found.append(pair.sum(1))
+            else:  # the first token is no target
+                each = F.pad(pair[0], (0, 0, 1, 0)).split(list(rows))
+                found.append(torch.stack([row.sum(0) for row in each]))
         table = torch.stack(found, 1)  # (B, metrics, 2)
         if mode == "eval":
             table = self.accelerator.gather_for_metrics(table)
         kept = self.sums[mode]
-        for name, (total, seen) in zip(out.metrics, table.sum(0), strict=True):
+        sums = dict(zip(metrics, table.sum(0), strict=True))
+        if (aux_loss := out.metrics.get("aux_loss")) is not None:  # of a micro-batch
+            each = self.accelerator.gather(aux_loss[None]) if mode == "eval" else aux_loss[None]
+            sums["aux_loss"] = torch.stack([each.sum(), each.new_tensor(len(each))])
+        for name, (total, seen) in sums.items():
             before = kept.get(name, (0.0, 0.0))
             kept[name] = before[0] + total, before[1] + seen
 
@@ -138,6 +169,10 @@ class Distilling(HeadTrainer):
         """The means since the last call, over all processes."""
         kept, self.sums[mode] = self.sums[mode], {}
         return self.means_of(kept, gather=mode == "train")
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.sums["train"] = {}  # auto_find_batch_size may have broken off a loop before
+        return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:  # of training: an evaluation has eval_loss, and what follows
@@ -157,26 +192,38 @@ class DistillTrainer(Distilling, Trainer):
 
     The loss is the mean over the tokens of a step, whatever the micro-batches and processes that they come in. Logged,
     in training and (``eval_*``) in evaluation: each term of the loss, ``student_entropy`` and ``teacher_agreement``, as
-    means over tokens; ``eval_loss`` is ``Trainer``'s, the mean over batches.
+    means over tokens; ``aux_loss`` of a mixture of experts whose config has ``output_router_logits``, which is added
+    with the config's coefficient; ``eval_loss`` is ``Trainer``'s, the mean over batches.
+
+    Documents packed into rows by TRL's ``pack_dataset`` (a column ``seq_lengths``) neither see nor predict each other:
+    a batch of them is one row without padding, whose documents both models are told of in every way that eager
+    attention, sdpa, flash attention and linear attention have (``distill.packing``). Padding-free collators work the
+    same way (``DataCollatorWithFlattening``, TRL's ``DataCollatorForLanguageModeling(padding_free=True)``). At the
+    first batch each model's states are looked at (``check``): one in which documents do see each other, as in most
+    state-space layers, is refused; one without position ids always. With such a collator of your own and several
+    processes, what is logged of an evaluation counts the rows that fill up its last batch.
 
     Args:
         model: the student, a causal language model of transformers, or one with adapters of PEFT.
         teacher_model: the teacher, of the same tokenizer. Its vocabulary may be of another size (the loss's
-            ``vocabulary``). It is put into eval mode and never trained. None with ``TopKLoss``.
+            ``vocabulary``). It is in eval mode at every step and never trained. None with ``TopKLoss``.
         loss: a ``DistillationLoss``, or the name of a divergence, which is then weighed like the hard loss: half and
             half. By default "kl". The models' own logit scales and soft-caps count. ``report`` replaces its own.
-        data_collator: by default ``DistillCollator()``.
+        data_collator: by default ``DistillCollator()``. What it returns goes to both models, but labels and what an
+            offline teacher said; what the model does not read is refused, what the teacher does not read warns.
         train_dataset, eval_dataset: with ``input_ids``, and perhaps ``attention_mask`` and ``labels`` (aligned with
             ``input_ids``; -100 is ignored; by default the ids themselves, without padding and where ``completion_mask``
             or ``assistant_masks`` is zero); or with ``text``, which ``processing_class`` turns into at most
             ``max_length`` ids (a text of one token, which has nothing to predict, is left out). For ``TopKLoss`` also
             ``teacher_ids`` and ``teacher_logprobs``, (tokens, K) each: entry t is the teacher's distribution of the
-            token after t.
+            token after t. Columns that a model reads and the collator leaves out are refused.
         schedule: ``loss.numbers`` as functions of progress, which is 0 at the first step and 1 at the last:
             ``{"t": lambda progress: 0.4 + 0.6 * progress}``.
         report: which of "student_entropy" and "teacher_agreement" to log. By default both, if the loss can.
-        check: at the first batch, compare each model's log-probabilities through its head with its own logits'.
-        trainer_options: ``Trainer``'s other arguments.
+        check: at the first batch, compare a few logits that each model's head gives with the model's own, and documents
+            in one row with and without others. That ids are below the sizes of embeddings is always checked.
+        args, trainer_options: ``Trainer``'s. ``label_smoothing_factor`` and ``compute_loss_func`` are refused: the loss
+            is the argument loss. With ``use_liger_kernel`` the kernels of layers are applied, Liger's losses are not.
 
     Raises:
         TypeError, ValueError: what makes no sense, in the constructor as far as it shows there.
@@ -184,6 +231,7 @@ class DistillTrainer(Distilling, Trainer):
 
     train_dataset: Any
     eval_dataset: Any
+    data_collator: Any
     _signature_columns: Any
 
     def __init__(
@@ -211,6 +259,9 @@ class DistillTrainer(Distilling, Trainer):
         checks.integer_or_none("max_length", max_length, low=2)
         if args is not None and args.label_smoothing_factor != 0:
             raise ValueError(f"expected label_smoothing_factor=0, got {args.label_smoothing_factor}")
+        _warn_foreign(args)
+        if isinstance(data_collator, DataCollatorWithFlattening) and not data_collator.return_position_ids:
+            raise ValueError("expected DataCollatorWithFlattening(return_position_ids=True), got False")
         self.take_loss(_loss(loss), report, check)
         self.offline = isinstance(self.loss, TopKLoss)
         schedule = _schedule(schedule, self.loss)
@@ -237,8 +288,8 @@ class DistillTrainer(Distilling, Trainer):
             else:
                 self.eval_dataset = self._prepare(self.eval_dataset)
         if teacher_model is not None:
-            placed = getattr(teacher_model, "hf_device_map", None) or getattr(teacher_model, "is_quantized", False)
-            if not placed:
+            devices = set((getattr(teacher_model, "hf_device_map", None) or {}).values())
+            if len(devices) < 2 and not getattr(teacher_model, "is_quantized", False):  # more have hooks for inputs
                 teacher_model.to(self.args.device)
             teacher_model.eval()
         if schedule:
@@ -255,7 +306,7 @@ class DistillTrainer(Distilling, Trainer):
         trained = {id(p) for p in model.parameters() if p.requires_grad}
         if teacher is model or any(id(p) in trained for p in teacher.parameters()):
             raise ValueError("expected a teacher_model apart from the model, got one that would be trained with it")
-        ours, theirs = _width(model), _width(teacher)
+        ours, theirs = head_width(model), head_width(teacher)
         if ours is not None and theirs is not None:
             self.loss.compared(ours, theirs)
         causal_lm.attach(teacher)
@@ -276,16 +327,35 @@ class DistillTrainer(Distilling, Trainer):
                 raise ValueError(f"expected a processing_class (a tokenizer) for a dataset of text, got {got}")
             options = {"truncation": self.max_length is not None, "max_length": self.max_length}
             tokenizer = self.processing_class
-            rows = dataset.map(lambda rows: tokenizer(rows["text"], **options), batched=True, remove_columns=columns)
+
+            def tokenised(rows: Mapping[str, Any]) -> dict[str, Any]:
+                made = tokenizer(rows["text"], **options)  # and token types, which text alone has none of
+                return {name: made[name] for name in ("input_ids", "attention_mask") if name in made}
+
+            rows = dataset.map(tokenised, batched=True, remove_columns=columns)
             return rows.filter(lambda row: len(row["input_ids"]) > 1)
         if self.offline and (lacking := [name for name in OFFLINE if name not in columns]):
             raise ValueError(f"expected a dataset with {list(OFFLINE)} for TopKLoss, got none of {lacking}")
+        if LENGTHS in columns:
+            packing.check_takes_documents(self.model, "the model")
+            if self.teacher_model is not None:
+                packing.check_takes_documents(self.teacher_model, "the teacher_model")
         if self._own_collator:
             self._set_signature_columns_if_needed()
-            if unknown := sorted((set(columns) & set(self._signature_columns)) - {*COLUMNS, *MASKS}):
+            changing = {*self._signature_columns, *PICTURES}
+            if unknown := sorted((set(columns) & changing) - {*COLUMNS, *MASKS, LENGTHS}):
                 raise ValueError(
                     f"expected a data_collator for the columns {unknown}, which the default one leaves out"
                 )
+            return dataset
+        masks = sorted(set(columns) & set(MASKS))
+        if masks and "labels" not in columns and self.args.remove_unused_columns:
+            raise ValueError(
+                f"expected a column labels, got {masks}, which only the default data_collator reads "
+                "(remove_unused_columns=False leaves them to yours)"
+            )
+        if LENGTHS in columns and not isinstance(self.data_collator, packing.KeepsApart):
+            self.data_collator = packing.KeepsApart(self.data_collator)
         return dataset
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -297,12 +367,12 @@ class DistillTrainer(Distilling, Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         masks = MASKS if self._own_collator else ()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *COLUMNS, *masks]))
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *COLUMNS, LENGTHS, *masks]))
 
     # --- the loss ---
 
     def model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in inputs.items() if name not in ("labels", *OFFLINE)}
+        return {name: value for name, value in inputs.items() if name not in ("labels", ROWS, *OFFLINE)}
 
     def teach(self, inputs: Mapping[str, Any], arguments: Mapping[str, Any], target: Tensor) -> tuple[Any, ...]:
         if not self.offline:
@@ -323,61 +393,6 @@ class DistillTrainer(Distilling, Trainer):
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
-
-
-class DistillCollator:
-    """Rows of a dataset to a batch, padded on the right: ids with 0, labels with -100, what an offline teacher said
-    with no entries.
-
-    Labels are the ids where none are given, without padding and what comes right behind it, and where a mask of SFT
-    (``completion_mask``, ``assistant_masks``) is not zero. A batch has two tokens or more: the second is predicted.
-    """
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        given = [tuple(name for name in (*COLUMNS, *MASKS) if row.get(name) is not None) for row in rows]
-        if unlike := [names for names in given if names != given[0]]:
-            raise ValueError(f"expected rows with the same columns, got {list(given[0])} and {list(unlike[0])}")
-        found = [self._row(row) for row in rows]
-        if len({row[name].shape[1] for row in found for name in OFFLINE if name in row}) > 1:
-            raise ValueError("expected as many entries of the teacher for each token of a batch, got rows that differ")
-        length = max(2, *(len(row["input_ids"]) for row in found))
-        filler = {"labels": -100, "teacher_logprobs": -math.inf}
-        batch = {}
-        for name in found[0]:
-            value = filler.get(name, 0)
-            sides = (0, 0) if name in OFFLINE else ()  # of the last dimension, K
-            batch[name] = torch.stack(
-                [F.pad(row[name], (*sides, 0, length - len(row[name])), value=value) for row in found]
-            )
-        return batch
-
-    @staticmethod
-    def _row(row: Mapping[str, Any]) -> dict[str, Tensor]:
-        if row.get("input_ids") is None:
-            raise ValueError(
-                f"expected rows with input_ids (text is tokenised in a datasets.Dataset that names its columns), got "
-                f"{sorted(row)}"
-            )
-        made = {name: torch.as_tensor(row[name]) for name in (*COLUMNS, *MASKS) if row.get(name) is not None}
-        ids = made["input_ids"]
-        if not ids.dim() or not len(ids) or ids.is_floating_point():
-            raise ValueError(f"expected input_ids of one integer or more, got {tuple(ids.shape)} {ids.dtype}")
-        ids = made["input_ids"] = ids.long()
-        mask = made.setdefault("attention_mask", torch.ones_like(ids))
-        for name, value in made.items():
-            if not value.dim():
-                raise ValueError(f"expected {name} of {len(ids)} tokens, as input_ids has, got {value}")
-            if len(value) != len(ids):
-                raise ValueError(f"expected {name} of {len(ids)} tokens, as input_ids has, got {len(value)}")
-            if value.dim() != (2 if name in OFFLINE else 1):
-                raise ValueError(
-                    f"expected {name} of shape (tokens{', K' * (name in OFFLINE)}), got {tuple(value.shape)}"
-                )
-        learned = (mask > 0) & (F.pad(mask[:-1], (1, 0), value=1) > 0)
-        for name in MASKS:
-            learned = learned & (made.pop(name, mask) > 0)
-        made.setdefault("labels", torch.where(learned, ids, -100))
-        return made
 
 
 class _Scheduled(TrainerCallback):
@@ -408,7 +423,18 @@ def _loss(loss: DistillationLoss | str | None) -> DistillationLoss:
     return DistillLoss([("ce", 0.5), (name, 0.5)])
 
 
-def _width(model: Any) -> int | None:
+def _warn_foreign(args: TrainingArguments | None) -> None:
+    """Settings of TRL's configs, which are ``TrainingArguments`` too."""
+    if not type(args).__module__.startswith("trl."):
+        return
+    ours = {field.name for field in dataclasses.fields(TrainingArguments)}
+    theirs = [field for field in dataclasses.fields(args) if field.name not in ours]  # type: ignore[arg-type]
+    if unread := [f.name for f in theirs if getattr(args, f.name) not in (f.default, dataclasses.MISSING, None)]:
+        said = ", ".join(f"{name}={getattr(args, name)!r}" for name in unread)
+        warnings.warn(f"DistillTrainer reads TrainingArguments, and of {type(args).__name__} not {said}", stacklevel=3)
+
+
+def head_width(model: Any) -> int | None:
     """The rows of a model's head, where that can be seen from outside."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     weight = getattr(head, "weight", None)

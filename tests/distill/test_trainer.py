@@ -27,8 +27,13 @@ from trainer_parts import assert_same_training, hard, kl, logged, student, teach
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    DataCollatorWithFlattening,
     Gemma2Config,
     Gemma2ForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     T5Config,
@@ -74,12 +79,12 @@ def cohere() -> Any:
     )
 
 
-def adapted(**options: Any) -> Any:
+def adapted(tied: bool = False, **options: Any) -> Any:
     """Adapters in the backbone and on the head."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(5)
-    config = peft.LoraConfig(target_modules=["q_proj", "down_proj", "lm_head"], r=4, init_lora_weights=False, **options)
-    return peft.get_peft_model(student(tie_word_embeddings=False), config)
+    options = {"target_modules": ["q_proj", "down_proj", "lm_head"], "init_lora_weights": False} | options
+    return peft.get_peft_model(student(tie_word_embeddings=tied), peft.LoraConfig(r=4, **options))
 
 
 def biased() -> Any:
@@ -126,6 +131,14 @@ CASES = {
     "soft-cap and scale": Case(lambda: HALF, half, gemma, cohere),
     "scale and soft-cap": Case(lambda: HALF, half, cohere, gemma),
     "adapters": Case(lambda: HALF, half, adapted),
+    "dora": Case(lambda: HALF, half, lambda: adapted(use_dora=True, init_lora_weights=True)),
+    "bias of adapters": Case(lambda: HALF, half, lambda: adapted(lora_bias=True)),
+    "a head in whole": Case(
+        lambda: HALF, half, lambda: adapted(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    ),
+    "tokens": Case(
+        lambda: HALF, half, lambda: adapted(True, target_modules=["q_proj"], trainable_token_indices=[5, 9])
+    ),
     "biased teacher": Case(lambda: HALF, half, teacher=biased),
     "adapted teacher": Case(lambda: HALF, half, teacher=adapted),
     "checkpointing": Case(lambda: HALF, half, args={"gradient_checkpointing": True}),
@@ -183,10 +196,57 @@ def test_an_auxiliary_loss_is_added_once(tmp_path: Path) -> None:
     aux = theirs.model(**batch).aux_loss
     assert aux > 0.1
     torch.testing.assert_close(batch_loss(ours), batch_loss(theirs) + 0.5 * aux)
+    assert ours.evaluate()["eval_aux_loss"] == pytest.approx(aux.item(), rel=1e-5)
     ours.train()
+    assert len(logged(ours, "aux_loss")) == 3
 
 
 # --- steps, processes, offline ---------------------------------------------------------------------------------------
+
+
+def test_noise_in_embeddings(tmp_path: Path) -> None:
+    args = {"neftune_noise_alpha": 5.0}
+    ours, theirs = parts.trainer(tmp_path, loss=HALF, args=args), parts.reference(tmp_path, half, args=args)
+    for trainer in (ours, theirs):
+        torch.manual_seed(0)
+        trainer.train()
+    assert_same_training(ours, theirs)
+
+
+def test_a_loop_begins_without_sums(tmp_path: Path) -> None:
+    """Of one before, that ended or was broken off (``auto_find_batch_size``)."""
+    args = {"learning_rate": 0.0, "logging_steps": 2, "train_sampling_strategy": "sequential"}
+    trainer = parts.trainer(tmp_path, loss=HALF, args=args)  # three steps, the last of which is not logged
+    for _ in range(2):
+        trainer.train()
+    (found,) = logged(trainer, "kl")
+    assert found == pytest.approx(by_hand(trainer, tokens().select(range(8)))["kl"], rel=1e-6)
+
+
+def test_ligers_kernels_without_its_loss(tmp_path: Path) -> None:
+    pytest.importorskip("liger_kernel")
+    kernels = {"rope": False, "rms_norm": False, "swiglu": False}  # the others need a GPU
+    liger = {"use_liger_kernel": True, "liger_kernel_config": kernels}
+    with pytest.warns(UserWarning, match="its fused loss is not"):
+        ours = parts.trainer(tmp_path, loss=HALF, args=liger)
+    theirs = parts.reference(tmp_path, half)
+    for trainer in (ours, theirs):
+        trainer.train()
+    assert_same_training(ours, theirs)
+    liger["liger_kernel_config"] = kernels | {"fused_linear_cross_entropy": True}
+    with pytest.raises(ValueError, match="none of Liger's losses"):
+        parts.trainer(tmp_path, loss=HALF, args=liger)
+
+
+def test_a_teacher_has_no_dropout(tmp_path: Path) -> None:
+    trainer = parts.trainer(tmp_path, loss=HALF, teacher_model=teacher(attention_dropout=0.9))
+    batch = DistillCollator()(list(tokens(4)))
+    losses = [trainer.compute_loss(trainer.model, batch).item()]
+    trainer.teacher_model.train()
+    losses.append(trainer.compute_loss(trainer.model, batch).item())
+    assert losses[0] == losses[1]
+    dropping = parts.trainer(tmp_path, loss=HALF, model=student(attention_dropout=0.9))
+    assert dropping.compute_loss(dropping.model.train(), batch) != dropping.compute_loss(dropping.model, batch)
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
@@ -392,6 +452,194 @@ def test_collator() -> None:
         DistillCollator()([{"input_ids": [1, 2], "teacher_ids": [1, 2]}])
 
 
+# --- documents in one row --------------------------------------------------------------------------------------------
+
+
+def trls(**options: Any) -> Any:
+    return pytest.importorskip("trl.trainer.sft_trainer").DataCollatorForLanguageModeling(0, **options)
+
+
+def trl_packed() -> Dataset:
+    return pytest.importorskip("trl").pack_dataset(tokens(), 25)  # four rows
+
+
+def masked() -> Dataset:
+    """Packed, with a mask instead of labels."""
+    data = tokens().map(lambda row: {"completion_mask": [int(x != -100) for x in row["labels"]]})
+    return parts.in_pairs(data.remove_columns("labels"))
+
+
+FLAT: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any]]] = {  # data, collator, args
+    "packed": (trl_packed, lambda: None, {}),
+    "packed and accumulated": (
+        trl_packed,
+        lambda: None,
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    ),
+    "packed masks": (masked, lambda: None, {}),
+    "packed, theirs": (trl_packed, lambda: trls(padding_free=True, pad_to_multiple_of=16), {}),
+    "flattened": (tokens, DataCollatorWithFlattening, {}),
+    "flattened, offsets": (
+        tokens,
+        lambda: DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True),
+        {},
+    ),
+    "padding-free": (tokens, lambda: trls(padding_free=True), {}),
+    "positions": (tokens, lambda: trls(return_position_ids=True), {}),
+}
+
+
+@pytest.fixture(scope="module")
+def one_a_row(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    trainer = parts.reference(tmp_path_factory.mktemp("apart"), half, args={"per_device_train_batch_size": 12})
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(("name", "attention"), [*((name, "sdpa") for name in FLAT), ("packed", "eager")])
+def test_documents_are_kept_apart(name: str, attention: str, one_a_row: Any, tmp_path: Path) -> None:
+    data, collator, args = FLAT[name]
+    ours = parts.trainer(
+        tmp_path,
+        loss=HALF,
+        model=student(attn_implementation=attention),
+        teacher_model=teacher(attn_implementation=attention),
+        train_dataset=data(),
+        data_collator=collator(),
+        args={"per_device_train_batch_size": 12} | args,
+    )
+    ours.train()
+    assert_same_training(ours, one_a_row)
+    if name == "packed":
+        apart = by_hand(ours, tokens(5, seed=1))
+        for key, value in ours.evaluate(parts.in_pairs(tokens(5, seed=1))).items():
+            if (key := key.removeprefix("eval_")) in apart:
+                assert value == pytest.approx(apart.pop(key), rel=1e-6)
+        assert not apart
+
+
+def test_packed_rows_make_one() -> None:
+    rows = [
+        {"input_ids": [5, 6, 7], "seq_lengths": [1, 2], "teacher_ids": [[1], [2], [3]]},
+        {"input_ids": [8, 9], "seq_lengths": [2], "teacher_ids": [[4], [5]]},
+    ]
+    batch = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in DistillCollator()(rows).items()}
+    assert batch == {
+        "input_ids": [[5, 6, 7, 8, 9]],
+        "teacher_ids": [[[1], [2], [3], [4], [5]]],
+        "labels": [[-100, -100, 7, -100, 9]],
+        "position_ids": [[0, 0, 1, 0, 1]],
+        "cu_seq_lens_q": [0, 1, 3, 5],
+        "cu_seq_lens_k": [0, 1, 3, 5],
+        "max_length_q": 2,
+        "max_length_k": 2,
+        "seq_idx": [[0, 1, 1, 2, 2]],
+        "row_lengths": [3, 2],
+    }
+    short = DistillCollator()([{"input_ids": [5], "seq_lengths": [1]}])
+    assert short["position_ids"].tolist() == [[0, 0]] and short["labels"].tolist() == [[-100, -100]]
+
+
+def test_packed_rows_of_an_offline_teacher(tmp_path: Path) -> None:
+    loss = TopKLoss(weight_hard=0.5, weight_soft=0.5, compiled=False)
+    data = offline()
+    trainer = parts.trainer(tmp_path, loss=loss, teacher_model=None, train_dataset=parts.in_pairs(data))
+    found, expected = (
+        trainer.compute_loss(trainer.model, DistillCollator()(list(rows))) for rows in (parts.in_pairs(data), data)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def mamba() -> Any:
+    return MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=1))
+
+
+def jamba() -> Any:
+    torch.manual_seed(0)
+    sizes = parts.SIZES | {"num_key_value_heads": 2, "num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4}
+    layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+    config = JambaConfig(vocab_size=64, pad_token_id=0, use_mamba_kernels=False, **sizes, **layers)
+    return JambaForCausalLM(config)
+
+
+@pytest.mark.parametrize("side", ["model", "teacher_model"])
+def test_states_that_go_on_from_one_document_to_the_next(side: str, tmp_path: Path) -> None:
+    data = parts.in_pairs(tokens())
+    plain = {"model": student(torch.float32), "teacher_model": teacher(torch.float32)}
+    with pytest.raises(ValueError, match=f"expected the {side} to take position_ids .* got MambaForCausalLM"):
+        parts.trainer(tmp_path, loss=HALF, train_dataset=data, **plain | {side: mamba()})
+    with pytest.raises(ValueError, match=f"expected the {side} to keep documents in one row apart"):
+        parts.trainer(tmp_path, loss=HALF, train_dataset=data, **plain | {side: jamba()}).train()
+    parts.trainer(tmp_path, loss=HALF, train_dataset=data, check=False, **plain | {side: jamba()}).train()
+    parts.trainer(tmp_path, loss=HALF, **plain | {side: jamba()}).train()  # one document a row
+
+
+def test_offsets_that_attention_does_not_read(tmp_path: Path) -> None:
+    def collate(rows: list) -> dict[str, Any]:
+        batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(rows)
+        return {name: value for name, value in batch.items() if name != "position_ids"}
+
+    with pytest.raises(ValueError, match=r"do not follow .'cu_seq_lens_k'"):
+        parts.trainer(tmp_path, loss=HALF, data_collator=collate).train()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"input_ids": [3, 4], "seq_lengths": [1, 1]}, {"input_ids": [3, 4]}], "rows with the same columns"),
+        ([{"input_ids": [3, 4], "seq_lengths": [1, 2]}], r"add up to the 2 input_ids, got \[1, 2\]"),
+        ([{"input_ids": [3, 4], "seq_lengths": [2, 0]}], r"of one or more .* got \[2, 0\]"),
+        ([{"input_ids": [3, 4], "seq_lengths": 2}], "seq_lengths of one or more .* got 2"),
+        ([{"input_ids": [3, 4], "seq_lengths": [2], "attention_mask": [1, 0]}], "attention_mask of ones beside"),
+    ],
+)
+def test_rows_that_cannot_be_flattened(rows, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistillCollator()(rows)
+
+
+def leaving(*names: str, **also: Any) -> Callable[[list], dict[str, Any]]:
+    """A collator that leaves something in a batch, or puts it there."""
+
+    def collator(rows: list) -> dict[str, Any]:
+        batch = DistillCollator()([{name: x for name, x in row.items() if name != "seq_lengths"} for row in rows])
+        return {**batch, **{name: torch.ones_like(batch["input_ids"]) for name in names}, **also}
+
+    return collator
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data_collator": leaving("completion_mask")}, r"reads, got also \['completion_mask'\]"),
+        ({"data_collator": leaving(seq_lengths=[[3]])}, r"reads, got also \['seq_lengths'\]"),
+        ({"data_collator": leaving("position_ids")}, "come without an attention_mask"),
+        ({"data_collator": leaving(), "train_dataset": parts.in_pairs(tokens())}, "keeps the 8 documents .* for 0"),
+        (
+            {"data_collator": DataCollatorWithFlattening(), "train_dataset": parts.in_pairs(tokens())},
+            "keeps the 8 documents .* got DataCollatorWithFlattening, with position_ids for 4",
+        ),
+    ],
+)
+def test_batches_that_would_be_another_loss(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        parts.trainer(tmp_path, loss=HALF, **options).train()
+
+
+def test_what_only_one_of_two_reads(tmp_path: Path) -> None:
+    def reading(model: Any) -> Any:
+        class Reading(type(model)):
+            def forward(self, input_ids: Any = None, attention_mask: Any = None, weights: Any = None, **kw: Any) -> Any:
+                return super().forward(input_ids, attention_mask, **kw)
+
+        model.__class__ = Reading
+        return model
+
+    trainer = parts.trainer(tmp_path, loss=HALF, model=reading(student()), data_collator=leaving("weights"))
+    with pytest.warns(UserWarning, match=r"the teacher_model does not read \['weights'\], which the model does"):
+        trainer.train()
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -475,6 +723,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "expected report of TopKLoss among",
     ),
     "ignore_index": ({"loss": JSDLoss(ignore_index=0)}, "ignore_index=-100"),
+    "pictures": (
+        {"train_dataset": Dataset.from_dict({"input_ids": [[1, 2]], "images": [["a"]]})},
+        r"expected a data_collator for the columns \['images'\]",
+    ),
+    "a mask for another collator": (
+        {
+            "train_dataset": Dataset.from_dict({"input_ids": [[1, 2]], "completion_mask": [[0, 1]]}),
+            "data_collator": DataCollatorWithFlattening(),
+        },
+        r"expected a column labels, got \['completion_mask'\], which only the default",
+    ),
+    "flattened without positions": (
+        {"data_collator": DataCollatorWithFlattening(return_position_ids=False)},
+        "return_position_ids=True",
+    ),
     "smoothing": ({"args": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor=0"),
     "another loss": ({"compute_loss_func": print}, "no compute_loss_func"),
 }
@@ -491,6 +754,13 @@ def test_arguments_that_are_none(tmp_path: Path) -> None:
     none: Any = {}
     with pytest.raises(TypeError, match="expected args to be TrainingArguments, got dict"):
         DistillTrainer(student(), teacher(), args=none)
+
+
+def test_settings_of_trls_configs(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    args = trl.SFTConfig(str(tmp_path), packing=True, bf16=False, use_cpu=True, report_to="none")
+    with pytest.warns(UserWarning, match=r"of SFTConfig not packing=True$"):
+        DistillTrainer(student(), teacher(), HALF, args, train_dataset=tokens())
 
 
 def test_batches_without_what_is_needed(tmp_path: Path) -> None:
@@ -538,9 +808,10 @@ def test_sequences_of_one_token(tmp_path: Path) -> None:
     assert math.isfinite(trainer.train().training_loss)
 
 
-def test_ids_that_a_model_does_not_have(tmp_path: Path) -> None:
+@pytest.mark.parametrize("check", [True, False])
+def test_ids_that_a_model_does_not_have(check: bool, tmp_path: Path) -> None:
     rows = Dataset.from_dict({"input_ids": [[3, 65, 5]]})
-    trainer = parts.trainer(tmp_path, loss=HALF, model=student(vocab_size=67), train_dataset=rows)
+    trainer = parts.trainer(tmp_path, loss=HALF, model=student(vocab_size=67), train_dataset=rows, check=check)
     with pytest.raises(ValueError, match="expected input_ids below 64, the embeddings of the teacher_model, got 65"):
         trainer.train()
 

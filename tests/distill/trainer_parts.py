@@ -71,6 +71,16 @@ def tokens(size: int = 12, seed: int = 0) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def in_pairs(data: Dataset) -> Dataset:
+    """Two rows in one, as TRL's ``pack_dataset`` has them; the last alone if they are odd."""
+    rows = []
+    for n in range(0, len(data), 2):
+        two = list(data.select(range(n, min(n + 2, len(data)))))
+        joined = {name: [x for row in two for x in row[name]] for name in data.column_names}
+        rows.append({**joined, "seq_lengths": [len(row["input_ids"]) for row in two]})
+    return Dataset.from_list(rows)
+
+
 class FromLogits(Trainer):
     """The same from full logits: ``Trainer`` as it is, and a function of logits."""
 
@@ -169,13 +179,16 @@ ORDERED = {"max_steps": 2, "train_sampling_strategy": "sequential", "per_device_
 SPLITS: dict[str, dict[str, Any]] = {  # of steps of four rows
     "whole": {"per_device_train_batch_size": 2},
     "accumulated": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    "packed": {"per_device_train_batch_size": 1},
 }
 
 
-def distributed(folder: Path | str, split: Mapping[str, Any]) -> DistillTrainer:
+def distributed(folder: Path | str, split: Mapping[str, Any], packed: bool = False) -> DistillTrainer:
     """Two steps, and an evaluation of an odd number of rows."""
     loss = DistillLoss([("ce", 0.5), ("kl", 0.5)], compiled=False)
-    made = trainer(folder, loss=loss, eval_dataset=tokens(5, seed=1), args=ORDERED | dict(split))
+    data = [in_pairs(data) if packed else data for data in (tokens(), tokens(5, seed=1))]
+    args = ORDERED | dict(split)
+    made = trainer(folder, loss=loss, train_dataset=data[0], eval_dataset=data[1], args=args)
     made.train()
     made.evaluate()
     return made
@@ -187,11 +200,11 @@ def run(rank: int, folder: str) -> None:
     os.environ.update({name: str(value) for name, value in ours.items()})  # accelerate looks for them
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
 
-    def trained(split: dict[str, Any]) -> dict[str, Any]:
-        made = distributed(folder, split)
+    def trained(name: str) -> dict[str, Any]:
+        made = distributed(folder, SPLITS[name], name == "packed")
         return {"logs": made.state.log_history, "weights": made.model.state_dict()}
 
-    torch.save({name: trained(split) for name, split in SPLITS.items()}, f"{folder}/rank-{rank}.pt")
+    torch.save({name: trained(name) for name in SPLITS}, f"{folder}/rank-{rank}.pt")
     # Before the group: a DDP model that outlives it destroys it holding the GIL, for which gloo's thread may wait.
     gc.collect()
     dist.destroy_process_group()
