@@ -6,25 +6,36 @@
         --model Qwen/Qwen3-0.6B --dataset trl-lib/ultrafeedback_binarized --max-length 2048
 
 By default a small model made on the spot learns from pairs made of docstrings; preferences.py has both, and says what
-other data may look like. Needs accelerate, datasets, transformers, rich and typer.
+other data may look like. Losses over single completions with a verdict each (KTO, BCO): kto_loop.py. Needs accelerate,
+datasets, transformers, rich and typer.
 """
 
 from __future__ import annotations
 
 import copy
-import csv
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import preferences
 import torch
 import typer
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset, disable_progress_bars
-from torch import Tensor, nn
+from loop_parts import (
+    for_each_row,
+    inputs,
+    logps,
+    make_accelerator,
+    micro_batch,
+    save,
+    show_pretraining,
+    take_step,
+    whole_steps,
+)
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import get_linear_schedule_with_warmup
 from transformers.utils import logging
@@ -42,8 +53,6 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "cpo": alignment.CPOLoss,
     "simpo": alignment.SimPOLoss,
     "orpo": alignment.ORPOLoss,
-    "kto": alignment.KTOLoss,
-    "bco": alignment.BCOLoss,
 }
 LOGGED = ("step", "loss", "margin", "accuracy")
 
@@ -74,12 +83,7 @@ def main(
     seed: int = 0,
 ) -> None:
     """Train, logging every step, and evaluate before and after."""
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # or processes without a GPU would not find each other
-        mixed_precision="bf16" if bf16 else "no",
-        gradient_accumulation_steps=accumulate,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
-    )
+    accelerator = make_accelerator(bf16, accumulate, seed)
     set_seed(seed)
     disable_progress_bars()
     logging.disable_progress_bar()
@@ -87,11 +91,7 @@ def main(
         if loss not in LOSSES:
             raise ValueError(f"--loss {loss}: expected one of {', '.join(LOSSES)}")
         loss_fn = LOSSES[loss](compiled=compiled, **({"beta": beta} if beta else {}))
-        micro, rest = divmod(batch_size, accelerator.num_processes * accumulate)
-        if rest:
-            raise ValueError(f"--batch-size {batch_size} is no multiple of {accelerator.num_processes} x {accumulate}")
-        if loss == "kto" and (precompute or micro < 2):
-            raise ValueError("--loss kto takes no --precompute, and two pairs or more of a process at a time")
+        micro = micro_batch(batch_size, accelerator, accumulate)
         train, test = preferences.load_pairs(dataset, subset, pairs, held_out, seed)
         policy, tokenizer = preferences.load_model(
             model, train, pretrain_steps, accelerator.device, dtype, seed, partial(show_pretraining, accelerator)
@@ -108,19 +108,11 @@ def main(
     # sharded head would not be whole. Attach before preparing, and before copying.
     causal_lm.attach(policy)
 
-    def logps(model: nn.Module, batch: dict[str, Any]) -> Tensor:  # (2B,)
-        """Log-probabilities of the completions, without gradients."""
-        target = batch["target"]
-        with torch.no_grad(), accelerator.autocast():
-            out = model(**inputs(batch), head_fn=lambda head: head.shifted().logps(target, compiled=compiled))
-        return out.value.sum(1)
-
-    collator = partial(collate, pad_token_id=tokenizer.pad_token_id, mismatched=loss == "kto")
+    collator = partial(collate, pad_token_id=tokenizer.pad_token_id)
     train = train.select(range(len(train) // batch_size * batch_size))  # whole steps only
     reference: Any = None
     if loss_fn.takes_reference and precompute:
-        for_logps = partial(logps, policy)
-        train, test = (with_reference(split, for_logps, accelerator, micro, collator) for split in (train, test))
+        train, test = (with_reference(split, policy, accelerator, micro, collator, compiled) for split in (train, test))
     elif loss_fn.takes_reference:
         reference = copy.deepcopy(policy).requires_grad_(False).eval()
 
@@ -137,14 +129,10 @@ def main(
 
     def loss_of(batch: dict[str, Any]) -> LossOutput:
         given = {}
-        if isinstance(loss_fn, alignment.SequenceLoss):  # sequences with a verdict each, pairs or not
-            rows = torch.arange(len(batch["target"]), device=accelerator.device)
-            given["preference_labels"] = rows < len(rows) // 2
-        if loss_fn.takes_reference:
-            given["ref_logps"] = batch["ref_logps"] if reference is None else logps(reference, batch)
-        if "mismatched" in batch:
-            ratio = logps(policy, batch["mismatched"]) - logps(reference, batch["mismatched"])
-            given["kl"] = accelerator.reduce(ratio.mean(), "mean")
+        if loss_fn.takes_reference and reference is None:
+            given["ref_logps"] = batch["ref_logps"]
+        elif loss_fn.takes_reference:
+            given["ref_logps"] = logps(accelerator, reference, batch, compiled)
 
         def in_forward(head: Head) -> LossOutput:  # with the scale and the soft-cap that the model's logits have
             return loss_fn(head.shifted(), target=batch["target"], **given)  # the states that predict a token
@@ -165,78 +153,47 @@ def main(
     accelerator.print(f"{len(train)} pairs, {batch_size} a step: {accelerator.num_processes} x {accumulate} x {micro}")
     evaluate("before")
     log: list[list[float]] = []
-    parts: list[Tensor] = []  # of each micro-batch of the step
-    while len(log) < steps:
+    for batches in islice(whole_steps(train_loader, accumulate), steps):
         policy.train()
         loss_fn.train()
-        for batch in train_loader:
-            with accelerator.accumulate(policy):  # gradients are synchronised with a step's last micro-batch only
-                out = loss_of(batch)
-                accelerator.backward(out.loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(policy.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-            parts.append(torch.stack([out.loss.detach(), *per_pair(out.metrics)[:, :2].mean(0)]))
-            if not accelerator.sync_gradients:
-                continue
-            schedule.step()
-            means = accelerator.reduce(torch.stack(parts).mean(0), "mean").tolist()
-            parts.clear()
-            log.append([len(log) + 1, *means])
-            accelerator.print("step {}: loss {:.4f}, reward margin {:.4f}, accuracy {:.3f}".format(*log[-1]))
-            if len(log) == steps:
-                break
+        found = take_step(accelerator, policy, optimizer, schedule, loss_of, batches)
+        parts = [torch.stack([out.loss.detach(), *per_pair(out.metrics)[:, :2].mean(0)]) for out in found]
+        means = accelerator.reduce(torch.stack(parts).mean(0), "mean").tolist()
+        log.append([len(log) + 1, *means])
+        accelerator.print("step {}: loss {:.4f}, reward margin {:.4f}, accuracy {:.3f}".format(*log[-1]))
     evaluate("after")
 
-    trained = accelerator.unwrap_model(policy, keep_fp32_wrapper=False)
-    weights = accelerator.get_state_dict(policy)  # gathered, where they are sharded
-    if accelerator.is_main_process:
-        trained.save_pretrained(output, state_dict=weights)
-        tokenizer.save_pretrained(output)
-        with open(output / "log.csv", "w", newline="") as file:
-            csv.writer(file).writerows([LOGGED, *log])
+    save(accelerator, policy, tokenizer, output, LOGGED, log)
     # A DDP model that outlives its processes' group may hang while both go.
     policy = None
     accelerator.free_memory()
     accelerator.end_training()
 
 
-def inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-
-def collate(rows: list[dict[str, Any]], pad_token_id: int, mismatched: bool) -> dict[str, Any]:
-    """2B sequences, chosen ones first. KTO also wants completions that belong to other prompts: the next row's."""
+def collate(rows: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
+    """2B sequences, chosen ones first."""
     batch: dict[str, Any] = preferences.collate(rows, pad_token_id)
     if "ref_logps" in rows[0]:
         batch["ref_logps"] = torch.tensor([row["ref_logps"] for row in rows]).T.flatten()
-    if mismatched:
-        others = [{**other, "prompt_ids": row["prompt_ids"]} for row, other in zip(rows, rows[1:] + rows[:1])]
-        batch["mismatched"] = preferences.collate(others, pad_token_id)
     return batch
 
 
-def with_reference(split: Dataset, logps: Any, accelerator: Accelerator, size: int, collator: Any) -> Dataset:
+def with_reference(
+    split: Dataset, model: Any, accelerator: Any, size: int, collator: Any, compiled: bool | None
+) -> Dataset:
     """A column more: the log-probabilities of both completions by the model as it is before training."""
-    loader = accelerator.prepare(DataLoader(split, size, collate_fn=collator))
-    found = [accelerator.gather_for_metrics(logps(batch).view(2, -1).T.contiguous()) for batch in loader]
-    return split.add_column("ref_logps", torch.cat(found).tolist())
+
+    def of_pairs(batch: dict[str, Any]) -> Tensor:  # (B, 2)
+        return logps(accelerator, model, batch, compiled).view(2, -1).T.contiguous()
+
+    return split.add_column("ref_logps", for_each_row(split, of_pairs, accelerator, size, collator).tolist())
 
 
 def per_pair(metrics: dict[str, Tensor]) -> Tensor:  # (B, 3)
     """Margin of rewards, whether it is positive, and whether the chosen completion is the likelier one."""
-    if "rewards" in metrics:  # of single sequences
-        (chosen, rejected), logps = metrics["rewards"].chunk(2), metrics["logps"].chunk(2)
-    else:
-        chosen, rejected = metrics["rewards/chosen"], metrics["rewards/rejected"]
-        logps = metrics["logps/chosen"], metrics["logps/rejected"]
+    chosen, rejected = metrics["rewards/chosen"], metrics["rewards/rejected"]
+    logps = metrics["logps/chosen"], metrics["logps/rejected"]
     return torch.stack([chosen - rejected, chosen > rejected, logps[0] > logps[1]], 1)
-
-
-def show_pretraining(accelerator: Accelerator, step: int, steps: int, loss: float) -> None:
-    if step % 20 == 0:
-        accelerator.print(f"pre-training, step {step} of {steps}: loss {loss:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Preference pairs as a ``datasets.Dataset`` of prompt, chosen and rejected, and a small model to train on them.
+"""Preference pairs as a ``datasets.Dataset`` of prompt, chosen and rejected, or single completions with a verdict each
+(prompt, completion, label), and a small model to train on them.
 
 Nothing is downloaded unless you name a model or a dataset. A prompt is then what a function of an installed package is
 called (see docstrings.py), and the completions are two ways to say what it does:
@@ -26,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from chunked_embed import causal_lm
 
 COLUMNS = ("prompt", "chosen", "rejected")
+SIDES = ("chosen", "rejected", "completion")  # columns of completions
 PAD, EOS = "<pad>", "<eos>"
 VOCABULARY = 2000
 
@@ -82,6 +84,54 @@ def third_persons(functions: Iterable[docstrings.Function]) -> dict[str, str]:
     return {word: next(f for f in thirds if f in firsts) for word, thirds in forms.items() if firsts & set(thirds)}
 
 
+# ---- single completions
+
+
+def load_verdicts(
+    name: str, subset: str, rows: int, held_out: int, desirable: float, seed: int
+) -> tuple[Dataset, Dataset]:
+    """(training, held out): ``completion`` and ``label`` (whether it is desirable), ``prompt`` where it is no part of
+    them, and ``group``, a number that rows with the same prompt share.
+
+    A file or a hub dataset has ``prompt``, ``completion`` and ``label``, texts or conversations, or it has pairs: of
+    those one completion each is for training, a desirable one with probability ``desirable``, and both are held out.
+    """
+    if name and not docstrings.is_code(name):
+        columns = ("prompt", "completion", "label", *SIDES[:2])
+        train, test = load_splits(name, subset, (), "training on verdicts", held_out, seed, columns)
+        if {"completion", "label"} <= {*train.column_names}:
+            splits = [
+                split.shuffle(seed).select(range(min(n, len(split)))) for split, n in ((train, rows), (test, held_out))
+            ]
+            made = [[{**row, "label": bool(row["label"])} for row in split] for split in splits]
+            return with_groups(made[0]), with_groups(made[1])
+        if not {*SIDES[:2]} <= {*train.column_names}:
+            raise ValueError(
+                f"verdicts need the columns completion and label, or chosen and rejected; {name} has neither"
+            )
+    rng = random.Random(seed)
+    pairs = load_pairs(name, subset, rows, held_out, seed)
+    one, both = [], []
+    for row in pairs[0]:
+        one += with_verdicts(row, [rng.random() < desirable])
+    for row in pairs[1]:
+        both += with_verdicts(row, [True, False])
+    return with_groups(rng.sample(one, len(one))), with_groups(both)
+
+
+def with_verdicts(pair: dict[str, Any], labels: Iterable[bool]) -> list[dict[str, Any]]:
+    rest = {name: value for name, value in pair.items() if name not in SIDES}
+    return [{**rest, "completion": pair["chosen" if label else "rejected"], "label": label} for label in labels]
+
+
+def with_groups(rows: list[dict[str, Any]]) -> Dataset:
+    groups: dict[str, int] = {}
+    for row in rows:
+        before = [] if isinstance(row["completion"], str) else row["completion"][:-1]  # a whole conversation
+        row["group"] = groups.setdefault(repr((row.get("prompt"), before)), len(groups))
+    return Dataset.from_list(rows)
+
+
 # ---- model
 
 
@@ -96,11 +146,12 @@ def load_model(
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device), tokenizer
-    if not isinstance(train[0]["chosen"], str):
+    texts = [column for column in ("prompt", *SIDES) if column in train.column_names]
+    if not all(isinstance(train[0][column], str) for column in texts):
         raise ValueError("conversations need a model with a chat template: name one with --model")
     if torch.device(device).type == "cpu":
         torch.set_num_threads(1)  # in a model this small, threads wait for each other longer than they compute
-    tokenizer = make_tokenizer(text for column in COLUMNS for text in train[column])
+    tokenizer = make_tokenizer(text for column in texts for text in train[column])
     model = make_model(tokenizer, seed).to(device, getattr(torch, dtype))
     pretrain(model, tokenizer, train, steps, seed, tell)
     return model, tokenizer
@@ -154,16 +205,17 @@ def pretrain(
     tell: Callable[[int, int, float], None],
     batch_size: int = 64,
 ) -> None:
-    """Next tokens of prompts and completions, chosen or rejected by the toss of a coin. ``tell(step, steps, loss)``."""
+    """Next tokens of prompts and completions, of pairs either by the toss of a coin. ``tell(step, steps, loss)``."""
     rng = random.Random(seed)
     rows = encode(train, tokenizer, max_length=128)
+    sides = [f"{side}_ids" for side in SIDES if side in train.column_names]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     model.train()
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, step / 20) * (1 - (step - 1) / steps)
         picked = rows.select(rng.sample(range(len(rows)), min(batch_size, len(rows)))).to_list()
-        side = rng.choice(["chosen_ids", "rejected_ids"])
+        side = rng.choice(sides)
         ids, mask = _pad([row["prompt_ids"] + row[side] for row in picked], tokenizer.pad_token_id)
         ids, mask = ids.to(model.device), mask.to(model.device)
         loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
@@ -177,15 +229,16 @@ def pretrain(
 # ---- tokens
 
 
-def encode(pairs: Dataset, tokenizer: Any, max_length: int) -> Dataset:
-    """Columns ``prompt_ids``, ``chosen_ids``, ``rejected_ids``; ``kind`` stays.
+def encode(data: Dataset, tokenizer: Any, max_length: int) -> Dataset:
+    """Columns ``prompt_ids`` and ``chosen_ids``, ``rejected_ids``, or ``completion_ids``; others stay.
 
-    Sequences end at ``max_length`` tokens; pairs of which nothing of a completion is left are dropped.
+    Sequences end at ``max_length`` tokens; rows of which nothing of a completion is left are dropped.
     """
+    sides = [side for side in SIDES if side in data.column_names]
 
     def ids_of(row: dict[str, Any]) -> dict[str, list[int]]:
         wholes = []
-        for side in ("chosen", "rejected"):
+        for side in sides:
             if isinstance(row[side], str):
                 prompt = tokenizer(row["prompt"]).input_ids
                 text = row["prompt"] + row[side].removesuffix(tokenizer.eos_token) + tokenizer.eos_token
@@ -198,17 +251,19 @@ def encode(pairs: Dataset, tokenizer: Any, max_length: int) -> Dataset:
         # Up to where they agree: a tokenizer may merge the prompt's end with the completion's beginning.
         same = [all(whole[k : k + 1] == [token] for whole in wholes) for k, token in enumerate(prompt)]
         length = same.index(False) if False in same else len(prompt)
-        chosen, rejected = (whole[length:max_length] for whole in wholes)
-        return {"prompt_ids": prompt[:length], "chosen_ids": chosen, "rejected_ids": rejected}
+        completions = {f"{side}_ids": whole[length:max_length] for side, whole in zip(sides, wholes)}
+        return {"prompt_ids": prompt[:length], **completions}
 
-    encoded = pairs.map(ids_of, remove_columns=[name for name in COLUMNS if name in pairs.column_names])
-    return encoded.filter(lambda row: bool(row["chosen_ids"] and row["rejected_ids"]))
+    encoded = data.map(ids_of, remove_columns=[name for name in ("prompt", *sides) if name in data.column_names])
+    return encoded.filter(lambda row: all(row[f"{side}_ids"] for side in sides))
 
 
-def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+def collate(
+    rows: Sequence[dict[str, Any]], pad_token_id: int, sides: Sequence[str] = ("chosen_ids", "rejected_ids")
+) -> dict[str, Tensor]:
     """A batch of sequences, chosen ones first; ``target`` is aligned with all hidden states but the last, -100 where
     the token is of a prompt or padding."""
-    sequences = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
+    sequences = [(row["prompt_ids"], row[side]) for side in sides for row in rows]
     ids, mask = _pad([prompt + completion for prompt, completion in sequences], pad_token_id)
     target = ids.masked_fill(mask == 0, -100)
     for row, (prompt, _) in zip(target, sequences):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # imported below where they are used: --help and a wrong opti
     from torch import Tensor
 
 REFERENCE_FREE = ("simpo", "cpo", "orpo")
+SMOOTHING = {"exo_pair": 1e-3, "cdpo": 0.1}  # losses that are nothing, or nothing else than sigmoid, without
 CURVES = {"rewards/margins": "margin of rewards", "rewards/accuracies": "accuracy of rewards"}
 LOGGED = ("step", "loss", *CURVES, "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
 
@@ -39,7 +40,7 @@ def main(
         str,
         typer.Option(
             help="Losses to compare, with commas: those of TRL's DPOConfig, sigmoid+sft for a sum of two; irpo, dpop, "
-            "rdpo, tdpo1, tdpo2, fpo_js and other fpo_...; simpo, cpo, orpo."
+            "rdpo, tdpo1, tdpo2, fpo_js and other fpo_...; cdpo; simpo, cpo, orpo."
         ),
     ] = "sigmoid,ipo,sigmoid+sft,simpo",
     beta: Annotated[float, typer.Option(min=0, help="How strongly the policy is held to the reference.")] = 0.1,
@@ -108,7 +109,7 @@ def main(
                 output_dir=str(output / name),
                 loss_type=config_names(name),
                 beta=beta,
-                label_smoothing=1e-3 if "exo_pair" in name else 0.0,  # which needs some
+                label_smoothing=next((e for part, e in SMOOTHING.items() if part in name.split("+")), 0.0),
                 max_length=max_length,
                 per_device_train_batch_size=batch_size,
                 gradient_accumulation_steps=accumulate,

@@ -1,4 +1,4 @@
-"""The preference examples: their data, the loop on accelerate, and TRL's trainer with the losses of this package."""
+"""The preference examples: their data, the loops on accelerate, and TRL's trainer with the losses of this package."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import docstrings  # noqa: E402
 import dpo_loop  # noqa: E402
+import kto_loop  # noqa: E402
 import preferences  # noqa: E402
 import train_dpo  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
@@ -158,12 +159,40 @@ def test_scores_are_those_of_the_models_logits(pairs: Dataset, tokenizer: Any) -
 LOOP = {"held_out": 10, "batch_size": 8, "steps": 3, "pretrain_steps": 0, "compiled": False, "learning_rate": 1e-2}
 
 
-def loop(output: Path, saved: dict[str, Path], **options: Any) -> tuple[list[dict[str, float]], dict]:
+def loop(
+    output: Path, saved: dict[str, Path], example: Any = dpo_loop, **options: Any
+) -> tuple[list[dict[str, float]], dict]:
     """The log and the weights of a run in this process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     files = {name: str(path) for name, path in saved.items()}
-    dpo_loop.main(output=output, **{**LOOP, **files, **options})
+    example.main(output=output, **{**LOOP, **files, **options})
     return end_of(output)
+
+
+def on_two_processes(example: str, output: Path, saved: dict[str, Path], **options: Any) -> str:
+    """What such a run prints. TRL is not there for it."""
+    arguments = [f"--{k.replace('_', '-')}={v}" for k, v in {**LOOP, **saved, **options}.items() if k != "compiled"]
+    both = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    output.mkdir()
+    (output / "trl.py").write_text("raise ImportError('the loop is to do without')")
+    path = f"{EXAMPLES.parent}{os.pathsep}{output}"
+    out = run(example, *arguments, "--no-compile", f"--output={output}", launcher=both, PYTHONPATH=path)
+    assert out.returncode == 0, out.stdout + out.stderr
+    return out.stdout
+
+
+def assert_same_end(saved: dict[str, Path], one: tuple[Any, Any], other: tuple[Any, Any], *logged: str) -> None:
+    """Of two runs in float64, weights and log."""
+    (log, weights), (other_log, others) = one, other
+    start = load_file(saved["model"] / "model.safetensors")
+    assert others.keys() == weights.keys()
+    for name, value in weights.items():
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(others[name], value, rtol=0, atol=1e-6)
+        assert (value - start[name]).abs().max() > 3e-4
+    for row, entry in zip(log, other_log, strict=True):  # all of it means over the step's rows
+        for name in logged:
+            assert entry[name] == pytest.approx(row[name], abs=1e-5)
 
 
 def end_of(output: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
@@ -181,7 +210,7 @@ def test_loop(loss: str, saved: dict[str, Path], tmp_path: Path, capsys: pytest.
     assert all(not torch.equal(weights[name], value) for name, value in start.items())
     said = capsys.readouterr().out
     assert "before: in" in said and "after: in" in said
-    at_reference = {"dpo": math.log(2), "ipo": 25.0, "dpop": math.log(2), "kto": 0.5, "bco": math.log(2)}
+    at_reference = {"dpo": math.log(2), "ipo": 25.0, "dpop": math.log(2)}
     if loss in at_reference:
         assert log[0]["loss"] == pytest.approx(at_reference[loss], abs=1e-4)
         assert log[0]["margin"] == pytest.approx(0, abs=1e-4)
@@ -204,50 +233,216 @@ def test_loop_in_bf16(saved: dict[str, Path], tmp_path: Path) -> None:
 def test_loop_in_another_way_to_the_same_end(how: str, saved: dict[str, Path], tmp_path: Path) -> None:
     # float64, since Adam makes whole steps of rounding errors. What is precomputed is kept in float32.
     options = {"dtype": "float64", "loss": "ipo", "learning_rate": 3e-4}
-    log, weights = loop(tmp_path / "one", saved, **options)
+    ways = {"accumulated": {"accumulate": 2}, "precomputed": {"precompute": True}}
+    one = loop(tmp_path / "one", saved, **options)
     if how == "processes":
-        arguments = [f"--{k.replace('_', '-')}={v}" for k, v in {**LOOP, **saved, **options}.items() if k != "compiled"]
-        both = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-        (tmp_path / "trl.py").write_text("raise ImportError('the loop is to do without')")
-        path = f"{EXAMPLES.parent}{os.pathsep}{tmp_path}"
-        arguments += ["--no-compile", f"--output={tmp_path / 'other'}"]
-        out = run("dpo_loop.py", *arguments, launcher=both, PYTHONPATH=path)
-        assert out.returncode == 0, out.stdout + out.stderr
-        assert "8 a step: 2 x 1 x 4" in out.stdout and out.stdout.count("after: in") == 1
-        other_log, others = end_of(tmp_path / "other")
+        said = on_two_processes("dpo_loop.py", tmp_path / "other", saved, **options)
+        assert "8 a step: 2 x 1 x 4" in said and said.count("after: in") == 1
+        other = end_of(tmp_path / "other")
     else:
-        way = {"accumulate": 2} if how == "accumulated" else {"precompute": True}
-        other_log, others = loop(tmp_path / "other", saved, **options, **way)
-    start = load_file(saved["model"] / "model.safetensors")
-    assert others.keys() == weights.keys()
-    for name, value in weights.items():
-        assert value.dtype == torch.float64
-        torch.testing.assert_close(others[name], value, rtol=0, atol=1e-6)
-        assert (value - start[name]).abs().max() > 3e-4
-    for row, other in zip(log, other_log, strict=True):  # all of it means over the step's pairs
-        assert other["loss"] == pytest.approx(row["loss"], abs=1e-5)
-        assert other["margin"] == pytest.approx(row["margin"], abs=1e-5)
+        other = loop(tmp_path / "other", saved, **options, **ways[how])
+    assert_same_end(saved, one, other, "loss", "margin")
+
+
+# --- kto_loop.py -----------------------------------------------------------------------------------------------------
+
+JUDGED = {"rows": 16, "held_out": 10, "dtype": "float64", "learning_rate": 3e-3, "desirable_weight": 1.5}
+
+
+@pytest.fixture(scope="module")
+def judged(saved: dict[str, Path], pairs: Dataset) -> dict[str, Path]:
+    """Single completions with a verdict each, a third of them desirable."""
+    rows = [
+        {"prompt": row["prompt"], "completion": row["rejected" if n % 3 else "chosen"], "label": n % 3 == 0}
+        for n, row in enumerate(pairs.select(range(60)))
+    ]
+    path = saved["model"].parent / "verdicts.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return {"model": saved["model"], "dataset": path}
+
+
+def verdicts(judged: dict[str, Path], seed: int = 0) -> tuple[Dataset, Dataset]:
+    return preferences.load_verdicts(str(judged["dataset"]), "", JUDGED["rows"], JUDGED["held_out"], 0.5, seed)
+
+
+def test_verdicts_of_pairs(saved: dict[str, Path], pairs: Dataset) -> None:
+    train, test = preferences.load_verdicts(str(saved["dataset"]), "", 50, 10, 0.3, seed=0)
+    verdict = {(row["prompt"], row[side]): side == "chosen" for row in pairs for side in ("chosen", "rejected")}
+    for row in (*train, *test):
+        assert verdict[row["prompt"], row["completion"]] == row["label"]
+    assert len(train) == len(set(train["prompt"])) == 50 and 5 < sum(train["label"]) < 25
+    assert test["label"] == [True, False] * 10
+    assert test["group"] == [n for n in range(10) for _ in range(2)]
+    assert not set(train["prompt"]) & set(test["prompt"])
+
+
+def test_verdicts_on_conversations(judged: dict[str, Path], pairs: Dataset, tmp_path: Path) -> None:
+    whole = [
+        {"completion": row["rejected" if n % 3 else "chosen"], "label": int(n % 3 == 0)}
+        for n, row in enumerate(conversations(pairs.select(range(40)), prompt=False))
+    ]
+    answers = [{**row, "prompt": row["completion"][:1], "completion": row["completion"][1:]} for row in whole]
+    ends = []
+    for kind, data in (("whole", whole), ("answers", answers)):
+        path = tmp_path / f"{kind}.jsonl"
+        path.write_text("\n".join(json.dumps(row) for row in data))
+        ends.append(loop(tmp_path / kind, {**judged, "dataset": path}, kto_loop, **{**JUDGED, "held_out": 6}))
+    assert_same_end(judged, *ends, "loss", "point")
+
+
+def test_mismatched_completions_are_others() -> None:
+    assert kto_loop.mismatched("abcd", "stuv", 4) == [3, 0, 1, 2]
+    assert kto_loop.mismatched("abcdefg", "stuvwxy", 3) == [2, 0, 1, 5, 3, 4, 5]  # a last batch of one looks back
+    assert kto_loop.mismatched("aabc", "stuv", 4) == [3, 3, 1, 2]  # not of the same prompt
+    assert kto_loop.mismatched("abcd", "sstu", 4) == [3, 3, 1, 2]  # nor the same text
+    with pytest.raises(ValueError, match="belong to other prompts"):
+        kto_loop.mismatched("aab", "stt", 3)
+
+
+def test_class_weights() -> None:
+    labels = [True] * 2 + [False] * 8
+    assert kto_loop.class_weights(labels, 0, 0) == (4, 1)
+    assert kto_loop.class_weights([not label for label in labels], 0, 0) == (1, 4)
+    assert kto_loop.class_weights(labels, 2, 0) == (2, 0.5)
+    assert kto_loop.class_weights(labels, 0, 2) == (8, 2)
+    assert kto_loop.class_weights(labels, 3, 5) == (3, 5)
+
+
+@pytest.mark.parametrize("loss", ["kto", pytest.param("apo_zero_unpaired", marks=pytest.mark.slow)])
+def test_kto_loop_is_trls(loss: str, judged: dict[str, Path], tokenizer: Any, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    transformers = pytest.importorskip("transformers")
+    weights = {"desirable_weight": 3.0, "undesirable_weight": 0.75}
+    options = {**JUDGED, **weights, "learning_rate": 1e-2}
+    log, ours = loop(tmp_path / "ours", judged, kto_loop, loss=loss, steps=5, **options)
+    args = trl.KTOConfig(
+        str(tmp_path / "trl"), loss_type=loss, beta=0.1, **weights, max_steps=5, learning_rate=1e-2,
+        lr_scheduler_type="linear", warmup_steps=1, per_device_train_batch_size=LOOP["batch_size"], weight_decay=0.0,
+        max_length=512, train_sampling_strategy="sequential", use_cpu=True, bf16=False, gradient_checkpointing=False,
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    model, reference = (
+        transformers.AutoModelForCausalLM.from_pretrained(judged["model"], dtype=torch.float64) for _ in range(2)
+    )
+    data = verdicts(judged)[0].select_columns(["prompt", "completion", "label"])
+    trainer = trl.KTOTrainer(model, reference, args=args, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    theirs = [entry for entry in trainer.state.log_history if "rewards/chosen" in entry]
+    for row, entry in zip(log, theirs, strict=True):
+        assert row["loss"] == pytest.approx(entry["loss"], abs=1e-6)
+        assert row["point"] == pytest.approx(0.1 * entry["kl"], abs=1e-6)
+        assert row["desirable"] == pytest.approx(entry["rewards/chosen"], abs=1e-6)
+        assert row["undesirable"] == pytest.approx(entry["rewards/rejected"], abs=1e-6)
+    assert (max(row["point"] for row in log) > 1e-3) == (loss == "kto")
+    for name, value in trainer.model.state_dict().items():
+        if name in ours:  # the head is tied
+            torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-6)
+
+
+def test_the_recipe_is_the_example(judged: dict[str, Path], tokenizer: Any, tmp_path: Path) -> None:
+    from accelerate import Accelerator
+    from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
+
+    log, weights = loop(tmp_path, judged, kto_loop, **{**JUDGED, "desirable_weight": 3.0, "undesirable_weight": 1.0})
+    AcceleratorState._reset_state(reset_partial_state=True)
+    page = (EXAMPLES.parent / "docs" / "trainers.md").read_text().partition("## KTO and BCO without TRL")[2]
+    recipe: dict[str, Any] = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], recipe)
+    models = [AutoModelForCausalLM.from_pretrained(judged["model"], dtype=torch.float64) for _ in range(2)]
+    optimizer = torch.optim.AdamW(models[0].parameters(), lr=JUDGED["learning_rate"], weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 1, 3)
+    accelerator = Accelerator(cpu=True)
+    policy, optimizer = recipe["prepare"](accelerator, *models, optimizer)
+    data = kto_loop.with_mismatched(preferences.encode(verdicts(judged)[0], tokenizer, 512), 8, 512).to_list()
+    for row, start in zip(log, (0, 8, 0), strict=True):
+        batch = kto_loop.collate(data[start : start + 8], tokenizer.pad_token_id)
+        out = recipe["step"](accelerator, policy, models[1], optimizer, batch)
+        schedule.step()
+        assert out.loss.item() == pytest.approx(row["loss"], abs=1e-7)
+    for name, value in policy.state_dict().items():
+        if name in weights:
+            torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-7)
+
+
+def test_bcos_delta_is_the_mean_reward_in_training(judged: dict[str, Path], tmp_path: Path) -> None:
+    log, _ = loop(tmp_path, judged, kto_loop, loss="bco", **JUDGED)
+    labels = torch.tensor(verdicts(judged)[0]["label"]).view(2, 8)[[0, 1, 0]]
+    total = count = 0.0
+    for row, of_step in zip(log, labels):
+        n = int(of_step.sum())
+        total, count = total + n * row["desirable"] + (8 - n) * row["undesirable"], count + 8
+        assert row["point"] == pytest.approx(total / count, abs=1e-9)
+    assert abs(log[-1]["point"]) > 1e-3
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("loss", "how"),
     [
-        ({"loss": "ppo"}, "expected one of dpo, ipo"),
-        ({"beta": -1.0}, "expected beta to be a positive"),
-        ({"accumulate": 3}, "no multiple of 1 x 3"),
-        ({"loss": "kto", "precompute": True}, "--loss kto takes no --precompute"),
-        ({"dataset": "no/such.json"}, "no such file"),
-        ({"max_length": 2}, "too few"),
-        ({"batch_size": 500}, "too few"),
+        ("kto", "processes"),
+        ("kto", "accumulated and precomputed"),
+        ("bco", "resumed"),
+        pytest.param("apo_zero_unpaired", "accumulated and precomputed", marks=pytest.mark.slow),
+        pytest.param("bco", "processes", marks=pytest.mark.slow),
     ],
 )
-def test_loop_tells_a_mistake_in_a_sentence(
-    options: dict[str, Any], message: str, saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+def test_kto_loop_in_another_way_to_the_same_end(
+    loss: str, how: str, judged: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = {**JUDGED, "loss": loss, "steps": 4, "seed": 1}
+    one = loop(tmp_path / "one", judged, kto_loop, save_every=3, **options)
+    said = capsys.readouterr().out
+    other = tmp_path / "other"
+    if how == "processes":  # 10 held-out rows are no whole number of batches there
+        other_said = on_two_processes("kto_loop.py", other, judged, **options)
+        assert "8 a step: 2 x 1 x 4" in other_said
+    else:
+        if how == "resumed":
+            (tmp_path / "one" / "checkpoint").rename(other.mkdir() or other / "checkpoint")
+        ways = {"resumed": {"resume": True}, "accumulated and precomputed": {"accumulate": 2, "precompute": True}}
+        loop(other, judged, kto_loop, **options, **ways[how])
+        other_said = capsys.readouterr().out
+        assert ("Resumed behind step 3" in other_said) == (how == "resumed") == ("step 3:" not in other_said)
+    assert_same_end(judged, one, end_of(other), "loss", "desirable", "undesirable", "point")
+    assert (other / "results.png").stat().st_size > 10_000
+    ends = [[line for line in text.splitlines() if "after" in line] for text in (said, other_said)]
+    assert len(ends[0]) == 1 and ends[0] == ends[1]
+
+
+def test_kto_loop_learns(saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log, _ = loop(tmp_path, saved, kto_loop, steps=30, learning_rate=3e-2)
+    assert log[-1]["desirable"] > log[-1]["undesirable"] + 0.5
+    after = next(line for line in capsys.readouterr().out.splitlines() if "after" in line)
+    assert "nan" not in after
+
+
+@pytest.mark.parametrize(
+    ("example", "options", "message"),
+    [
+        (dpo_loop, {"loss": "ppo"}, "expected one of dpo, ipo"),
+        (dpo_loop, {"beta": -1.0}, "expected beta to be a positive"),
+        (dpo_loop, {"accumulate": 3}, "no multiple of 1 x 3"),
+        (dpo_loop, {"dataset": "no/such.json"}, "no such file"),
+        (dpo_loop, {"max_length": 2}, "too few"),
+        (dpo_loop, {"batch_size": 500}, "too few"),
+        (kto_loop, {"loss": "dpo"}, "expected one of kto, apo_zero_unpaired, bco"),
+        (kto_loop, {"beta": 0.0}, "expected beta to be a positive"),
+        (kto_loop, {"resume": True}, "--resume: no "),
+        (kto_loop, {"desirable": 0.0}, "of 64 rows 0 are desirable"),
+        (kto_loop, {"batch_size": 500}, "too few"),
+    ],
+)
+def test_loops_tell_a_mistake_in_a_sentence(
+    example: Any,
+    options: dict[str, Any],
+    message: str,
+    saved: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     import typer
 
     with pytest.raises(typer.Exit) as left:
-        loop(tmp_path, saved, **options)
+        loop(tmp_path, saved, example, **options)
     assert left.value.exit_code == 2
     assert message in capsys.readouterr().out
 
