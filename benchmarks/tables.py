@@ -58,11 +58,13 @@ QUANTITIES: dict[str, Callable[[Line], str]] = {
     "ms (x floor)": ms_ratio,
     "x floor": ratio,
     "GiB": lambda line: number(line.peak_gib),
+    "first s": lambda line: number(line.first_s),
     "error of gradients": gradients,
     "error of the value": value,
     "error of margins": value,
     "error, nats": value,
     "error of the loss": value,
+    "difference": value,
     "": lambda line: line.note,
 }
 
@@ -122,6 +124,8 @@ def who(line: Line) -> str:
     return kind + next((f", {more}" for more in (HALF, "float32 outputs") if more in line.name), "")
 
 
+TRAINING = r"(?P<loss>\w+, (full|LoRA), \w+(, FSDP2 on \d+)?)"
+SPLIT = r"(?P<loss>.*, split over two)"
 LONG = ("ms", "x floor", "GiB", "error of gradients")
 PREFERENCE = r"(?P<loss>[\w-]+), 4 pairs x 1024, V=32000, H=2048, bfloat16"
 TABLES = {
@@ -190,6 +194,16 @@ TABLES = {
         under="",
         row="{loss}",
     ),
+    "trainers": Table("trainers", TRAINING, ("ms", "GiB", "first s"), under="", row="{loss}", column="{name}"),
+    "trainers-curves": Table(
+        "trainers",
+        r"(?P<quantity>losses|margins), (?P<loss>(?!.* split over).*)",
+        ("difference",),
+        under="{loss}",
+        row="{quantity}",
+        column="{name}",
+    ),
+    "trainers-split": Table("trainers", SPLIT, ("GiB", "difference"), under="", row="{loss}", column="{name}"),
     "host": Table("host", r"(?P<loss>.*), \d+ rows.*", ("ms (x floor)",), under="", row="{loss}", column="{name}"),
 }
 

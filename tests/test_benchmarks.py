@@ -22,6 +22,10 @@ def run_script(folder, script, arguments):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (table,) = folder.glob("*.csv")
+    return rows_of(table)
+
+
+def rows_of(table):
     with table.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -76,6 +80,81 @@ def test_half_precision_outputs_are_lines_of_their_own(tmp_path, script, argumen
 
 
 HALF = ", half-precision outputs"
+
+
+def train(folder, *arguments, launch=()):
+    """The smallest runs of the trainers -> the curves, and the lines by their cases and names."""
+    pytest.importorskip("trl")
+    pytest.importorskip("peft")
+    script = [ROOT / "benchmarks" / "trainers.py", "--device", "cpu", "--no-compiled", *arguments]
+    alone = {"CUDA_VISIBLE_DEVICES": "", "BENCH_OUT": str(folder), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **alone}
+    done = subprocess.run([sys.executable, *launch, *script], env=environment, capture_output=True, text=True)
+    tables = {path.name.split("-cpu")[0]: path for path in folder.glob("*.csv")}
+    assert set(tables) == {"trainers", "trainers-curves"}, done.stdout + done.stderr
+    curves, lines = (rows_of(tables[name]) for name in ("trainers-curves", "trainers"))
+    return done, curves, {(line["case"], line["name"]): line for line in lines}
+
+
+RUNS = ("TRL", "ours", "TRL, the same again", "TRL, another seed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("losses", ["orpo,gkd", "kto,dpo"])
+def test_trainers_have_the_curves_of_trl(tmp_path, losses):
+    done, curves, lines = train(tmp_path, "--only", losses, "--match", "bfloat16")
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = {case for case, name in lines if name == "TRL"}
+    assert len(cases) == losses.count(",") + 1 + losses.count("dpo")  # with LoRA, too
+    for case in cases:
+        assert all(float(lines[case, name]["ms"]) > 0 for name in ("TRL", "ours"))
+        for quantity in ("losses",) if "GKD" in case else ("losses", "margins"):
+            errors = {who: line for (of, who), line in lines.items() if of == f"{quantity}, {case}"}
+            ours, again, other = (float(errors[who]["value_error"]) for who in RUNS[1:])
+            assert again == 0 and ours < 0.1 * other
+        of_runs = {name: [row for row in curves if (row["case"], row["who"]) == (case, name)] for name in RUNS}
+        assert all([row["step"] for row in rows] == ["1", "2", "3"] for rows in of_runs.values())
+        assert len({row["loss"] for row in of_runs["ours"]}) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["split over two", "FSDP2 on 2"])
+def test_trainers_on_two_devices(tmp_path, layout):
+    """Under FSDP2 TRL's log-probabilities are rounded, and differ from ours by as much."""
+    if layout == "split over two":
+        done, _, lines = train(tmp_path, "--device-map", "--only", "dpo")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert float(lines[f"losses, DPO, full, bfloat16, {layout}", "two devices"]["value_error"]) == 0
+        return
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done, curves, lines = train(tmp_path, "--match", "DPO, LoRA", launch=launch)
+    assert {row["who"] for row in curves} == set(RUNS)
+    assert len(curves) == 12 and all(math.isfinite(float(row["loss"])) for row in curves)
+    assert all(case.endswith(layout) for case, _ in lines), done.stdout + done.stderr
+
+
+def test_curves_of_trainers_are_compared_with_the_spread(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("trl")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measure, trainers = pytest.importorskip("measure"), pytest.importorskip("trainers")
+    bench = measure.Benchmark("trainers", torch.device("cpu"), tmp_path)
+    made = {"TRL": 0.0, "ours": 0.3, "TRL, another seed": 0.1}
+    runs = {name: trainers.Run([1.0 + off, 2.0 - off], [], measure.Timing()) for name, off in made.items()}
+    trainers.compare(bench, "case", runs, "TRL", trainers.twice_the_spread)
+    ours, other = bench.lines
+    assert (ours.name, ours.value_mean, ours.value_error) == ("ours", 1.5, pytest.approx(0.3))
+    assert other.value_error == pytest.approx(0.1) and other.note == ""
+    assert len(bench.wrong) == 1 and "WRONG: 3.0e-01, above 2.0e-01" in ours.note
+    for off in (0.15, math.nan):
+        runs["ours"] = trainers.Run([1.0 + off, 2.0], [], measure.Timing())
+        trainers.compare(bench, "case", runs, "TRL", trainers.twice_the_spread)
+        assert len(bench.wrong) == 1 + (off != off)
+
+    path = tmp_path / "trainers-curves-x.csv"
+    for losses in ([1.0], [1.0, 2.5]):  # in place of the first
+        trainers.write_curves(path, "case", "TRL", trainers.Run(losses, [], measure.Timing()))
+    assert trainers.read_run(path, "case", "TRL").losses == [1.0, 2.5]
+    assert trainers.read_run(path, "case", "ours").losses == []
 
 
 def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch, capsys):
