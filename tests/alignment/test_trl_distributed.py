@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 pytest.importorskip("trl")
+pytest.importorskip("peft")
 sys.path.append(str(Path(__file__).parent.parent / "losses"))
 
 import trl_ranks
@@ -86,6 +87,13 @@ def one_process() -> Iterator[None]:
 @pytest.mark.usefixtures("one_process")
 def test_trainers_are_exact_where_fsdp2_casts_outputs(name: str) -> None:
     trl_sharded.check(name, 0)
+
+
+@pytest.mark.parametrize("checks_logits", [True, False])
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+@pytest.mark.usefixtures("one_process")
+def test_an_adapter_learns_under_fsdp2(kind: str, checks_logits: bool) -> None:
+    trl_sharded.check_adapter(kind, checks_logits)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -155,3 +156,16 @@ def check(name: str, rank: int) -> None:
     trainer.train()
     for key, value in LOGGED.get(kind, {}).items():
         assert trainer.state.log_history[0][key] == pytest.approx(value, abs=1e-6, rel=1e-6), key
+
+
+def check_adapter(kind: str, checks_logits: bool) -> None:
+    """The policy is its own reference with its adapter off: FSDP2 looks once, at the first forward, at what learns."""
+    config = peft.LoraConfig(target_modules=["q_proj"], r=4, task_type="CAUSAL_LM", init_lora_weights=False)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"args": SETTINGS, "peft_config": config, "check": checks_logits}
+        trainer = trl_zoo.make(kind, True, Path(folder), model=trl_parts.model(), **options)
+    mesh, policy = init_device_mesh("cpu", (dist.get_world_size(),)), MixedPrecisionPolicy(**HALF)
+    for unit in (*trainer.model.get_base_model().model.layers, trainer.model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    _, found = step(trainer, trainer._prepare_inputs(next(iter(trainer.get_train_dataloader()))))
+    assert len(found) == 2 and all("lora" in name and g.abs().max() > 0 for name, g in found.items())
