@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,20 +25,51 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, sizes: tuple[int, ...]) -> Tensor:
         ctx.sizes = sizes
         longest = max(sizes)  # a last batch may be shorter on some process
-        padded = rows.contiguous()
-        if len(rows) < longest:
-            padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+        every = rows.new_empty(len(sizes) * longest, *rows.shape[1:])
+        _collective("all_gather_single")(every, _level(rows, (len(rows),), longest, rows.dtype))
+        if min(sizes) == longest:
+            return every
+        return torch.cat([block[:size] for block, size in zip(every.split(longest), sizes)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # Half precision is added up in float32, and rounded once.
-        total = grad.to(accumulator_dtype(grad.dtype), memory_format=torch.contiguous_format, copy=True)
+        longest, dtype = max(ctx.sizes), accumulator_dtype(grad.dtype)
+        own = grad.new_empty(longest, *grad.shape[1:], dtype=dtype)
+        _collective("reduce_scatter_single")(own, _level(grad, ctx.sizes, longest, dtype))
+        return own[: ctx.sizes[dist.get_rank()]].to(grad.dtype), None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """A tensor of one shape everywhere -> its sum over processes; backward sums what each wants from it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
-        return total.split(list(ctx.sizes))[dist.get_rank()].to(grad.dtype), None
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _SumOverRanks.forward(ctx, grad)
+
+
+def _level(rows: Tensor, sizes: tuple[int, ...], longest: int, dtype: torch.dtype) -> Tensor:  # (L * sizes, ...)
+    """Rows in blocks of these sizes, each block with zeros below it up to the longest; contiguous."""
+    if min(sizes) == longest:
+        return rows.to(dtype).contiguous()
+    level = rows.new_zeros(len(sizes), longest, *rows.shape[1:], dtype=dtype)
+    for place, block in zip(level, rows.split(list(sizes))):
+        place[: len(block)] = block
+    return level.flatten(0, 1)
+
+
+def _collective(name: str) -> Callable[[Tensor, Tensor], Any]:
+    """One of all of torch's backends, of one tensor in and one out: before torch 2.13 it has another name."""
+    before = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}
+    return getattr(dist, name if hasattr(dist, name) else before[name])
 
 
 @dataclass(frozen=True)
@@ -65,6 +97,10 @@ class Ranks:
         each = Ranks((1,) * len(self.sizes), self.index)
         return each.gather(*(tensor[None] for tensor in tensors))
 
+    def sum(self, *tensors: Tensor) -> list[Tensor]:
+        """Each tensor, of one shape everywhere and no half precision, added up over processes, with gradients."""
+        return list(tensors) if self.alone else [_SumOverRanks.apply(tensor) for tensor in tensors]
+
     def share(self, mean: Tensor) -> Tensor:
         """From a mean over this process's rows, what averages over processes to the mean over all rows."""
         own = self.sizes[self.index]
@@ -80,9 +116,9 @@ def ranks(rows: Tensor, together: bool = True) -> Ranks:
     if not (together and is_distributed()):
         return Ranks((len(rows),))
     own = torch.tensor([len(rows)], device=rows.device)
-    sizes = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, own)
-    return Ranks(tuple(torch.cat(sizes).tolist()), dist.get_rank())
+    sizes = own.new_empty(dist.get_world_size())
+    _collective("all_gather_single")(sizes, own)
+    return Ranks(tuple(sizes.tolist()), dist.get_rank())
 
 
 def gather_rows(*tensors: Tensor) -> list[Tensor]:

@@ -8,6 +8,7 @@ import os
 from itertools import product
 from typing import NamedTuple
 
+import st_gather_ranks
 import torch
 import torch.distributed as dist
 from sentence_transformers import util
@@ -21,7 +22,7 @@ from chunked_embed import functional as CF
 from chunked_embed import losses
 
 ROWS = 9
-SHARDS = {2: [slice(0, 6), slice(6, 9)], 4: [slice(0, 4), slice(4, 5), slice(5, 8), slice(8, 9)]}
+SHARDS = {2: [slice(0, 6), slice(6, 9)], 3: [slice(0, 5), slice(5, 6), slice(6, 9)]}
 ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 BOTH = ("query_to_doc", "doc_to_query")
 EXACTLY = {"rtol": 1e-9, "atol": 1e-12}
@@ -46,6 +47,7 @@ EXTRAS: dict[str, dict] = {
     "documents": {"negatives": 1, "known": ("document_ids",)},
     "known": {"negatives": 1, "known": ("query_ids", "document_ids", "false_negatives")},
     "positions": {"negatives": 1, "known": ("positions",)},
+    "shared": {"negatives": 1, "known": ("query_ids", "document_ids"), "shared_ids": True},
     "customknown": {"similarity": manhattan, "scale": 0.5, "known": ("query_ids", "document_ids")},
     "learns": {"negatives": 1, "learns": True, "hardness_mode": "in_batch_negatives", "hardness_strength": 2.0},
 }
@@ -75,12 +77,19 @@ def names() -> list[str]:
     functional = [f"tensors-{way}-{extra}" for way, extra in product(WAYS, EXTRAS)]
     local = [f"local-{way}-{extra}" for way, extra in product(WAYS, ("plain", "positions"))]
     dropins = [f"dropin-{case}-{mode}" for case, mode in product(DROPINS, MODES)]
-    return [*functional, *local, *dropins, *(f"matryoshka-one-{mode}" for mode in MODES)]
+    matryoshka = [f"matryoshka-one-{mode}" for mode in MODES]
+    return [*st_gather_ranks.names(), *functional, *local, *dropins, *matryoshka]
 
 
 def check(name: str, rank: int, folder: str) -> None:
     kind, case, extra = name.split("-")
-    checks = {"tensors": check_tensors, "local": check_local, "dropin": check_dropin, "matryoshka": check_matryoshka}
+    checks = {
+        "gather": st_gather_ranks.check,
+        "tensors": check_tensors,
+        "local": check_local,
+        "dropin": check_dropin,
+        "matryoshka": check_matryoshka,
+    }
     checks[kind](case, extra, folder)
 
 
@@ -136,8 +145,8 @@ def a_batch(way: str, extra: str) -> tuple[Batch, float, bool]:
         ids["document_ids"] = ids["document_ids"][:, 0]
     chosen = {name: ids[name] for name in known if name in ids}
     if "positions" in known:  # all of a query's are in its own shard, of either world
-        start = torch.tensor([0, 0, 0, 0, 4, 5, 6, 6, 8])
-        length = torch.tensor([4, 4, 4, 4, 1, 1, 2, 2, 1])
+        start = torch.tensor([0, 0, 0, 0, 0, 5, 6, 6, 6])
+        length = torch.tensor([5, 5, 5, 5, 5, 1, 3, 3, 3])
         within = torch.randint(0, 12, (2, ROWS), generator=generator) % length
         chosen["false_negatives"] = torch.stack([start + within[0], ROWS + start + within[1]], 1)
     scale, learns = given.pop("scale", 7.0), given.pop("learns", False)
@@ -196,9 +205,10 @@ def a_model(folder: str) -> nn.Module:
 
 
 def texts(column: int) -> list[str]:
-    """With repetitions, across shards, too."""
+    """With repetitions, across shards and columns, too."""
     words = sentences(ROWS, column)
     words[8], words[5], words[4] = words[0], words[3], words[0]
+    words[7 - column], words[2] = sentences(ROWS, 0)[1], sentences(ROWS, 1)[6]
     return words
 
 

@@ -1,4 +1,4 @@
-"""InfoNCE over two and four gloo processes against one with the whole batch: loss, gradients, uneven batches, DDP."""
+"""InfoNCE, and gathering itself, over two and three gloo processes against one: values, gradients, uneven, DDP."""
 
 from __future__ import annotations
 
