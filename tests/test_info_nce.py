@@ -295,6 +295,183 @@ def test_masked_rows_stay_finite(dtype):
         assert loss.isfinite() and all(grad.isfinite().all() for grad in grads_of(loss, sides))
 
 
+RELABELLED = torch.tensor([-1, 7, -3, 0, -(2**63), 2**63 - 1, -2, -5, 3, -4])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["queries", "documents", "listed", "everything"])
+def test_ids_are_any_integers(kind, way):
+    """Only equality counts: negative ids are ids, and unlike those of hard negatives that have none."""
+    sides = inputs(7, 2)
+    known = Known(*(None if ids is None else ids % 7 for ids in knowledge(kind, 7, 2)))
+    known = known._replace(false_negatives=None)
+    other = Known(*(None if ids is None else RELABELLED[ids] for ids in known))
+    assert_same(sides, nce(sides, **other._asdict(), **WAYS[way]), nce(sides, **known._asdict(), **WAYS[way]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_pads_false_negatives_is_nobodys_id(way):
+    sides, nobody = inputs(5), torch.full((5, 2), -1)
+    ids = torch.tensor([-1, 4, 2, 3, 8])
+    assert_same(sides, nce(sides, document_ids=ids, false_negatives=nobody, **WAYS[way]), nce(sides, **WAYS[way]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ids_of_queries_and_documents_are_two_numberings(way):
+    sides, known = inputs(6, 1), knowledge("everything", 6, 1)
+    apart, options = known._replace(query_ids=known.query_ids + 100), {"scale": 1.0, **WAYS[way]}
+    two = nce(sides, **known._asdict(), **options)
+    assert_same(sides, two, nce(sides, **apart._asdict(), **options))
+    assert abs(nce(sides, **known._asdict(), shared_ids=True, **options).item() - two.item()) > 1e-3
+
+
+# --- one numbering of queries and documents ---------------------------------------------------------------------------
+
+
+def pairs_left_out(known: Known, lists: int) -> dict[str, Tensor]:
+    """The whole matrices, for texts with ids of one numbering."""
+    q, n = known.query_ids, len(known.query_ids)
+    d = known.document_ids.view(n, -1).T
+    missing = torch.full((lists - len(d), n), -99)  # which nothing else has
+    d = torch.cat([d, missing])
+    own, c = torch.eye(n, dtype=torch.bool), d.flatten()
+
+    def same(a: Tensor, b: Tensor) -> Tensor:
+        return a[:, None] == b
+
+    def each(matrix: Tensor) -> Tensor:  # (N, N) -> (N, lists * N)
+        return matrix.repeat(1, lists)
+
+    listed = torch.zeros(n, lists * n, dtype=torch.bool)
+    if known.false_negatives is not None:
+        listed = ((known.false_negatives[:, :, None] == c) & (known.false_negatives[:, :, None] != -1)).any(1)
+    of_its_row = same(d[0], q)  # (i, j): d_i is the text of q_j
+    pair = same(d[0], c) | each(same(q, q) & ~own) | same(q, c) | listed
+    pair[:, :n] &= ~own
+    documents = same(d[0], c) | each(same(q, q)) | same(q, c) | (each(of_its_row) & (c == d[0].repeat(lists))) | listed
+    queries = same(q, q) | same(d[0], d[0]) | of_its_row | of_its_row.T | listed[:, :n]
+    return {"query_to_doc": pair, "doc_to_query": pair[:, :n].T, "query_to_query": queries, "doc_to_doc": documents}
+
+
+def by_masks(
+    sides: list[Tensor],
+    known: Known,
+    similarity: str = "cosine",
+    scale: float = 20.0,
+    directions: tuple[str, ...] = ("query_to_doc",),
+    partition_mode: str = "joint",
+    hardness_mode: str | None = None,
+    hardness_strength: float = 0.0,
+) -> Tensor:
+    queries, *lists = sides
+    n, f = len(queries), SIMILARITIES[similarity]
+    left_out, own = pairs_left_out(known, len(lists)), torch.eye(n, dtype=torch.bool)
+    bank, owned = torch.cat(lists), own.repeat(1, len(lists))
+    s = f(queries, bank)
+    positive = torch.cat([own, torch.zeros(n, len(bank) - n, dtype=torch.bool)], 1)
+    modes = {"in_batch_negatives": ~owned, "hard_negatives": owned & ~positive, "all_negatives": ~positive}
+    harder = modes.get(hardness_mode, torch.zeros_like(owned))
+    z = {
+        "query_to_doc": scale * s + hardness_strength * s.detach() * harder,
+        "doc_to_query": scale * s[:, :n].T,
+        "query_to_query": scale * f(queries, queries),
+        "doc_to_doc": scale * f(lists[0], bank),
+    }
+    itself = {"query_to_query": own, "doc_to_doc": owned}
+    out = {name: left_out[name] | itself[name] if name in itself else left_out[name] for name in directions}
+    lses = torch.stack([z[name].masked_fill(out[name], -1e30).logsumexp(1) for name in directions])
+    total = lses.logsumexp(0) if partition_mode == "joint" else lses.mean(0)
+    return (total - z["doc_to_query"].diagonal()).mean()
+
+
+def one_numbering(kind: str, rows: int, negatives: int, seed: int = 0) -> Known:
+    """Few enough texts for every kind of equality: a query's with its own document's, too."""
+    generator = torch.Generator().manual_seed(100 * rows + negatives + seed)
+    texts = torch.randint(-3, 6, (rows, 2 + negatives), generator=generator)
+    listed = torch.randint(-1, 6, (rows, 2), generator=generator)
+    return {
+        "texts": Known(texts[:, 0], texts[:, 1:]),
+        "no ids of hard negatives": Known(texts[:, 0], texts[:, 1]),
+        "and listed": Known(texts[:, 0], texts[:, 1:], listed),
+    }[kind]
+
+
+ONE_NUMBERING = ["texts", "no ids of hard negatives", "and listed"]
+
+
+@pytest.mark.parametrize("kind", ONE_NUMBERING)
+@pytest.mark.parametrize("way", WAYS)
+def test_one_numbering(kind, way):
+    for rows, negatives in ((12, 0), (8, 2), (1, 1)):
+        sides, known = inputs(rows, negatives), one_numbering(kind, rows, negatives)
+        theirs = by_masks(sides, known, **WAYS[way])
+        options = {"shared_ids": True, **known._asdict(), **WAYS[way]}
+        for chunk_size in (3, None):
+            assert_same(sides, nce(sides, chunk_size=chunk_size, **options), theirs)
+
+
+@pytest.mark.parametrize("hardness", HARDNESS)
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("way", ["one way", "two, joint", "two, each", "all four"])
+def test_one_numbering_beside_the_other_options(way, similarity, hardness):
+    sides, known = inputs(8, 1), one_numbering("texts", 8, 1)
+    options = {"similarity": similarity, "scale": 3.0, **WAYS[way], **HARDNESS[hardness]}
+    mine = nce(sides, chunk_size=3, shared_ids=True, **known._asdict(), **options)
+    assert_same(sides, mine, by_masks(sides, known, **options))
+
+
+def counted(texts: list[str], way: str) -> set[str]:
+    """Which texts of a batch ("xy": query x, document y; any hard negatives behind) are negatives, as "x.z"."""
+    columns = ["".join(column) for column in zip(*texts)]
+    n, everything = len(texts), "".join(columns)
+    bank = torch.eye(len(everything), dtype=torch.float64)
+    weights = torch.zeros(len(everything), len(everything), dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[ord(text) for text in row] for row in texts])
+    loss = CF.info_nce(
+        *bank[: 2 * n].split(n),
+        hard_negatives=bank[2 * n :].view(-1, n, len(everything)).transpose(0, 1),
+        similarity=lambda a, b: a @ weights @ b.T,  # the gradient of a weight says whether its pair counts
+        query_ids=ids[:, 0],
+        document_ids=ids[:, 1:],
+        shared_ids=True,
+        directions=("query_to_doc", way),
+        **EAGER,
+    )
+    (grad,) = torch.autograd.grad(loss, weights)
+    mine, theirs = {"query_to_query": (0, 0), "doc_to_doc": (1, 1)}.get(way, (0, 1))
+    grad = grad.T if way == "doc_to_doc" else grad  # which hands its rows over as the second argument
+    rows, candidates = columns[mine], columns[0] if theirs == 0 else everything[n:]
+    block = grad[mine * n : (mine + 1) * n, theirs * n : theirs * n + len(candidates)]
+    return {f"{rows[i]}.{candidates[j]}" for i, j in block.nonzero().tolist() if i != j}
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    {
+        # The row's own query among the documents, whose query still has other negatives.
+        ("xy", "zx"): {"query_to_doc": "z.y", "query_to_query": "", "doc_to_doc": ""},
+        # A query that is another row's document: one pair of texts, on whichever side it stands.
+        ("xy", "yz", "ab"): {
+            "query_to_doc": "x.z x.b y.b a.y a.z",
+            "query_to_query": "x.a y.a a.x a.y",
+            "doc_to_doc": "y.b z.b b.y b.z",
+        },
+        # The hard negative of a text is its negative as a document, too, unless it is that text's document.
+        ("xyp", "yzw", "abq"): {"doc_to_doc": "y.b y.w y.q z.b z.p z.q b.y b.z b.p b.w"},
+        ("xyp", "yzz", "abq"): {"doc_to_doc": "y.b y.q z.b z.p z.q b.y b.z b.p"},
+        # One text on both sides (dropout makes the difference) stays a positive.
+        ("xx", "yy", "xx"): {"query_to_doc": "x.y y.x", "query_to_query": "x.y y.x", "doc_to_doc": "x.y y.x"},
+        # A row's own hard negative that is its query.
+        ("xyx", "abc"): {"query_to_doc": "x.b x.c a.y a.x a.c"},
+    }.items(),
+)
+def test_which_pairs_count(texts, expected):
+    for way, pairs in expected.items():
+        assert counted(texts, way) == set(pairs.split()), way
+    if len(texts[0]) == 2:
+        assert counted(texts, "doc_to_query") == set(expected["query_to_doc"].split())
+
+
 # --- a scale that learns ----------------------------------------------------------------------------------------------
 
 
@@ -523,6 +700,11 @@ BAD = {
     "false negatives": (
         lambda s: nce(s, false_negatives=torch.zeros(4, 2, dtype=torch.long)), ValueError, "false_negatives",
     ),
+    "one numbering of nothing": (lambda s: nce(s, shared_ids=True), ValueError, "shared_ids=True, got None and None"),
+    "one numbering of one": (
+        lambda s: nce(s, shared_ids=True, query_ids=torch.arange(5)), ValueError, "got a tensor and None",
+    ),
+    "a word for a switch": (lambda s: nce(s, shared_ids="yes"), TypeError, "shared_ids to be True or False"),
     "a bias alone": (lambda s: nce(s, bias=torch.zeros(5)), ValueError, "weight of shape"),
     "weight": (lambda s: nce(s, weight=torch.zeros(5, 4).double()), ValueError, "weight of shape"),
     "bias": (lambda s: nce(s, weight=s[0].new_zeros(4, 5), bias=s[0].new_zeros(5)), ValueError, "bias of shape"),
@@ -545,12 +727,13 @@ def test_refuses(call):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["one way", "two, each", "all four"])
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("masked", ["", "two numberings", "one numbering"])
 def test_compiled(way, masked):
     for rows in (9,) if masked else (9, 14):
         sides = inputs(rows, 1)
         scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
         known = knowledge("everything", rows, 1)._asdict() if masked else {}
+        known |= {"shared_ids": True} if masked == "one numbering" else {}
         for factor in (scale, 5.0):
             options = {"scale": factor, **WAYS[way], **HARDNESS["all" if masked else "plain"], **known}
             mine, theirs = (nce(sides, chunk_size=6, compiled=flag, **options) for flag in (True, False))

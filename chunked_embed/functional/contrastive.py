@@ -43,6 +43,7 @@ class Contrast(FlexChunkLoss):
         scale: float | None = 20.0,  # None: rows have one
         documents: int = 1,
         masked: bool = False,
+        shared_ids: bool = False,
         hardness_mode: str | None = None,
         hardness: float = 0.0,
         **options: Any,
@@ -51,6 +52,7 @@ class Contrast(FlexChunkLoss):
         self.scale = scale
         self.documents = documents
         self.masked = masked
+        self.shared_ids = shared_ids
         self.hardness_mode = hardness_mode
         self.hardness = hardness
 
@@ -77,7 +79,7 @@ class Contrast(FlexChunkLoss):
             z = z + torch.where(self._harder(own, positive), harder, 0.0)
         out = own if block in WITHOUT_OWN else torch.zeros_like(own)
         if self.masked:
-            out = out | (known_pairs(block, rows, columns or {}) & ~positive)
+            out = out | (known_pairs(block, rows, columns or {}, self.shared_ids) & ~positive)
         return torch.where(out, LOWEST, z) if self.masked or block in WITHOUT_OWN else z
 
     def _harder(self, own: Tensor, positive: Tensor) -> Tensor:
@@ -154,6 +156,7 @@ def info_nce(
     hardness_strength: float = 0.0,
     query_ids: Tensor | None = None,  # (N,)
     document_ids: Tensor | None = None,  # (N,), or (N, 1 + hard negatives)
+    shared_ids: bool = False,
     false_negatives: Tensor | None = None,  # (N, K)
     gather_across_devices: bool = False,
     weight: Tensor | None = None,  # (D, H)
@@ -181,6 +184,20 @@ def info_nce(
     (``weight``, ``activation``, ``normalize``) in half precision are two operands each, a high and a low half: seven
     products instead of three. ``float32_outputs=False`` rounds them instead.
 
+    Ids leave candidates out of Z, never the positive. With ``q_i`` for the id of query i, ``d_i`` for that of its
+    document, and ``c`` for that of a candidate document of row j, its own or a hard negative (an id of either kind that
+    is not there equals none)::
+
+                        candidate     left out where                   with shared_ids also where
+        query_to_doc    document c    c = d_i  or  q_j = q_i, j != i   c = q_i
+        doc_to_query    query j       d_j = d_i  or  q_j = q_i         q_j = d_i
+        query_to_query  query j       d_j = d_i  or  q_j = q_i         q_j = d_i  or  d_j = q_i
+        doc_to_doc      document c    c = d_i  or  q_j = q_i           c = q_i  or  (q_j = d_i  and  c = d_j)
+
+    The first two are the same pairs, seen from both sides; the last two leave a pair out of both of its rows. A
+    document in ``false_negatives`` of query i is left out of row i as though it had the id ``d_i``, and in
+    ``doc_to_query`` query i of that document's row.
+
     Args:
         hard_negatives: tensors like ``documents``, or one tensor (N, K, H) of K of them: row i of each is a negative of
             query i (and of all others).
@@ -190,11 +207,15 @@ def info_nce(
             candidates, ``(R, D), (V, D) -> (R, V)``, which runs by ordinary autograd, twice for each chunk.
         hardness_mode: "in_batch_negatives" (arXiv 2503.04812, eq. 5), "hard_negatives" (arXiv 2509.20354) or
             "all_negatives": adds ``hardness_strength * similarity``, detached, to the logits of those documents.
-        query_ids, document_ids: integers. Candidates with the same id as the row's own query or document are no
-            negatives: they are left out.
-        false_negatives: ids of documents that are no negatives of query i either, padded with -1; the pair counts in no
-            direction. Without ``document_ids`` they are positions in this process's batch, ``k * N + j`` for row j of
-            the k-th list. Every process has the same K.
+        query_ids, document_ids: which queries are the same, and which documents: their pairs are no negatives, and left
+            out (above). Any integers, negative ones too; only equality counts. Unless ``shared_ids``, they are two
+            numberings: no query's id is compared with a document's. Queries without ids all differ, and so do
+            documents, and hard negatives beside ``document_ids`` of the shape (N,).
+        shared_ids: ``query_ids`` and ``document_ids``, both of them, are one numbering of texts: a candidate that is
+            the row's own query or document is left out, whichever of the two it is itself.
+        false_negatives: ids of documents that are no negatives of query i either, padded with -1, which here stands for
+            no document, one of the id -1 included. Without ``document_ids`` they are positions in this process's batch,
+            ``k * N + j`` for row j of the k-th list. Every process has the same K.
         gather_across_devices: candidates of all processes. Each returns the loss of its own rows; they average to
             the loss of the whole batch, and so do the gradients. Uneven batches are fine.
         weight, bias, activation, normalize: a projection of all embeddings; the activation may learn.
@@ -218,17 +239,19 @@ def info_nce(
     if not callable(similarity):
         checks.choice("similarity", similarity, ("cosine", "dot"))
     checks.function_or_none("activation", activation)
+    checks.flag("shared_ids", shared_ids)
 
     scale = checks.scalar("scale", scale, POSITIVE)
     two_sided = set(directions) == TWO_SIDED and not callable(similarity)
     one_product = two_sided or directions == ("query_to_doc",)
+    n, processes = len(queries), ranks(queries, gather_across_devices)
+    known = (query_ids, document_ids, false_negatives)
+    ids = make_ids(n, len(lists), processes, queries.device, *known, shared_ids)
     formed = weight is not None or activation is not None or normalize
     dtype = operand_dtype(queries.dtype, queries.device)
     if formed or callable(similarity) or not one_product:  # else the embeddings are operands as they are
         queries, *lists = (embedded(x, weight, bias, activation, normalize) for x in (queries, *lists))
-    documents, n = lists[0], len(queries)
-    processes = ranks(queries, gather_across_devices)
-    ids = make_ids(n, len(lists), processes, queries.device, query_ids, document_ids, false_negatives)
+    documents = lists[0]
     # Two directions over one matrix have no block with queries for columns.
     of_queries = not two_sided and bool(set(directions) & {"query_to_query", "doc_to_query"})
     lists = processes.gather(*lists)
@@ -252,6 +275,7 @@ def info_nce(
         "scale": None if isinstance(scale, Tensor) else scale,
         "documents": len(lists),
         "masked": ids is not None,
+        "shared_ids": shared_ids,
         "hardness_mode": hardness_mode if hardness > 0 else None,
         "hardness": hardness,
     }
