@@ -445,9 +445,17 @@ class Benchmark:
         return timing, errors
 
     def add(
-        self, case: str, name: str, role: str, timing: Timing, errors: Errors | None = None, floor: float | None = None
+        self,
+        case: str,
+        name: str,
+        role: str,
+        timing: Timing,
+        errors: Errors | None = None,
+        floor: float | None = None,
+        ratio: float | None = None,  # of an error, to what errors are like
     ) -> None:
-        ratio = timing.ms / floor if timing.ms and floor else None
+        if ratio is None and timing.ms and floor:
+            ratio = timing.ms / floor
         numbers = {"floor_ratio": ratio, **asdict(errors or Errors()), **asdict(timing)}
         line = Line(case=case, name=name, role=role, **numbers, **self.where())  # type: ignore[arg-type]
         self.lines.append(line)

@@ -57,6 +57,7 @@ QUANTITIES: dict[str, Callable[[Line], str]] = {
     "ms": ms,
     "ms (x floor)": ms_ratio,
     "x floor": ratio,
+    "x spread": ratio,
     "GiB": lambda line: number(line.peak_gib),
     "first s": lambda line: number(line.first_s),
     "error of gradients": gradients,
@@ -126,6 +127,7 @@ def who(line: Line) -> str:
 
 TRAINING = r"(?P<loss>\w+, (full|LoRA), \w+(, FSDP2 on \d+)?)"
 SPLIT = r"(?P<loss>.*, split over two)"
+SWAPPED = r"(?P<loss>\w+, \w+)"
 LONG = ("ms", "x floor", "GiB", "error of gradients")
 PREFERENCE = r"(?P<loss>[\w-]+), 4 pairs x 1024, V=32000, H=2048, bfloat16"
 TABLES = {
@@ -204,6 +206,19 @@ TABLES = {
         column="{name}",
     ),
     "trainers-split": Table("trainers", SPLIT, ("GiB", "difference"), under="", row="{loss}", column="{name}"),
+    "swap": Table("swap", SWAPPED, ("ms", "GiB"), under="", row="{loss}", column="{name}"),
+    "swap-curves": Table(
+        "swap", rf"losses, {SWAPPED}", ("difference", "x spread"), under="", row="{loss}", column="{name}"
+    ),
+    "ranks": Table("swap-ranks", r"(?P<loss>\w+, .*) rows, bfloat16", ("ms", "GiB"), under="{loss}"),
+    "ranks-errors": Table(
+        "swap-ranks",
+        r"errors, (?P<loss>.*) rows, float32",
+        ("error of gradients", "error of the loss"),
+        under="",
+        row="{loss}",
+        column="{name}",
+    ),
     "host": Table("host", r"(?P<loss>.*), \d+ rows.*", ("ms (x floor)",), under="", row="{loss}", column="{name}"),
 }
 

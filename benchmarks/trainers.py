@@ -18,7 +18,6 @@ peak of a process after the first step, everything included. The first step has 
 machine's caches do not. The curves are in a file of their own beside the other, trainers-curves-<device>.csv.
 """
 
-import csv
 import gc
 import math
 import os
@@ -44,9 +43,10 @@ import torch.distributed as dist
 import transformers
 import typer
 from datasets import Dataset
-from measure import GIB, OURS, PEER, RESULTS, Benchmark, Budget, Errors, Match, Missing, Out, Timing, failure, locked
+from measure import OURS, PEER, RESULTS, Benchmark, Budget, Errors, Match, Missing, Out, Timing, failure
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from training import UNTIMED, Clock, plot_curves, read_curve, read_rows, write_curves
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -63,7 +63,7 @@ RUNS = {THEIRS: 0, MINE: 0, AGAIN: 0, "TRL, another seed": 1}  # name -> seed
 SPREAD = "TRL, another seed"
 ONE, TWO = "one device", "two devices"
 ALONE = "TRL on one GPU"
-UNTIMED = 5  # steps
+STYLES = {THEIRS: "C1-", MINE: "C0--", SPREAD: "C7:", ONE: "C1-", TWO: "C0--"}
 LORA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun has it
 RANK, LOCAL = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
@@ -263,37 +263,6 @@ class Run:
     timing: Timing
 
 
-class Clock(TrainerCallback):
-    """Seconds of each step, and the peak of those after the first."""
-
-    def __init__(self, devices: Sequence[torch.device]) -> None:
-        self.devices = [device for device in devices if device.type == "cuda"]
-        self.seconds: list[float] = []
-        self.skipped = 0
-
-    def _now(self) -> float:
-        for device in self.devices:
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.began = self._now()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(self._now() - self.began)
-        self.skipped += bool(getattr(kwargs.get("optimizer"), "step_was_skipped", False))
-        if len(self.seconds) == 1:
-            for device in self.devices:
-                torch.cuda.reset_peak_memory_stats(device)
-
-    def timing(self) -> Timing:
-        settled = self.seconds[min(UNTIMED, len(self.seconds) - 1) :]
-        peaks = [torch.cuda.max_memory_allocated(device) / GIB for device in self.devices]
-        note = f", {self.skipped} steps skipped by the scaler" if self.skipped else ""
-        median, least = statistics.median(settled), min(settled)
-        return Timing(1e3 * median, 1e3 * least, max(peaks, default=None), self.seconds[0], note)
-
-
 @dataclass
 class Setup:
     """What all runs share."""
@@ -422,8 +391,6 @@ def shard_on_cpu() -> None:
 
 # --- curves ---
 
-COLUMNS = ("case", "who", "step", "loss", "margin")
-
 
 def difference(found: Sequence[float], truth: Sequence[float]) -> float:
     if len(found) != len(truth):
@@ -458,60 +425,23 @@ def twice_the_spread(differences: dict[str, float], mean: float) -> float:
     return 2 * differences.get(SPREAD, math.inf)
 
 
-def write_curves(path: Path, title: str, who: str, run: Run) -> None:
-    """In place of those of an earlier run."""
-    with locked(path):
-        kept = [row for row in read_curves(path) if (row["case"], row["who"]) != (title, who)]
-        losses, margins = ([f"{number:.6g}" for number in curve] for curve in (run.losses, run.margins))
-        numbers = zip(losses, margins or [""] * len(losses))
-        new = [dict(zip(COLUMNS, (title, who, step, *pair))) for step, pair in enumerate(numbers, 1)]
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows([*kept, *new])
-
-
-def read_curves(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def write(path: Path, title: str, who: str, run: Run) -> None:
+    write_curves(path, {"case": title, "who": who}, {"loss": run.losses, "margin": run.margins})
 
 
 def read_run(path: Path, title: str, who: str) -> Run:
-    rows = [row for row in read_curves(path) if (row["case"], row["who"]) == (title, who)]
-    curves = [[float(row[key]) for row in rows if row[key]] for key in ("loss", "margin")]
-    return Run(*curves, Timing())
+    return Run(*(read_curve(path, {"case": title, "who": who}, name) for name in ("loss", "margin")), Timing())
 
 
-def plot_curves(path: Path) -> None:
-    """A row for each case: losses, and margins. Skipped without matplotlib."""
-    rows = read_curves(path)
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        print("no matplotlib: no plot")
-        return
-    titles = list(dict.fromkeys(row["case"] for row in rows))
-    if not titles:
-        return
-    figure, grid = pyplot.subplots(
-        len(titles), 2, squeeze=False, figsize=(11, 2.4 * len(titles)), layout="constrained", sharex=True
-    )
-    styles = {THEIRS: "C1-", MINE: "C0--", SPREAD: "C7:", ONE: "C1-", TWO: "C0--"}
-    for title, axes in zip(titles, grid):
-        for key, axis in zip(("loss", "margin"), axes):
-            for who in dict.fromkeys(row["who"] for row in rows if row["case"] == title):
-                of_run = [row for row in rows if (row["case"], row["who"]) == (title, who) and row[key]]
-                points = [int(row["step"]) for row in of_run], [float(row[key]) for row in of_run]
-                axis.plot(*points, styles.get(who, "C2-."), label=who, linewidth=1)
-            axis.set_title(f"{title}: {key}", fontsize=8)
-        axes[0].legend(fontsize=6)
-    figure.savefig(path.with_suffix(".png"), dpi=90)
-    pyplot.close(figure)
+def plot(path: Path) -> None:
+    """Losses of each case, and margins."""
+    grid: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for row in read_rows(path):
+        of_case = grid.setdefault(row["case"], {"losses": {}, "margins": {}})
+        for quantity, name in (("losses", "loss"), ("margins", "margin")):
+            if row[name]:
+                of_case[quantity].setdefault(row["who"], []).append(float(row[name]))
+    plot_curves(path.with_suffix(".png"), grid, STYLES)
 
 
 # --- cases ---
@@ -529,7 +459,7 @@ def run_case(bench: Benchmark, setup: Setup, case: Case, title: str) -> None:
         told = " ".join(f"{loss:.3f}" for loss in run.losses[:: max(1, len(run.losses) // 5)])
         say(f"{title}, {name}: {told} {run.timing.note}")
         if not RANK:
-            write_curves(curves_path(bench), title, name, run)
+            write(curves_path(bench), title, name, run)
     if not RANK:
         settled = replace(runs[AGAIN].timing, first_s=runs[THEIRS].timing.first_s)
         bench.add(title, THEIRS, PEER, settled)  # at the end: a case with these lines has all of them
@@ -547,7 +477,7 @@ def run_split(bench: Benchmark, setup: Setup, case: Case, title: str) -> None:
     runs = {name: setup.run(case, True, 0, places) for name, places in ((ONE, setup.devices[:1]), (TWO, setup.devices))}
     for name, run in runs.items():
         bench.add(title, name, OURS, run.timing)
-        write_curves(curves_path(bench), title, name, run)
+        write(curves_path(bench), title, name, run)
         if not run.losses:
             bench.wrong.append(f"{title}, {name}: {run.timing.note}")
     compare(bench, title, runs, ONE, lambda differences, mean: 1e-2 * mean)
@@ -619,7 +549,7 @@ def main(
             say(f"{time.perf_counter() - bench.began:.0f} s so far")
     if not RANK:
         if bench.lines:
-            plot_curves(curves_path(bench))
+            plot(curves_path(bench))
         bench.finish()
     if WORLD > 1:
         dist.destroy_process_group()

@@ -82,18 +82,27 @@ def test_half_precision_outputs_are_lines_of_their_own(tmp_path, script, argumen
 HALF = ", half-precision outputs"
 
 
-def train(folder, *arguments, launch=()):
-    """The smallest runs of the trainers -> the curves, and the lines by their cases and names."""
-    pytest.importorskip("trl")
-    pytest.importorskip("peft")
-    script = [ROOT / "benchmarks" / "trainers.py", "--device", "cpu", "--no-compiled", *arguments]
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def run_training(folder, script, *arguments, launch=(), curves=True):
+    """The smallest runs of a script -> the rows of its curves, and the lines by their cases and names."""
+    command = [sys.executable, *launch, ROOT / "benchmarks" / f"{script}.py", "--device", "cpu", *arguments]
     alone = {"CUDA_VISIBLE_DEVICES": "", "BENCH_OUT": str(folder), "PYTHONPATH": str(ROOT)}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **alone}
-    done = subprocess.run([sys.executable, *launch, *script], env=environment, capture_output=True, text=True)
-    tables = {path.name.split("-cpu")[0]: path for path in folder.glob("*.csv")}
-    assert set(tables) == {"trainers", "trainers-curves"}, done.stdout + done.stderr
-    curves, lines = (rows_of(tables[name]) for name in ("trainers-curves", "trainers"))
-    return done, curves, {(line["case"], line["name"]): line for line in lines}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    tables = {path.name.split("-cpu")[0]: rows_of(path) for path in folder.glob("*.csv")}
+    assert set(tables) == {script.replace("_", "-"), *([f"{script}-curves"] if curves else [])}, (
+        done.stdout + done.stderr
+    )
+    lines = {(line["case"], line["name"]): line for line in tables[script.replace("_", "-")]}
+    return done, tables.get(f"{script}-curves"), lines
+
+
+def train(folder, *arguments, launch=()):
+    pytest.importorskip("trl")
+    pytest.importorskip("peft")
+    return run_training(folder, "trainers", "--no-compiled", *arguments, launch=launch)
 
 
 RUNS = ("TRL", "ours", "TRL, the same again", "TRL, another seed")
@@ -126,8 +135,7 @@ def test_trainers_on_two_devices(tmp_path, layout):
         assert done.returncode == 0, done.stdout + done.stderr
         assert float(lines[f"losses, DPO, full, bfloat16, {layout}", "two devices"]["value_error"]) == 0
         return
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done, curves, lines = train(tmp_path, "--match", "DPO, LoRA", launch=launch)
+    done, curves, lines = train(tmp_path, "--match", "DPO, LoRA", launch=TWO)
     assert {row["who"] for row in curves} == set(RUNS)
     assert len(curves) == 12 and all(math.isfinite(float(row["loss"])) for row in curves)
     assert all(case.endswith(layout) for case, _ in lines), done.stdout + done.stderr
@@ -152,9 +160,75 @@ def test_curves_of_trainers_are_compared_with_the_spread(tmp_path, monkeypatch, 
 
     path = tmp_path / "trainers-curves-x.csv"
     for losses in ([1.0], [1.0, 2.5]):  # in place of the first
-        trainers.write_curves(path, "case", "TRL", trainers.Run(losses, [], measure.Timing()))
+        trainers.write(path, "case", "TRL", trainers.Run(losses, [], measure.Timing()))
     assert trainers.read_run(path, "case", "TRL").losses == [1.0, 2.5]
     assert trainers.read_run(path, "case", "ours").losses == []
+
+
+@pytest.mark.slow
+def test_swapped_losses_have_the_curves_of_the_library(tmp_path):
+    """In a few steps the library's spread is one of single roundings, so that the ratio to it says nothing."""
+    pytest.importorskip("sentence_transformers")
+    names = ["CachedMultipleNegativesRanking", "BatchSemiHardTriplet"]
+    done, curves, lines = run_training(tmp_path, "swap", "--only", ",".join(names))
+    whos = ("sentence-transformers", "ours", "the same again", "a last digit", "another last digit")
+    assert len(curves) == 4 * len(names), done.stdout + done.stderr
+    for case in (f"{name}, bfloat16" for name in names):
+        assert all(float(lines[case, who]["ms"]) > 0 for who in whos[:2])
+        ours, theirs = (lines[f"losses, {case}", who] for who in ("ours", "sentence-transformers"))
+        assert 0 <= float(ours["value_error"]) < 1e-3 * float(ours["value_mean"])
+        assert float(theirs["value_error"]) < 1e-3 * float(theirs["value_mean"])
+        rows = [row for row in curves if row["case"] == case]
+        assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+        assert all(len({row[who] for row in rows}) == 4 for who in whos)
+        assert [row["the same again"] for row in rows] == [row["sentence-transformers"] for row in rows]
+    assert any(row["a last digit"] != row["sentence-transformers"] for row in curves)
+
+
+def test_swapped_losses_are_compared_with_the_spread(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sentence_transformers")
+    pytest.importorskip("rich")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measure, swap = pytest.importorskip("measure"), pytest.importorskip("swap")
+    bench = measure.Benchmark("swap", torch.device("cpu"), tmp_path)
+    theirs = dict(
+        zip(("sentence-transformers", "the same again", "a last digit", "another last digit"), (0, 0, 0.2, 0.2))
+    )
+
+    def compared(offset):
+        made = {"ours": offset, **theirs}
+        runs = {who: swap.Run([2.0 + off, 1.0 - off], measure.Timing()) for who, off in made.items()}
+        swap.compare(bench, "case", runs)
+        ours, spread = bench.lines[-2:]
+        assert (spread.name, spread.value_mean, spread.value_error) == (swap.THEIRS, 1.5, pytest.approx(0.8 / 6))
+        return ours
+
+    assert compared(0.3).floor_ratio == pytest.approx(1.5) and not bench.wrong
+    assert compared(0.4).note == "WRONG: 3.0e-01, above 2.7e-01" and len(bench.wrong) == 1
+    assert "WRONG" in compared(math.nan).note
+    theirs = dict.fromkeys(theirs, 0.0)
+    runs = {who: swap.Run([1.0 + off], measure.Timing()) for who, off in {"ours": 5e-7, **theirs}.items()}
+    swap.compare(bench, "case", runs)
+    assert "WRONG" not in bench.lines[-2].note and bench.lines[-2].floor_ratio is None  # to rounding, without a spread
+    runs["ours"] = swap.Run([], measure.Timing(note="failed"))
+    swap.compare(bench, "case", runs)
+    assert "WRONG" in bench.lines[-2].note
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("match", ["CachedMultiple", "CoSENT"])
+def test_losses_of_two_processes(tmp_path, match):
+    pytest.importorskip("sentence_transformers")
+    done, _, lines = run_training(tmp_path, "swap_ranks", "--match", match, launch=TWO, curves=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    errors = {key: line for key, line in lines.items() if key[0].startswith("errors")}
+    assert {("8 + 8" in case, who) for case, who in errors} >= {(True, "ours"), (False, "ours")}
+    assert all(float(line["gradient_error"]) < 1e-4 for line in errors.values())
+    assert all(float(line["value_error"]) < 1e-4 * float(line["value_mean"]) for line in errors.values())
+    assert all(float(line["ms"]) > 0 for key, line in lines.items() if key not in errors)
+    whos = {who for _, who in lines}
+    peers = {"sentence-transformers, each its own batch" if match == "CoSENT" else "sentence-transformers"}
+    assert whos - {"ours", "ours, mini-batches"} == peers
 
 
 def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch, capsys):
