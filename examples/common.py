@@ -92,14 +92,15 @@ def fit(
     model: SentenceTransformer,
     train: Dataset,
     loss: nn.Module,
-    mini_batch_size: int,
+    mini_batch_size: int | None,
     *,
     callbacks: Sequence[Any] = (),
     evaluator: Any = None,
     resume_from: Path | None = None,
     **arguments: Any,
 ) -> tuple[SentenceTransformerTrainer, float]:
-    """(trainer, seconds) of training with the ordinary trainer. Only the progress bar is ours: it counts mini-batches.
+    """(trainer, seconds) of training with the ordinary trainer. Only the progress bar is ours: it counts mini-batches,
+    or steps where there are none.
 
     ``arguments`` are those of SentenceTransformerTrainingArguments, ``max_steps`` among them.
     """
@@ -118,12 +119,13 @@ def fit(
     )
     settings = SentenceTransformerTrainingArguments(**{**defaults, **arguments})
     columns = sum(name not in ("score", "label") for name in train.column_names)
-    per_step = 2 * columns * -(-settings.per_device_train_batch_size // mini_batch_size)  # once without gradients
+    batch_size = settings.per_device_train_batch_size
+    per_step = 2 * columns * -(-batch_size // mini_batch_size) if mini_batch_size else 1  # once without gradients
     bar = Progress(
         TextColumn("Training: {task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("mini-batches"),
+        TextColumn("mini-batches" if mini_batch_size else "steps"),
         TimeRemainingColumn(),
         console=console,
     )
@@ -131,6 +133,9 @@ def fit(
 
     class ShowSteps(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            bar.update(task, completed=per_step * state.global_step)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             bar.update(task, completed=per_step * state.global_step)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
@@ -146,7 +151,8 @@ def fit(
         callbacks=[ShowSteps(), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
-    counter = model[0].register_forward_hook(lambda module, *_: bar.advance(task) if module.training else None)
+    mini_batch = 1 if mini_batch_size else 0
+    counter = model[0].register_forward_hook(lambda module, *_: bar.advance(task, mini_batch * module.training))
     start = time.perf_counter()
     try:
         with bar:

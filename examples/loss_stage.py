@@ -22,14 +22,15 @@ class Measurement(NamedTuple):
 
 
 class Given(nn.Module):
-    """Stands in for the model: its sentence embeddings are the features."""
+    """Stands in for the model: its sentence embeddings are the features. Frozen, it has no gradients for them."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, frozen: bool = False):
         super().__init__()
         self.dim = dim
+        self.frozen = frozen
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        return dict(features)
+        return {name: x.detach() for name, x in features.items()} if self.frozen else dict(features)
 
     def get_embedding_dimension(self) -> int:
         return self.dim

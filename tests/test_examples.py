@@ -25,6 +25,7 @@ sys.path.insert(0, str(EXAMPLES))
 import docstrings  # noqa: E402
 import loss_stage  # noqa: E402
 import retrieval  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 ENV = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "COLUMNS": "200"}
 
@@ -86,6 +87,43 @@ def test_a_mistake_is_told_in_a_sentence(tmp_path, arguments, message):
     assert "Traceback" not in result.stderr
 
 
+# ---- dense_head.py
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("loss", "encoder"), [("cosent", "frozen"), ("triplet", "frozen"), ("angle", "trained")])
+def test_a_head_in_the_loss(tmp_path, loss, encoder, code):
+    trained = ["--train-encoder"] if encoder == "trained" else []
+    result = run("dense_head.py", "--quick", "--output", tmp_path, "--loss", loss, "--dataset", code, *trained)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"encoder {encoder}: forward + backward" in result.stdout and "2/2 steps" in result.stdout
+    assert "expected fuse_projection=True without mini-batches" in " ".join(result.stdout.split())
+    rows = [line.split("│")[1:-1] for line in result.stdout.splitlines() if "│ float" in line]
+    assert len(rows) == 8
+    for _, dtype, *errors in rows:
+        assert all(float(error) < (1e-12 if dtype.strip() == "float64" else 1e-4) for error in errors)
+    memory = [line.split("│") for line in result.stdout.splitlines() if line.startswith("│ 256 ")]
+    library, in_the_model, _, in_the_loss = (float(row[-2]) for row in memory)
+    assert in_the_loss < 0.6 * min(library, in_the_model)
+    weight = load_file(tmp_path / "model" / "3_Dense" / "model.safetensors")["linear.weight"]
+    assert not torch.equal(weight, torch.eye(len(weight)))
+    assert (tmp_path / "head.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--loss", "matryoshka"], "cuts embeddings"), (["--dataset", "no/such.csv"], "no such file")],
+)
+def test_a_mistake_about_the_head_is_told_in_a_sentence(tmp_path, arguments, message):
+    result = run("dense_head.py", "--output", tmp_path, *arguments)
+    assert result.returncode == 2
+    assert message in " ".join((result.stdout + result.stderr).split())
+    assert "Traceback" not in result.stderr
+
+
+# ---- the text
+
+
 @pytest.mark.parametrize("where", ["a folder", "installed packages"])
 def test_docstring_pairs(where, code):
     functions = docstrings.collect(500, folder=str(code) if where == "a folder" else "")
@@ -123,8 +161,6 @@ def contrast(output: Path, *arguments: str | Path, launcher: tuple[str, ...] = (
 
 def end_of(output: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """What a finished run reports, and the weights that it saved."""
-    from safetensors.torch import load_file
-
     result = json.loads((output / "results.json").read_text())
     assert result["finished"]
     assert (output / "results.png").stat().st_size > 10_000
