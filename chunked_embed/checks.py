@@ -184,7 +184,7 @@ def function_or_none(name: str, value: C | None) -> C | None:
 
 def instance(name: str, value: Any, kind: type[T]) -> T:
     if not isinstance(value, kind):
-        raise TypeError(f"expected {name} to be {_article(kind.__name__)}, got {_kind_of(value)}")
+        raise TypeError(f"expected {name} to be {_article(kind.__name__)}, got {kind_of(value)}")
     return value
 
 
@@ -219,7 +219,7 @@ def tensor(
 ) -> Tensor:
     """A dense tensor in memory. ``grad=False``: one that does not learn."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"expected {name} to be a tensor, got {_kind_of(value)}")
+        raise TypeError(f"expected {name} to be a tensor, got {kind_of(value)}")
     if device is not None and value.device != device:
         raise ValueError(f"expected {name} on {device}, got {value.device}")
     if value.is_meta:
@@ -294,8 +294,12 @@ def _told(value: Any) -> str:
     return type(value).__name__
 
 
-def _kind_of(value: Any) -> str:
-    return "None" if value is None else type(value).__name__
+def kind_of(value: Any) -> str:
+    """Its type, with the dtype where it has one."""
+    if value is None:
+        return "None"
+    dtype = getattr(value, "dtype", None)
+    return type(value).__name__ if dtype is None else f"{type(value).__name__} of {dtype}"
 
 
 def _article(word: str) -> str:

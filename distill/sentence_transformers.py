@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from chunked_embed import checks
 from chunked_embed.checks import POSITIVE
+from chunked_embed.functional.arguments import check_embeddings
 from chunked_embed.gather import ranks
 from chunked_embed.losses._bags import is_bag
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, callable_name, embed_columns
+from chunked_embed.losses._kinds import check_columns, check_model
 from chunked_embed.losses._learnable import averaged
 from chunked_embed.losses.gist import _MiniBatches
 
@@ -84,10 +86,12 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        check_model(model)
         if not hasattr(model, "get_embedding_dimension"):
             raise TypeError(f"expected a SentenceTransformer as model, got {type(model).__name__}")
         if teacher is not None and (not callable(teacher) or isinstance(teacher, type)):
             raise TypeError(f"expected a SentenceTransformer, a function or None as teacher, got {teacher!r}")
+        check_model(teacher, "teacher")
         if isinstance(teacher, nn.Module):
             trained = {id(p) for p in model.parameters() if p.requires_grad}
             if teacher is model or any(id(p) in trained for p in teacher.parameters()):
@@ -118,7 +122,8 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
         self.scale, self.teacher_scale = scale, teacher_scale
         self.hidden, self.hidden_weight = hidden, hidden_weight
         terms: Any = [(loss, 1.0)] if own or isinstance(loss, str) else loss
-        self.loss = DistillLoss(terms, **self._chunking.keywords) if isinstance(terms, (list, tuple)) else terms
+        if terms is not None:  # absent, not None: a model card names the class of what is in `loss`
+            self.loss = DistillLoss(terms, **self._chunking.keywords) if isinstance(terms, (list, tuple)) else terms
         if isinstance(teacher, SentenceTransformer):
             teacher.requires_grad_(False).eval()
             self._same_tokens = _reads_the_same(model, teacher)
@@ -138,7 +143,7 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
 
     def compute_loss_from_embeddings(self, embeddings: Iterable[Tensor], labels: Any = None) -> Tensor:
         """The loss of the student's embeddings, one tensor (N, D) a column, and the teacher's: likewise, or labels."""
-        return self._loss(list(embeddings), labels)
+        return self._loss(check_columns(embeddings), labels)
 
     @property
     def _fusable(self) -> bool:
@@ -206,11 +211,12 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
 
     def _loss(self, embeddings: list[Tensor], labels: Any, **projection: Any) -> Tensor:
         wide = torch.promote_types(embeddings[0].dtype, torch.float32)
+        check_embeddings({f"embeddings[{i}]": column for i, column in enumerate(embeddings)}, one_dtype=False)
         student = [column.to(wide) for column in embeddings]
         teacher = self._columns(student, labels)
         processes = ranks(student[0], self.gather_across_devices)
         total = student[0].new_zeros(())
-        if self.loss is not None:
+        if getattr(self, "loss", None) is not None:
             total = total + self._similarities(self.loss, student, teacher, processes)
         if self.hidden is not None:
             distances = [self._distance(*sides) for sides in zip(student, teacher)]

@@ -602,6 +602,7 @@ def gist(autocast: str | None = None, **options: Any) -> Case:
         nn.Module.__init__(loss)
         defaults = {"margin_strategy": "absolute", "margin": 0.0, "contrast_anchors": True, "contrast_positives": True}
         vars(loss).update(defaults | {"temperature": 0.01} | options)
+        loss.similarity_fct, loss.cross_entropy_loss = nn.CosineSimilarity(dim=-1), nn.CrossEntropyLoss()
         loss._set_options(**chunks)
         return loss.compute_loss_from_embeddings([x["a"], x["b"]], [x["guide a"], x["guide b"]])
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from fractions import Fraction
+from types import FunctionType
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 from chunked_embed import checks
+from chunked_embed import functional as CF
 from chunked_embed.checks import FINITE, NOT_NEGATIVE, POSITIVE, SMOOTHING, UNIT, Range
 from chunked_embed.chunking import Chunking
 
@@ -159,7 +162,7 @@ BAD_TENSORS = {
     "list": ([1.0], {}, TypeError, "expected hidden to be a tensor, got list"),
     "number": (1.0, {}, TypeError, "expected hidden to be a tensor, got float"),
     "none": (None, {}, TypeError, "expected hidden to be a tensor, got None"),
-    "array": (np.ones(3), {}, TypeError, "expected hidden to be a tensor, got ndarray"),
+    "array": (np.ones(3), {}, TypeError, "expected hidden to be a tensor, got ndarray of float64"),
     "meta": (x.to("meta"), {}, ValueError, "expected hidden in memory, got a tensor on the meta device"),
     "device": (x.to("meta"), {"device": cpu}, ValueError, "expected hidden on cpu, got meta"),
     "sparse": (torch.eye(3).to_sparse(), {}, TypeError, "expected hidden to be a dense tensor.*layout sparse_coo"),
@@ -248,6 +251,75 @@ def test_accepted():
     assert checks.instance("loss", 3, int) == 3
     assert checks.sequence("b", (x,)) == [x]
     assert checks.named("rows", {"target": x})["target"] is x
+
+
+rows = torch.randn(4, 6)
+labels = torch.tensor([0, 1, 0, 1])
+with warnings.catch_warnings():  # of prototypes
+    warnings.simplefilter("ignore")
+    sparse_rows, nested = rows.to_sparse_csr(), torch.nested.nested_tensor([rows[0], rows[1]])
+
+# name: (function, how many embeddings it takes first, what else)
+FUNCTIONS = {
+    "angle": (CF.angle, 2, {"labels": labels}),
+    "cosent": (CF.cosent, 2, {"labels": labels}),
+    "pairwise scores": (CF.pairwise_scores, 2, {}),
+    "pairwise scores, projected": (CF.pairwise_scores, 2, {"weight": torch.randn(3, 6)}),
+    "triplet": (CF.triplet, 3, {}),
+    "info_nce": (CF.info_nce, 2, {}),
+    "info_nce, projected": (CF.info_nce, 2, {"weight": torch.randn(3, 6), "normalize": True}),
+    "info_nce, plain": (CF.info_nce, 2, {"similarity": lambda a, b: a @ b.t()}),
+    "guided": (CF.guided_info_nce, 4, {}),
+    "mega batch": (CF.mega_batch_margin, 2, {}),
+    "batch hard": (CF.batch_hard_triplet, 1, {"labels": labels}),
+    "batch semi hard": (CF.batch_semi_hard_triplet, 1, {"labels": labels}),
+    "batch all": (CF.batch_all_triplet, 1, {"labels": labels}),
+    "orthogonal": (CF.orthogonal_regularization, 1, {}),
+    "sigmoid": (CF.sigmoid_pairs, 2, {"scale": 10.0, "bias": -10.0}),
+}
+QUANTISED = "to be floating point, got {}: quantised embeddings can't be trained on"
+KINDS = {
+    "list": (rows.tolist(), TypeError, "to be a tensor, got list"),
+    "array": (rows.numpy(), TypeError, "to be a (tensor|sequence of tensors), got ndarray"),
+    "int8 array": (
+        rows.numpy().astype(np.int8),
+        TypeError,
+        QUANTISED.format("ndarray of int8") + "|sequence of tensors, got ndarray",
+    ),
+    "int8": (rows.to(torch.int8), TypeError, QUANTISED.format("torch.int8")),
+    "uint8": (rows.to(torch.uint8), TypeError, QUANTISED.format("torch.uint8")),
+    "float8": (rows.to(torch.float8_e4m3fn), TypeError, QUANTISED.format("torch.float8_e4m3fn")),
+    "integers": (rows.long(), TypeError, "to be floating point, got torch.int64"),
+    "complex": (rows + 1j, TypeError, "to be floating point, got torch.complex64"),
+    "sparse": (rows.to_sparse(), TypeError, "to be a dense tensor, got a tensor of layout sparse_coo"),
+    "sparse rows": (sparse_rows, TypeError, "to be a dense tensor, got a tensor of layout sparse_csr"),
+    "nested": (nested, TypeError, "to be a dense tensor, got a tensor of layout nested"),
+    "meta": (rows.to("meta"), ValueError, "in memory, got a tensor on the meta device|on cpu, got meta"),
+    "vector": (rows[0], ValueError, r"of shape \(N, [DH]\), got \(6,\)"),
+    "tokens": (
+        rows[:, None],
+        ValueError,
+        r"one embedding a row, got \(4, 1, 6\): those of tokens must be pooled first",
+    ),
+}
+
+
+def test_every_function_is_here():
+    of_scores = {"cosent_from_scores"}
+    named = {getattr(CF, name) for name in CF.__all__ if isinstance(getattr(CF, name), FunctionType)}
+    assert {name.__name__ for name in named} == {function.__name__ for function, *_ in FUNCTIONS.values()} | of_scores
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_embeddings_of_other_kinds(name, kind):
+    (function, count, options), (bad, error, message) = FUNCTIONS[name], KINDS[kind]
+    for place in range(count):
+        sides = [bad if i == place else rows for i in range(count)]
+        with pytest.raises(error, match=message):
+            function(*sides, **options)
+    with pytest.raises(error, match=message):
+        function(*[bad] * count, **options)
 
 
 def test_chunking_is_a_key():

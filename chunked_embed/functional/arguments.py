@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -20,6 +21,8 @@ Rows = dict[str, Tensor]
 L = TypeVar("L", bound=FlexChunkLoss)
 
 PLAIN = (bool, int, float, str, type(None))
+TRAINED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+QUANTISED = re.compile(r"\bu?int8|float[48]_")  # in the name of a dtype, of torch or of NumPy
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -104,22 +107,39 @@ def widened(x: Tensor) -> Tensor:
     return x.to(accumulator_dtype(x.dtype))
 
 
-def project(sides: dict[str, Tensor], weight: Tensor | None, bias: Tensor | None) -> dict[str, Projection]:
+def project(sides: Mapping[str, Tensor], weight: Tensor | None, bias: Tensor | None) -> dict[str, Projection]:
     check_embeddings(sides, "H", one_dtype=weight is None)
     return {name: Projection(side, weight, bias) for name, side in sides.items()}
 
 
-def check_embeddings(sides: dict[str, Tensor], width: str = "D", one_dtype: bool = True) -> None:
+def check_embeddings(sides: Mapping[str, Tensor], width: str = "D", one_dtype: bool = True) -> None:
     """Embeddings of one shape (N, D) that is not empty, on one device."""
     device = None
     for name, side in sides.items():
-        checks.tensor(name, side, ("N", width), device=device, kind="floating")
+        check_trained(name, side, device)
+        if side.dim() == 3:
+            raise ValueError(
+                f"expected {name} of shape (N, {width}), one embedding a row, got {tuple(side.shape)}: those of tokens "
+                "must be pooled first"
+            )
+        checks.tensor(name, side, ("N", width))
         device = side.device
     shape = checks.one_shape("embeddings", sides)
     if 0 in shape:
         raise ValueError(f"expected embeddings (N, {width}) with at least one row and one column, got {shape}")
     if one_dtype:
         checks.one_dtype("embeddings", {name: side.dtype for name, side in sides.items()})
+
+
+def check_trained(name: str, value: Any, device: torch.device | None = None) -> Tensor:
+    """What a model in training puts out: a dense tensor of floating-point numbers. Quantised ones are for search."""
+    if not (isinstance(value, Tensor) and value.dtype in TRAINED):
+        found = str(value.dtype) if isinstance(value, Tensor) else checks.kind_of(value)
+        if QUANTISED.search(found):
+            raise TypeError(
+                f"expected {name} to be floating point, got {found}: quantised embeddings can't be trained on"
+            )
+    return checks.tensor(name, value, device=device, kind="floating")
 
 
 def check_labels(labels: Tensor, rows: Tensor) -> None:

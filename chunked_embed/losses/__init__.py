@@ -11,13 +11,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chunked_embed.losses._base import ChunkedLoss, Options
-    from chunked_embed.losses._compat import (
+    from sentence_transformers.sentence_transformer.losses import (
         AdaptiveLayerLoss,
-        Matryoshka2dLoss,
+        ContrastiveTensionDataLoader,
+        ContrastiveTensionLoss,
+        EmbedDistillLoss,
+        MSELoss,
         SiameseDistanceMetric,
+        SoftmaxLoss,
         TripletDistanceMetric,
     )
+
+    from chunked_embed.losses._base import ChunkedLoss, Options
     from chunked_embed.losses.angle import AnglELoss
     from chunked_embed.losses.batch_triplet import (
         BatchAllTripletLoss,
@@ -27,13 +32,15 @@ if TYPE_CHECKING:
         BatchSemiHardTripletLoss,
     )
     from chunked_embed.losses.contrastive import ContrastiveLoss
+    from chunked_embed.losses.contrastive_tension import ContrastiveTensionLossInBatchNegatives
     from chunked_embed.losses.cosent import CoSENTLoss
     from chunked_embed.losses.cosine_similarity import CosineSimilarityLoss
+    from chunked_embed.losses.denoising_auto_encoder import DenoisingAutoEncoderLoss
     from chunked_embed.losses.distill_kl_div import DistillKLDivLoss
     from chunked_embed.losses.gist import CachedGISTEmbedLoss, GISTEmbedLoss
     from chunked_embed.losses.global_orthogonal_regularization import GlobalOrthogonalRegularizationLoss
     from chunked_embed.losses.margin_mse import MarginMSELoss
-    from chunked_embed.losses.matryoshka import MatryoshkaLoss
+    from chunked_embed.losses.matryoshka import Matryoshka2dLoss, MatryoshkaLoss
     from chunked_embed.losses.mega_batch_margin import MegaBatchMarginLoss
     from chunked_embed.losses.multiple_negatives_ranking import (
         CachedMultipleNegativesRankingLoss,
@@ -50,7 +57,6 @@ _HOME = {
     "MultipleNegativesSymmetricRankingLoss": "multiple_negatives_ranking",
     "CachedMultipleNegativesRankingLoss": "multiple_negatives_ranking",
     "CachedMultipleNegativesSymmetricRankingLoss": "multiple_negatives_ranking",
-    "AdaptiveLayerLoss": "_compat",  # the library's own, which works around ours
     "AnglELoss": "angle",
     "BatchAllTripletLoss": "batch_triplet",
     "BatchHardSoftMarginTripletLoss": "batch_triplet",
@@ -60,20 +66,20 @@ _HOME = {
     "CachedGISTEmbedLoss": "gist",
     "ChunkedLoss": "_base",
     "ContrastiveLoss": "contrastive",
+    "ContrastiveTensionLossInBatchNegatives": "contrastive_tension",
     "CoSENTLoss": "cosent",
     "CosineSimilarityLoss": "cosine_similarity",
+    "DenoisingAutoEncoderLoss": "denoising_auto_encoder",
     "DistillKLDivLoss": "distill_kl_div",
     "GISTEmbedLoss": "gist",
     "GlobalOrthogonalRegularizationLoss": "global_orthogonal_regularization",
     "MarginMSELoss": "margin_mse",
-    "Matryoshka2dLoss": "_compat",
+    "Matryoshka2dLoss": "matryoshka",
     "MatryoshkaLoss": "matryoshka",
     "MegaBatchMarginLoss": "mega_batch_margin",
     "OnlineContrastiveLoss": "online_contrastive",
     "Options": "_base",
-    "SiameseDistanceMetric": "_compat",
     "SigmoidPairLoss": "sigmoid",
-    "TripletDistanceMetric": "_compat",
     "TripletLoss": "triplet",
 }
 
@@ -91,10 +97,16 @@ __all__ = [
     "ChunkedLoss",
     "CoSENTLoss",
     "ContrastiveLoss",
+    "ContrastiveTensionDataLoader",
+    "ContrastiveTensionLoss",
+    "ContrastiveTensionLossInBatchNegatives",
     "CosineSimilarityLoss",
+    "DenoisingAutoEncoderLoss",
     "DistillKLDivLoss",
+    "EmbedDistillLoss",
     "GISTEmbedLoss",
     "GlobalOrthogonalRegularizationLoss",
+    "MSELoss",
     "MarginMSELoss",
     "Matryoshka2dLoss",
     "MatryoshkaLoss",
@@ -105,15 +117,22 @@ __all__ = [
     "Options",
     "SiameseDistanceMetric",
     "SigmoidPairLoss",
+    "SoftmaxLoss",
     "TripletDistanceMetric",
     "TripletLoss",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    else:  # the library's own: no large tensor, a name that goes with a loss, or one of a later version
+        library = importlib.import_module(f"{__name__}._compat").library
+        if name not in library.__all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+        value = getattr(library, name)
     globals()[name] = value
     return value
 

@@ -27,7 +27,7 @@ from sentence_transformers import SentenceTransformer, util
 from sentence_transformers.base.losses import CachedLossMixin, RandContext, uses_gradient_cache
 from sentence_transformers.sentence_transformer import losses as library
 from sentence_transformers.sentence_transformer.losses.matryoshka import shrink
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 
 try:
     from sentence_transformers.base.losses.merged_forward import embed_columns
@@ -39,8 +39,6 @@ except ImportError:  # 5.x embeds every column in a forward pass of its own
         return [model(features)["sentence_embedding"] for features in features_list]
 
 
-AdaptiveLayerLoss = library.AdaptiveLayerLoss
-Matryoshka2dLoss = library.Matryoshka2dLoss
 TripletDistanceMetric = library.TripletDistanceMetric
 SiameseDistanceMetric = library.SiameseDistanceMetric
 check_teacher_targets = getattr(util, "check_teacher_targets", None)  # not in 5.x
@@ -58,3 +56,27 @@ def known_matrix(function: object) -> str | None:
     """The name of a similarity of all rows with all rows that the losses form by products; None for any other."""
     known = ((util.cos_sim, "cosine"), (util.pytorch_cos_sim, "cosine"), (util.dot_score, "dot"))
     return next((name for candidate, name in known if candidate is function), None)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a call of the module is its class's forward, and nothing else."""
+    hooked = any(getattr(module, hooks, None) for hooks in _HOOKS)
+    return not (hooked or "forward" in vars(module) or getattr(module, "_compiled_call_impl", None))
+
+
+def is_mean_cross_entropy(module: object) -> bool:
+    """Whether this is the mean cross-entropy of whole rows, as the library's constructors set it."""
+    return (
+        type(module) is nn.CrossEntropyLoss
+        and is_plain(module)
+        and (module.weight, module.label_smoothing, module.reduction) == (None, 0.0, "mean")
+        and module.ignore_index < 0
+    )
+
+
+def is_cosine(module: object) -> bool:
+    """Whether this is the cosine over the last dimension, as the library's constructors set it."""
+    return type(module) is nn.CosineSimilarity and is_plain(module) and (module.dim, module.eps) == (-1, 1e-8)

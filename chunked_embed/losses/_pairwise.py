@@ -69,7 +69,7 @@ class AlignedLoss(ChunkedLoss):
     def _labels(self, labels: Tensor | None) -> Tensor:
         if labels is None:
             raise ValueError(f"{type(self).__name__} requires labels, got None")
-        checks.tensor("labels", labels)
+        checks.tensor("labels", labels, kind="real")
         if labels.is_floating_point() and bool(labels.isnan().any()):
             raise ValueError(f"{type(self).__name__} expects labels without NaN")
         return labels.detach().int() if labels.dtype == torch.bool else labels.detach()

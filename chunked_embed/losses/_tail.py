@@ -18,9 +18,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from chunked_embed.functional.arguments import FUNCTIONS, as_function
-from chunked_embed.losses._compat import Dense, Normalize, SentenceTransformer
+from chunked_embed.losses._compat import Dense, Normalize, SentenceTransformer, is_plain
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _KEY = "sentence_embedding"
 
 
@@ -61,7 +60,7 @@ def find_tail(model: nn.Module) -> Tail | str:
     # FSDP shards the parameters, compiled and otherwise wrapped models hide the module list or hold a copy of it.
     if not isinstance(inner, SentenceTransformer) or type(inner).forward is not SentenceTransformer.forward:
         return f"{type(model).__name__} is not a plain or DDP-wrapped SentenceTransformer"
-    if _has_any_global_hook() or not (_is_plain(model) and _is_plain(inner)):
+    if _has_any_global_hook() or not (is_plain(model) and is_plain(inner)):
         return "the model has hooks, a patched forward (as mixed precision sets) or a compiled one"
     children = list(inner.children())
     normalize = len(children) > 1 and type(children[-1]) is Normalize
@@ -72,7 +71,7 @@ def find_tail(model: nn.Module) -> Tail | str:
     if not modules:
         return f"the last module is a {type(children[-1]).__name__}, not Dense or Normalize"
     for module in modules:
-        if not _is_plain(module):
+        if not is_plain(module):
             return f"{type(module).__name__} has hooks or a patched forward"
         if {getattr(module, f"module_{end}_name", _KEY) for end in ("input", "output")} != {_KEY}:
             return f"{type(module).__name__} does not map {_KEY} to {_KEY}"
@@ -87,11 +86,6 @@ def find_tail(model: nn.Module) -> Tail | str:
     return Tail(tuple(modules), {**projection, "normalize": normalize}, touched)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    hooked = any(getattr(module, hooks, None) for hooks in _HOOKS)
-    return not (hooked or "forward" in vars(module) or getattr(module, "_compiled_call_impl", None))
-
-
 def _why_not(dense: Dense) -> str | None:
     linear, activation = dense.linear, dense.activation_function
     # Adapters and parametrisations replace the class or the parameter: ``weight`` is then not what is multiplied.
@@ -99,7 +93,7 @@ def _why_not(dense: Dense) -> str | None:
         return f"Dense.linear is not a plain nn.Linear but a {type(linear).__name__}"
     if getattr(dense, "use_residual", False):
         return "Dense has a residual connection"
-    if not _is_plain(linear) or (isinstance(activation, nn.Module) and not _is_plain(activation)):
+    if not is_plain(linear) or (isinstance(activation, nn.Module) and not is_plain(activation)):
         return "a part of Dense has hooks or a patched forward"
     if _activation(activation) is _UNKNOWN:
         return f"unknown activation {activation!r}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from chunked_embed.functional.batch_triplets import Labelled, mean_over_triplets
 from chunked_embed.gather import Ranks, ranks
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, library
+from chunked_embed.losses._kinds import replaced
 
 BatchHardTripletLossDistanceFunction = library.BatchHardTripletLossDistanceFunction
 EUCLIDEAN = BatchHardTripletLossDistanceFunction.euclidean_distance
@@ -32,14 +33,22 @@ class BatchTripletLoss(ChunkedLoss):
     """What these losses share: one column, a label for each row, a distance matrix or its name."""
 
     distance_metric: Callable[[Tensor], Tensor]
+    sentence_embedder: nn.Module
+    _step: str  # the library's method that has its computation
+
+    # The trainer puts its wrapped model where a loss has a child "model". These of the library have it by another name,
+    # and are not wrapped; ours keep that name in their state, and answer to both.
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # The trainer puts its wrapped model where the loss has a "model"; these losses of the library have none.
-        super().__setattr__("model" if name == "sentence_embedder" else name, value)
+        super().__setattr__("sentence_embedder" if name == "model" else name, value)
 
     @property
-    def sentence_embedder(self) -> nn.Module:
-        return self.model
+    def model(self) -> Any:
+        return self.sentence_embedder
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in super().named_children():
+            yield "model" if name == "sentence_embedder" else name, child
 
     @property
     def _fusable(self) -> bool:
@@ -53,7 +62,7 @@ class BatchTripletLoss(ChunkedLoss):
         dtype, embedding = embedding.dtype, widened(embedding)
         processes = ranks(embedding, self.gather_across_devices)
         candidates, candidate_labels = processes.gather(embedding, labels)
-        distance = known_distance(self.distance_metric)
+        distance = None if replaced(self, self._step) else known_distance(self.distance_metric)
         if distance is None:
             return self._plain(candidates, candidate_labels)
         of_all = (candidates, candidate_labels, processes.offset, distance, self._chunking, dtype)
@@ -67,6 +76,7 @@ class BatchTripletLoss(ChunkedLoss):
         check_embeddings({"embeddings": embedding})
         if labels is None:
             raise ValueError(f"{name} requires labels, one per example, got None")
+        checks.tensor("labels", labels)
         if labels.numel() != len(embedding):
             raise ValueError(
                 f"{name} expects {len(embedding)} labels (one per example), got {labels.numel()} in a tensor of shape "
@@ -77,7 +87,7 @@ class BatchTripletLoss(ChunkedLoss):
         return embedding, labels
 
     def _plain(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The library's own computation, for a distance that we do not know."""
+        """The library's own computation, for a distance that we do not know and a step that a user replaces."""
         return super(ChunkedLoss, self).compute_loss_from_embeddings([embeddings], labels)
 
     def _mined(self, batch: Labelled, processes: Ranks) -> Tensor:
@@ -102,6 +112,8 @@ class BatchHardTripletLoss(BatchTripletLoss, library.BatchHardTripletLoss):
 
     Reference: https://arxiv.org/abs/1703.07737
     """
+
+    _step = "batch_hard_triplet_loss"
 
     def __init__(
         self,
@@ -131,6 +143,8 @@ class BatchHardSoftMarginTripletLoss(BatchTripletLoss, library.BatchHardSoftMarg
     Reference: https://arxiv.org/abs/1703.07737
     """
 
+    _step = "batch_hard_triplet_soft_margin_loss"
+
     def __init__(
         self,
         model: SentenceTransformer,
@@ -158,6 +172,8 @@ class BatchSemiHardTripletLoss(BatchTripletLoss, library.BatchSemiHardTripletLos
 
     Reference: https://arxiv.org/abs/1503.03832
     """
+
+    _step = "batch_semi_hard_triplet_loss"
 
     def __init__(
         self,
@@ -190,6 +206,8 @@ class BatchAllTripletLoss(BatchTripletLoss, library.BatchAllTripletLoss):
     Reference: https://arxiv.org/abs/1703.07737
     """
 
+    _step = "batch_all_triplet_loss"
+
     def __init__(
         self,
         model: SentenceTransformer,
@@ -203,5 +221,5 @@ class BatchAllTripletLoss(BatchTripletLoss, library.BatchAllTripletLoss):
 
     def _mined(self, batch: Labelled, processes: Ranks) -> Tensor:
         total, count = batch.all(self.triplet_margin)
-        (counts,) = processes.stack(count)
-        return mean_over_triplets(total * len(processes.sizes), counts.sum())
+        (count,) = processes.sum(count)
+        return mean_over_triplets(total * len(processes.sizes), count)

@@ -43,12 +43,20 @@ class DistillKLDivLoss(SimilarityLoss, library.DistillKLDivLoss):
         **options: Any,
     ) -> None:
         super().__init__(model, similarity_fct, temperature)
-        # Set here, because the library has the two overrides only since 6.x.
-        self.student_temperature = temperature if student_temperature is None else student_temperature
-        self.teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+        # The library has the two overrides since 6.x, as numbers; before, all follow what temperature is at a call.
+        default = temperature if hasattr(self, "student_temperature") else None
+        self.student_temperature = default if student_temperature is None else student_temperature
+        self.teacher_temperature = default if teacher_temperature is None else teacher_temperature
         for name in ("temperature", "student_temperature", "teacher_temperature"):
-            checks.number(name, getattr(self, name), POSITIVE)
+            if getattr(self, name) is not None:
+                checks.number(name, getattr(self, name), POSITIVE)
         self._set_options(**options)
+
+    def _temperatures(self) -> tuple[float, float]:
+        """Of the student, and of the teacher."""
+        both = self.student_temperature, self.teacher_temperature
+        student, teacher = (self.temperature if given is None else given for given in both)
+        return student, teacher
 
     def _teacher(self, labels: Tensor | None, rows: int, candidates: int) -> Tensor:  # (N, K)
         labels = self._labels(labels)
@@ -57,10 +65,11 @@ class DistillKLDivLoss(SimilarityLoss, library.DistillKLDivLoss):
                 f"{type(self).__name__} expects the teacher's scores of {candidates} candidates, "
                 f"{(rows, candidates)}, got {tuple(labels.shape)}"
             )
-        probabilities = torch.softmax(widened(labels) / self.teacher_temperature, dim=1)
+        _, temperature = self._temperatures()
+        probabilities = torch.softmax(widened(labels) / temperature, dim=1)
         if check_teacher_targets and not vars(self).get("_checked_teacher_scale"):
             self._checked_teacher_scale = True  # once, since it waits for the device
-            check_teacher_targets(probabilities, labels, self.teacher_temperature, type(self).__name__)
+            check_teacher_targets(probabilities, labels, temperature, type(self).__name__)
         return probabilities
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
@@ -75,14 +84,14 @@ class DistillKLDivLoss(SimilarityLoss, library.DistillKLDivLoss):
         teacher = teacher.to(scores.dtype)
         if self.gather_across_devices:
             scores, teacher = gather_rows(scores, teacher)
-        student = torch.log_softmax(scores / self.student_temperature, dim=1)
-        return self.loss_fct(student, teacher) * self.student_temperature**2
+        temperature, _ = self._temperatures()
+        return self.loss_fct(torch.log_softmax(scores / temperature, dim=1), teacher) * temperature**2
 
     def get_config_dict(self) -> dict[str, Any]:
         temperatures = {name: getattr(self, name) for name in ("student_temperature", "teacher_temperature")}
         return {
             "similarity_fct": callable_name(self.similarity_fct),
             "temperature": self.temperature,
-            **{name: value for name, value in temperatures.items() if value != self.temperature},
+            **{name: value for name, value in temperatures.items() if value not in (None, self.temperature)},
             **self._changed_options(),
         }

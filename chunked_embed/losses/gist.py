@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from chunked_embed import functional as CF
 from chunked_embed.losses._bags import with_row_ends
 from chunked_embed.losses._base import ChunkedLoss
-from chunked_embed.losses._compat import SentenceTransformer, embed_columns, library, util
+from chunked_embed.losses._compat import (
+    SentenceTransformer,
+    embed_columns,
+    is_cosine,
+    is_mean_cross_entropy,
+    library,
+    util,
+)
+from chunked_embed.losses._kinds import check_columns, check_model, replaced
 
 Guide = Sequence[Tensor | Sequence[Tensor]]  # for each column its embeddings, whole or in mini-batches
+
+# What the library's computation reads.
+_READ = (
+    *("temperature", "margin_strategy", "margin", "contrast_anchors", "contrast_positives", "gather_across_devices"),
+    *("sim_matrix", "cross_entropy_loss"),
+)
 
 
 class _Guided(ChunkedLoss):
@@ -28,17 +43,17 @@ class _Guided(ChunkedLoss):
     margin: float
     contrast_anchors: bool
     contrast_positives: bool
+    similarity_fct: Callable[[Tensor, Tensor], Tensor]
+    cross_entropy_loss: Callable[[Tensor, Tensor], Tensor]
+    sim_matrix: Callable[[Tensor, Tensor], Tensor]
 
     def compute_loss_from_embeddings(self, embeddings: Iterable[Tensor], guide_embeddings: Any = None) -> Tensor:
         """The loss of embeddings and the guide's embeddings, one tensor (N, D) a column each."""
-        return self._loss(list(embeddings), guide_embeddings)
+        return self._loss(check_columns(embeddings), guide_embeddings)
 
     @property
     def _fusable(self) -> bool:
         return False
-
-    def _own_parameters(self) -> list[nn.Parameter]:
-        return []  # the guide learns nothing
 
     @torch.no_grad()
     def _targets(self, features: list[dict[str, Tensor]], labels: Any) -> Any:
@@ -59,17 +74,16 @@ class _Guided(ChunkedLoss):
         texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return util.batch_to_device(self.guide.preprocess(texts), self.guide.device)
 
+    @property
+    def _known(self) -> bool:
+        """Whether all that the library would call is what its constructor sets."""
+        plain = is_mean_cross_entropy(self.cross_entropy_loss) and is_cosine(self.similarity_fct)
+        return plain and not replaced(self, "sim_matrix")
+
     def _loss(self, embeddings: list[Tensor], labels: Any, **projection: Any) -> Tensor:
-        name = type(self).__name__
-        if len(embeddings) < 2:
-            raise ValueError(f"{name} expects an anchor, a positive and any negatives, got {len(embeddings)} columns")
-        if labels is None or isinstance(labels, Tensor) or len(labels) != len(embeddings):
-            got = type(labels).__name__ if labels is None or isinstance(labels, Tensor) else f"{len(labels)} of them"
-            raise ValueError(
-                f"{name} needs the guide's embeddings beside the model's, one tensor for each of the "
-                f"{len(embeddings)} columns: compute_loss_from_embeddings(embeddings, guide_embeddings); got {got}"
-            )
-        guide = [column if isinstance(column, Tensor) else torch.cat(list(column)) for column in labels]
+        guide = self._guide_columns(embeddings, labels)
+        if not self._known:
+            return self._plain([[column] for column in embeddings], [[column] for column in guide], len(embeddings[0]))
         return CF.guided_info_nce(
             *embeddings[:2],
             *guide[:2],
@@ -83,6 +97,31 @@ class _Guided(ChunkedLoss):
             gather_across_devices=self.gather_across_devices,
             **self._chunking.keywords,
         )
+
+    def calculate_loss(self, reps: Any, labels: Any = None, *, with_backward: bool = False) -> Tensor:
+        if self._known or replaced(self, "compute_loss_from_embeddings"):
+            return super().calculate_loss(reps, labels, with_backward=with_backward)
+        guide = self._guide_columns(reps, labels)
+        rows = self.mini_batch_size or len(guide[0])
+        return self._plain(reps, [[column] for column in guide], rows, with_backward)
+
+    def _guide_columns(self, embeddings: Sequence[Any], labels: Any) -> list[Tensor]:
+        name = type(self).__name__
+        if len(embeddings) < 2:
+            raise ValueError(f"{name} expects an anchor, a positive and any negatives, got {len(embeddings)} columns")
+        if labels is None or isinstance(labels, Tensor) or len(labels) != len(embeddings):
+            got = type(labels).__name__ if labels is None or isinstance(labels, Tensor) else f"{len(labels)} of them"
+            raise ValueError(
+                f"{name} needs the guide's embeddings beside the model's, one tensor for each of the "
+                f"{len(embeddings)} columns: compute_loss_from_embeddings(embeddings, guide_embeddings); got {got}"
+            )
+        return [column if isinstance(column, Tensor) else torch.cat(list(column)) for column in labels]
+
+    def _plain(self, reps: Any, guide: Any, rows: int, with_backward: bool = False) -> Tensor:
+        """The library's own computation, ``rows`` rows at a time, of a user's similarity or cross-entropy."""
+        of = SimpleNamespace(**{name: getattr(self, name) for name in _READ})
+        of.mini_batch_size, of.show_progress_bar = rows, self.show_progress_bar
+        return library.CachedGISTEmbedLoss.calculate_loss(of, reps, guide, with_backward=with_backward)
 
 
 class _MiniBatches(ChunkedLoss):
@@ -103,7 +142,8 @@ class GISTEmbedLoss(_Guided, library.GISTEmbedLoss):
     """``-log(exp(s_ii) / sum of exp(s))`` with ``s = cos / temperature`` over the positive and those in-batch
     negatives that the guide does not find nearer than the positive.
 
-    In memory of a chunk of rows, where the library's class holds N x N x D. Takes any number of negatives.
+    In memory of a chunk of rows, where the library's class holds N x N x D. Takes any number of negatives. With another
+    ``similarity_fct`` or ``cross_entropy_loss``, set on the loss, it does what the library's class does.
 
     Args:
         model: The SentenceTransformer to train.
@@ -136,6 +176,8 @@ class GISTEmbedLoss(_Guided, library.GISTEmbedLoss):
         gather_across_devices: bool = False,
         **options: Any,
     ) -> None:
+        check_model(model)
+        check_model(guide, "guide")
         super().__init__(
             model,
             guide,
@@ -179,6 +221,8 @@ class CachedGISTEmbedLoss(_Guided, library.CachedGISTEmbedLoss):
         gather_across_devices: bool = False,
         **options: Any,
     ) -> None:
+        check_model(model)
+        check_model(guide, "guide")
         super().__init__(
             model,
             guide,
@@ -196,3 +240,11 @@ class CachedGISTEmbedLoss(_Guided, library.CachedGISTEmbedLoss):
             gather_across_devices=gather_across_devices,
             **options,
         )
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        if replaced(self, "calculate_loss_and_cache_gradients"):
+            raise TypeError(
+                f"expected {type(self).__name__} to replace calculate_loss or compute_loss_from_embeddings, got a "
+                "calculate_loss_and_cache_gradients of its own, which nothing calls"
+            )
+        return super().forward(sentence_features, labels)

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from chunked_embed.functional.arguments import check_embeddings
 from chunked_embed.functional.spread import Moments, moments, terms, terms_of_matrix
 from chunked_embed.gather import ranks
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, callable_name, known_matrix, library, util
-
-
-class _Parts(torch.autograd.Function):
-    """What a total is the sum of, where a gradient is known for the total alone."""
-
-    @staticmethod
-    def forward(ctx: Any, total: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part.clone() for part in parts)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if not all(torch.allclose(grad, grads[0], rtol=0, atol=0, equal_nan=True) for grad in grads):
-            raise RuntimeError(
-                "expected the terms of a loss with gradient caching to be added up as they are, got gradients "
-                f"{[grad.item() for grad in grads]}: weigh them with mean_weight and second_moment_weight"
-            )
-        return (grads[0], *[None] * len(grads))
+from chunked_embed.losses._kinds import check_columns
 
 
 class GlobalOrthogonalRegularizationLoss(ChunkedLoss, library.GlobalOrthogonalRegularizationLoss):
@@ -49,7 +31,7 @@ class GlobalOrthogonalRegularizationLoss(ChunkedLoss, library.GlobalOrthogonalRe
         second_moment_weight: Factor of the second one, likewise.
         aggregation: "mean" or "sum", over columns.
         options: See :class:`~chunked_embed.losses.Options`. With ``gather_across_devices`` the sums of all processes
-            are gathered, no embeddings.
+            are added up; another similarity gathers the embeddings.
 
     Inputs: any columns; labels are ignored. Returns a dict of terms, which the trainer adds up. With gradient caching
     they must be added up as they are: their gradients are taken together.
@@ -73,20 +55,11 @@ class GlobalOrthogonalRegularizationLoss(ChunkedLoss, library.GlobalOrthogonalRe
     def _fusable(self) -> bool:
         return False  # a tail applies to all rows before they are summed
 
-    def forward(  # type: ignore[override]  # a dict, as the library's
-        self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        total = super().forward(sentence_features, labels)
-        parts: dict[str, Tensor] = self.__dict__.pop("_parts")
-        if not (self.uses_gradient_cache and total.requires_grad):
-            return parts
-        return dict(zip(parts, _Parts.apply(total, *(part.detach() for part in parts.values()))))
-
     def compute_loss_from_embeddings(  # type: ignore[override]  # likewise
         self, embeddings: Sequence[Tensor], labels: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The terms of embeddings, one tensor (N, D) a column: a dict of scalars, differentiable once."""
-        embeddings = list(embeddings)
+        embeddings = check_columns(embeddings)
         if not embeddings:
             raise ValueError("GlobalOrthogonalRegularizationLoss expects a column of embeddings at least, got none")
         for embedding in embeddings:
@@ -102,12 +75,8 @@ class GlobalOrthogonalRegularizationLoss(ChunkedLoss, library.GlobalOrthogonalRe
             (candidates,) = processes.gather(embeddings)
             wide = candidates.to(dtype)
             return terms_of_matrix(self.similarity_fct(wide, wide), wide.shape[1], dtype)
-        found = Moments(*(part.sum(0) for part in processes.stack(*moments(embeddings, similarity))))
+        found = Moments(*processes.sum(*moments(embeddings, similarity)))
         return terms(found, sum(processes.sizes), dtype)
-
-    def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
-        self._parts = self.compute_loss_from_embeddings(embeddings, labels)  # for forward, which takes it away
-        return torch.stack(list(self._parts.values())).sum()
 
     def get_config_dict(self) -> dict[str, Any]:
         return {

@@ -5,22 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chunked_embed.functional.arguments import widened
+from chunked_embed.functional.arguments import check_embeddings, widened
+from chunked_embed.losses._around import Around
 from chunked_embed.losses._attach import attach
-from chunked_embed.losses._base import ChunkedLoss
-from chunked_embed.losses._compat import SentenceTransformer, library, shrink, uses_gradient_cache
+from chunked_embed.losses._base import OF_MINI_BATCHES, OPTIONS, ChunkedLoss
+from chunked_embed.losses._compat import SentenceTransformer, is_plain, library, shrink, uses_gradient_cache
+from chunked_embed.losses._kinds import ForACall, check_model, check_wrapped, replaced
 
-_OWN_OPTIONS = ("mini_batch_size", "mini_batch_num_tokens", "show_progress_bar")
 
-
-class MatryoshkaLoss(ChunkedLoss, library.MatryoshkaLoss):
+class MatryoshkaLoss(Around, library.MatryoshkaLoss):
     """``sum over d of weight_d * loss(normalize(embeddings[:, :d]))``.
 
     Around a loss of this package, cached or not, and around cached losses of sentence-transformers, one width at a time
@@ -51,73 +50,80 @@ class MatryoshkaLoss(ChunkedLoss, library.MatryoshkaLoss):
         n_dims_per_step: int = -1,
         **options: Any,
     ) -> None:
+        check_model(model)
+        check_wrapped(loss)
         calculate_loss = vars(loss).get("calculate_loss")
         super().__init__(model, loss, matryoshka_dims, matryoshka_weights, n_dims_per_step)
         vars(loss).pop("calculate_loss", None)  # which the library has wrapped for good; we do so per call
         if calculate_loss is not None:
             loss.calculate_loss = calculate_loss
-        handed_on = {name: value for name, value in options.items() if name not in _OWN_OPTIONS}
         self._set_options(**options)
-        if handed_on and not isinstance(loss, ChunkedLoss):
-            raise ValueError(f"{', '.join(handed_on)}: {type(loss).__name__}, the wrapped loss, has no such options")
-        for name, value in handed_on.items():
-            setattr(loss, name, value)
-        self._caches = self.uses_gradient_cache
-        if self._caches and uses_gradient_cache(loss):
-            raise ValueError(
-                f"mini_batch_size is set on the wrapped {type(loss).__name__} already: set it on one of the two"
-            )
-        if self._caches and not hasattr(loss, "compute_loss_from_embeddings"):
-            raise ValueError(f"mini_batch_size: {type(loss).__name__} has no compute_loss_from_embeddings")
-        self.uses_gradient_cache = self._caches or uses_gradient_cache(loss)
+        self._check_inner()
+
+    def _check_inner(self) -> None:
+        name, caches = type(self.loss).__name__, uses_gradient_cache(self.loss)
+        if caches and isinstance(self.loss, library.MatryoshkaLoss):
+            raise ValueError(f"expected mini-batches on the outermost MatryoshkaLoss alone, got a {name} that has them")
+        if not self._in_mini_batches:
+            return
+        if caches:
+            raise ValueError(f"mini_batch_size is set on the wrapped {name} already: set it on one of the two")
+        embeds = isinstance(getattr(self.loss, "model", None), nn.Module)
+        if not (embeds and hasattr(self.loss, "compute_loss_from_embeddings")):
+            raise ValueError(f"mini_batch_size: {name} has no compute_loss_from_embeddings")
+
+    @property
+    def uses_gradient_cache(self) -> bool:
+        """Follows from the mini-batches of this loss, or of the wrapped one."""
+        return self._in_mini_batches or uses_gradient_cache(self.loss)
+
+    @uses_gradient_cache.setter
+    def uses_gradient_cache(self, value: bool) -> None:
+        if value != self.uses_gradient_cache:
+            raise ValueError(f"expected mini_batch_size to be set, or None, got uses_gradient_cache={value}")
 
     def get_config_dict(self) -> dict[str, Any]:
-        extras = {name: value for name, value in self._changed_options().items() if name in _OWN_OPTIONS}
+        extras = {name: value for name, value in self._changed_options().items() if name in OF_MINI_BATCHES}
         return {**library.MatryoshkaLoss.get_config_dict(self), **extras}
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         features = list(sentence_features)
-        if self._caches or (isinstance(self.loss, ChunkedLoss) and not uses_gradient_cache(self.loss)):
+        self._check_inner()
+        caches = uses_gradient_cache(self.loss)
+        if self._in_mini_batches or (not caches and self._is_ours()):
             return super().forward(features, labels)
-        if not uses_gradient_cache(self.loss):
+        if not caches:
             return library.MatryoshkaLoss.forward(self, features, labels)
-        if isinstance(self.loss, ChunkedLoss):
-            replaced = _replaced(self.loss, "_loss", partial(self._over_widths, self.loss._loss))
-        else:
-            of_parts = partial(self._over_minibatches, self.loss.calculate_loss)
-            replaced = _replaced(self.loss, "calculate_loss", of_parts)
-        with replaced:
+        whole = isinstance(self.loss, ChunkedLoss) and not replaced(self.loss, "calculate_loss")
+        name = "compute_loss_from_embeddings" if whole else "calculate_loss"
+        over: Callable[..., Tensor] = self._over_widths if whole else self._over_minibatches
+        with _set_on(self.loss, name, ForACall(over, getattr(self.loss, name))):
             return self.loss(features, labels)
 
-    def _targets(self, features: list[dict[str, Tensor]], labels: Any) -> Any:
-        return self.loss._targets(features, labels) if isinstance(self.loss, ChunkedLoss) else labels
-
-    @property
-    def _fusable(self) -> bool:
-        return False  # the widths are cut from the finished embedding
+    def _is_ours(self) -> bool:
+        """Whether a call of the wrapped loss is this package's loss of its embeddings, and nothing else."""
+        own = replaced(self.loss, "forward", "__call__") or not is_plain(self.loss)
+        return isinstance(self.loss, ChunkedLoss) and not own
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
         return self._over_widths(self._inner, embeddings, labels)
 
     def _over_widths(self, inner: Callable, embeddings: list[Tensor], labels: Any) -> Tensor:
+        for i, column in enumerate(embeddings):
+            check_embeddings({f"embeddings[{i}]": column})
+
         def at_width(columns: list[Tensor], dim: int) -> Tensor:
             return inner(columns, _cut(labels, embeddings, dim))
 
-        # The widths' gradients are taken one by one, which would miss parameters of the loss itself.
-        return self._plain_sum(embeddings, at_width) if self._learns() else self._one_by_one(embeddings, at_width)
+        return self._one_by_one(embeddings, at_width)
 
-    def _learns(self) -> bool:
-        if isinstance(self.loss, ChunkedLoss):
-            return bool(self.loss._own_parameters())
-        named = self.loss.named_parameters()
-        return any(parameter.requires_grad and name.split(".")[0] != "model" for name, parameter in named)
-
-    def _inner(self, columns: list[Tensor], labels: Tensor | None) -> Tensor:
-        if hasattr(self.loss, "compute_loss_from_embeddings"):
-            return self.loss.compute_loss_from_embeddings(columns, labels)
-        if hasattr(self.loss, "calculate_loss"):
-            return self.loss.calculate_loss([[column] for column in columns], labels)
-        raise TypeError(f"{type(self.loss).__name__}, the wrapped loss, can't be computed from embeddings alone")
+    def _inner(self, columns: list[Tensor], labels: Any) -> Tensor:
+        """The wrapped loss of embeddings."""
+        if self._is_ours():
+            return self.loss.compute_loss_from_embeddings(columns, labels)  # type: ignore[operator]
+        # Its forward knows what it does with labels. A model that hands its features on gives it the embeddings.
+        with _set_on(self.loss, "model", nn.Identity()):
+            return self.loss([{"sentence_embedding": column} for column in columns], labels)
 
     def _over_minibatches(
         self, calculate_loss: Callable, reps: list[list[Tensor]], *args: Any, with_backward: bool = False, **kwargs: Any
@@ -149,7 +155,8 @@ class MatryoshkaLoss(ChunkedLoss, library.MatryoshkaLoss):
                 f"matryoshka_dims cannot be greater than the embeddings' width, {column.shape[1]}: got {dim}"
             )
         narrow = column[:, :dim]
-        return narrow if self.loss._normalizes else F.normalize(widened(narrow), dim=1)
+        seen = replaced(self.loss, "forward", "compute_loss_from_embeddings", "calculate_loss")
+        return narrow if self.loss._normalizes and not seen else F.normalize(widened(narrow), dim=1)
 
     def _widths(self) -> list[tuple[int, float]]:
         indices: Sequence[int] = range(len(self.matryoshka_dims))
@@ -165,18 +172,77 @@ class MatryoshkaLoss(ChunkedLoss, library.MatryoshkaLoss):
         """The weighted sum over widths, holding the graph of one width at a time."""
         if not torch.is_grad_enabled() or not any(column.requires_grad for column in columns):
             return self._plain_sum(columns, at_width)
-        terms = []
+        terms, own = [], self._own_parameters()
         grads = [torch.zeros_like(c, dtype=torch.promote_types(c.dtype, torch.float32)) for c in columns]
+        of_own: dict[int, Tensor] = {}
         for dim, weight in self._widths():
             narrow = [column.detach()[:, :dim] for column in columns]
             # Float16 gradients would underflow: what a GradScaler scales comes in only at backward.
             narrow = [(x.float() if x.dtype == torch.float16 else x).requires_grad_() for x in narrow]
             loss = weight * at_width([self._narrow(x, dim) for x in narrow], dim)
-            for grad, part in zip(grads, torch.autograd.grad(loss, narrow, allow_unused=True)):
+            found = torch.autograd.grad(loss, [*narrow, *own], allow_unused=True)
+            for grad, part in zip(grads, found):
                 if part is not None:
                     grad[:, :dim] += part
+            for i, part in enumerate(found[len(narrow) :]):
+                if part is not None:
+                    of_own[i] = of_own[i] + part if i in of_own else part
             terms.append(loss.detach())
-        return attach(torch.stack(terms).sum(), columns, grads)
+        return attach(torch.stack(terms).sum(), [*columns, *(own[i] for i in of_own)], [*grads, *of_own.values()])
+
+
+class Matryoshka2dLoss(library.Matryoshka2dLoss):
+    """The library's ``AdaptiveLayerLoss`` around our :class:`MatryoshkaLoss`, one width at a time.
+
+    Args:
+        options: Of :class:`MatryoshkaLoss`. All else is as in the library.
+
+    Reference: https://huggingface.co/papers/2402.14776
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        loss: nn.Module,
+        matryoshka_dims: list[int],
+        matryoshka_weights: list[float | int] | None = None,
+        n_layers_per_step: int = 1,
+        n_dims_per_step: int = 1,
+        last_layer_weight: float = 1.0,
+        prior_layers_weight: float = 1.0,
+        kl_div_weight: float = 1.0,
+        kl_temperature: float = 0.3,
+        layer_weighting: Literal["uniform", "log", "linear"] | Callable[[int], float] = "uniform",
+        **options: Any,
+    ) -> None:
+        if options.get("mini_batch_size") or options.get("mini_batch_num_tokens"):
+            raise ValueError(
+                "expected no mini-batches in Matryoshka2dLoss, whose layers are those of one forward pass, got "
+                f"{ {name: options[name] for name in OF_MINI_BATCHES if name in options} }"
+            )
+        newer = {} if layer_weighting == "uniform" else {"layer_weighting": layer_weighting}  # not in 5.x
+        library.AdaptiveLayerLoss.__init__(
+            self,
+            model,
+            MatryoshkaLoss(model, loss, matryoshka_dims, matryoshka_weights, n_dims_per_step, **options),
+            n_layers_per_step=n_layers_per_step,
+            last_layer_weight=last_layer_weight,
+            prior_layers_weight=prior_layers_weight,
+            kl_div_weight=kl_div_weight,
+            kl_temperature=kl_temperature,
+            **newer,
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OF_MINI_BATCHES and value:
+            raise ValueError(f"expected no mini-batches in Matryoshka2dLoss, got {name}={value!r}")
+        if name in OPTIONS:
+            setattr(self.loss, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:  # of what is not found elsewhere
+        return getattr(self.loss, name) if name in OPTIONS else super().__getattr__(name)
 
 
 def _grad(leaf: Tensor) -> Tensor:
@@ -190,12 +256,15 @@ def _cut(labels: Any, columns: list[Tensor], dim: int) -> Any:
 
 
 @contextmanager
-def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    before = vars(module).get(name)
-    setattr(module, name, value)
+def _set_on(loss: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """An attribute of the loss itself, or a submodule, for a while."""
+    own = name in (*vars(loss), *loss._modules) or isinstance(getattr(type(loss), name, None), property)
+    before = getattr(loss, name)
+    setattr(loss, name, value)
     try:
         yield
     finally:
-        vars(module).pop(name)
-        if before is not None:
-            setattr(module, name, before)
+        if own:
+            setattr(loss, name, before)
+        else:
+            delattr(loss, name)

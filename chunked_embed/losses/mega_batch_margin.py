@@ -12,7 +12,7 @@ from chunked_embed.functional.arguments import check_embeddings, widened
 from chunked_embed.functional.mega_batch import margin_against
 from chunked_embed.gather import ranks
 from chunked_embed.losses._base import ChunkedLoss
-from chunked_embed.losses._compat import SentenceTransformer, library
+from chunked_embed.losses._compat import SentenceTransformer, embed_columns, library
 
 
 class MegaBatchMarginLoss(ChunkedLoss, library.MegaBatchMarginLoss):
@@ -47,9 +47,9 @@ class MegaBatchMarginLoss(ChunkedLoss, library.MegaBatchMarginLoss):
         show_progress_bar: bool = False,
         **options: Any,
     ) -> None:
-        # The library's mini-batches refuse a StaticEmbedding, ours do not; and it would set a forward of its own.
+        # The library's mini-batches refuse a StaticEmbedding, ours do not; and it binds one of two forwards for good.
         library.MegaBatchMarginLoss.__init__(self, model, positive_margin, negative_margin, False)
-        self.__dict__.pop("forward", None)
+        del self.forward
         checks.number("positive_margin", positive_margin)
         checks.number("negative_margin", negative_margin)
         self._set_options(
@@ -58,7 +58,7 @@ class MegaBatchMarginLoss(ChunkedLoss, library.MegaBatchMarginLoss):
             show_progress_bar=show_progress_bar,
             **options,
         )
-        self.uses_gradient_cache = bool(use_mini_batched_version) and self.uses_gradient_cache
+        self.uses_gradient_cache = bool(use_mini_batched_version) and self._in_mini_batches
 
     @property
     def _fusable(self) -> bool:
@@ -67,7 +67,17 @@ class MegaBatchMarginLoss(ChunkedLoss, library.MegaBatchMarginLoss):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         features = list(sentence_features)
         self._validate_input(features)  # before they are embedded
-        return super().forward(features, labels)
+        return (self.forward_mini_batched if self.uses_gradient_cache else self.forward_non_mini_batched)(
+            features, labels
+        )
+
+    def forward_mini_batched(self, sentence_features: list[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        return super().forward(sentence_features, labels)
+
+    def forward_non_mini_batched(
+        self, sentence_features: list[dict[str, Tensor]], labels: Tensor | None = None
+    ) -> Tensor:
+        return self.calculate_loss([[column] for column in embed_columns(self.model, sentence_features)], labels)
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
         if len(embeddings) != 2:

@@ -14,6 +14,7 @@ from chunked_embed import checks
 from chunked_embed import functional as CF
 from chunked_embed.checks import NOT_NEGATIVE, POSITIVE
 from chunked_embed.functional.contrastive import HARDNESS_MODES, check_directions
+from chunked_embed.losses._around import Around
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, callable_name, known_matrix, library, util
 from chunked_embed.losses._learnable import averaged
@@ -21,6 +22,14 @@ from chunked_embed.losses._texts import text_ids
 
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
+HYPERPARAMETERS = ("scale", "similarity_fct", "directions", "partition_mode", "hardness_mode", "hardness_strength")
+BOTH_WAYS: dict[str, Any] = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+
+# Deprecated in the library, which may drop them.
+_SYMMETRIC: Any = getattr(library, "MultipleNegativesSymmetricRankingLoss", library.MultipleNegativesRankingLoss)
+_CACHED_SYMMETRIC: Any = getattr(
+    library, "CachedMultipleNegativesSymmetricRankingLoss", library.CachedMultipleNegativesRankingLoss
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +51,18 @@ class MultipleNegativesRankingLoss(ChunkedLoss, library.MultipleNegativesRanking
         hardness_strength: See there.
         learnable_scale: Train the scale: ``log_scale`` is a parameter of the loss, which the trainer finds and which is
             averaged over processes. A checkpoint of the model does not hold it.
-        false_negatives: What is known to be no negative: "text" leaves out candidates whose text (its tokens) is that
-            of the row's own query or document, "labels" those of rows with the row's label (integers).
+        false_negatives: What is known to be no negative: "text" leaves out candidates whose text is that of the row's
+            own query or document, and those of rows with the row's query; "labels" those of rows with the row's label
+            (integers). Texts are equal whose inputs are: tokens, prompt and special tokens included, and images or
+            sound. An input that does not say which rows it belongs to is refused. Columns whose routes (of a Router)
+            have unlike vocabularies have no texts in common.
         options: See :class:`~chunked_embed.losses.Options`.
 
     Inputs: an anchor, a positive and any number of hard negatives. Labels are ignored, but for ``false_negatives``.
     """
+
+    learnable_scale = False
+    false_negatives: Literal["text", "labels"] | None = None
 
     def __init__(
         self,
@@ -88,9 +103,16 @@ class MultipleNegativesRankingLoss(ChunkedLoss, library.MultipleNegativesRanking
         self._set_options(gather_across_devices=gather_across_devices, **options)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "scale":  # as it is now, where it learns
+        if name == "scale" and vars(self).get("learnable_scale"):  # as it is now
             return float(self.log_scale.detach().exp())
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scale" and vars(self).get("learnable_scale"):
+            with torch.no_grad():
+                self.log_scale.fill_(math.log(checks.number("scale", value, POSITIVE)))
+        else:
+            super().__setattr__(name, value)
 
     @property
     def _similarity(self) -> str | None:
@@ -105,7 +127,7 @@ class MultipleNegativesRankingLoss(ChunkedLoss, library.MultipleNegativesRanking
         return self._similarity == "cosine"
 
     def _targets(self, features: list[dict[str, Tensor]], labels: Tensor | None) -> Tensor | None:
-        return text_ids(features) if self.false_negatives == "text" else labels
+        return text_ids(features, self.model) if self.false_negatives == "text" else labels
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
         if len(embeddings) < 2:
@@ -132,6 +154,8 @@ class MultipleNegativesRankingLoss(ChunkedLoss, library.MultipleNegativesRanking
         if self.false_negatives is None:
             return {}
         shape = (rows, columns) if self.false_negatives == "text" else (rows,)
+        if labels is not None:
+            checks.tensor("labels", labels, kind="real")
         if labels is None or labels.is_floating_point() or tuple(labels.shape) not in {shape, (*shape, 1)}:
             got = "None" if labels is None else f"{tuple(labels.shape)}, {labels.dtype}"
             what = "an id for each text" if self.false_negatives == "text" else "a label for each row"
@@ -139,7 +163,7 @@ class MultipleNegativesRankingLoss(ChunkedLoss, library.MultipleNegativesRanking
         if self.false_negatives == "labels":
             return {"query_ids": labels.view(rows).long()}
         ids = labels.view(shape)
-        return {"query_ids": ids[:, 0], "document_ids": ids[:, 1:]}
+        return {"query_ids": ids[:, 0], "document_ids": ids[:, 1:], "shared_ids": True}
 
     def get_config_dict(self) -> dict[str, Any]:
         config = {
@@ -155,7 +179,7 @@ class MultipleNegativesRankingLoss(ChunkedLoss, library.MultipleNegativesRanking
         return config | {name: value for name, value in ours.items() if value} | self._changed_options()
 
 
-class MultipleNegativesSymmetricRankingLoss(MultipleNegativesRankingLoss):
+class MultipleNegativesSymmetricRankingLoss(MultipleNegativesRankingLoss, _SYMMETRIC):
     """MultipleNegativesRankingLoss in both directions, each with a softmax of its own (CLIP's loss): row and column
     sums of one similarity matrix."""
 
@@ -167,23 +191,19 @@ class MultipleNegativesSymmetricRankingLoss(MultipleNegativesRankingLoss):
         gather_across_devices: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(
-            model,
-            scale,
-            similarity_fct,
-            gather_across_devices,
-            directions=("query_to_doc", "doc_to_query"),
-            partition_mode="per_direction",
-            **options,
-        )
+        super().__init__(model, scale, similarity_fct, gather_across_devices, **BOTH_WAYS, **options)
 
 
-class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
+class CachedMultipleNegativesRankingLoss(Around, library.CachedMultipleNegativesRankingLoss):
     """MultipleNegativesRankingLoss with gradient caching by default. The mini-batches are the encoder's alone: the loss
-    takes as large a chunk as memory allows."""
+    takes as large a chunk as memory allows.
 
-    # Not a subclass of the library's class, whose hyperparameters are read-only properties of a loss that it wraps.
-    citation = library.CachedMultipleNegativesRankingLoss.citation
+    Like the library's class it holds the loss without mini-batches, ``self.loss``, and shows that one's attributes.
+    """
+
+    loss: MultipleNegativesRankingLoss
+    _shown = (*HYPERPARAMETERS, "temperature", "learnable_scale", "log_scale", "false_negatives")
+    _defaults = Around._defaults | {"learnable_scale": False, "false_negatives": None}
 
     def __init__(
         self,
@@ -200,7 +220,9 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         hardness_strength: float = 0.0,
         **options: Any,
     ) -> None:
-        super().__init__(
+        nn.Module.__init__(self)
+        self.model = model
+        self.loss = MultipleNegativesRankingLoss(
             model,
             scale,
             similarity_fct,
@@ -209,18 +231,24 @@ class CachedMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
             partition_mode,
             hardness_mode,
             hardness_strength,
+            **options,
+        )
+        self._set_options(
             mini_batch_size=mini_batch_size,
             mini_batch_num_tokens=mini_batch_num_tokens,
             show_progress_bar=show_progress_bar,
-            **options,
         )
 
+    # Of what this class shows, so that a subclass's attributes count.
+    _loss = MultipleNegativesRankingLoss._loss
+    _ids = MultipleNegativesRankingLoss._ids
+    _similarity = MultipleNegativesRankingLoss._similarity
+
     def get_config_dict(self) -> dict[str, Any]:
-        cached = {"mini_batch_size": self.mini_batch_size, "mini_batch_num_tokens": self.mini_batch_num_tokens}
-        return super().get_config_dict() | cached
+        return library.CachedMultipleNegativesRankingLoss.get_config_dict(self) | self.loss.get_config_dict()
 
 
-class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRankingLoss):
+class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRankingLoss, _CACHED_SYMMETRIC):
     """MultipleNegativesSymmetricRankingLoss with gradient caching by default."""
 
     def __init__(
@@ -241,8 +269,7 @@ class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRanking
             mini_batch_size,
             mini_batch_num_tokens,
             gather_across_devices,
-            directions=("query_to_doc", "doc_to_query"),
-            partition_mode="per_direction",
             show_progress_bar=show_progress_bar,
+            **BOTH_WAYS,
             **options,
         )

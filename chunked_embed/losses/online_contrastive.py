@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.nn.functional as F
@@ -41,6 +41,14 @@ class OnlineContrastiveLoss(SiameseLoss, library.OnlineContrastiveLoss):
     ) -> None:
         super().__init__(model, distance_metric, checks.number("margin", margin))
         self._set_options(**options)
+
+    def forward(
+        self,
+        sentence_features: Iterable[dict[str, Tensor]],
+        labels: Tensor | None = None,
+        size_average: bool = False,  # the library's, which ignores it
+    ) -> Tensor:
+        return super().forward(sentence_features, labels)
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
         a, b = self._two_columns(embeddings)

@@ -269,7 +269,7 @@ def test_orthogonal_regularisation_is_a_dict(transformer_dir: str) -> None:
     for options in ({}, {"mini_batch_size": 3}):
         loss = losses.GlobalOrthogonalRegularizationLoss(model, compiled=False, **options)
         terms = loss([dict(column) for column in batch])
-        assert list(terms) == list(expected) and "_parts" not in vars(loss)
+        assert list(terms) == list(expected) and "_terms" not in vars(loss)
         for name, value in expected.items():
             torch.testing.assert_close(terms[name], value)
     with pytest.raises(RuntimeError, match="second_moment_weight"):  # their gradients were taken together

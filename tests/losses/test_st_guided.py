@@ -155,6 +155,7 @@ def build_nothing() -> losses.GISTEmbedLoss:
     vars(loss).update(
         temperature=0.1, margin_strategy="absolute", margin=0.0, contrast_anchors=True, contrast_positives=True
     )
+    loss.similarity_fct, loss.cross_entropy_loss = nn.CosineSimilarity(dim=-1), nn.CrossEntropyLoss()
     loss._set_options(compiled=False)
     return loss
 

@@ -156,6 +156,89 @@ def test_static_embedding() -> None:
     assert_same(value_and_grads(loss, model, batch, labels), expected)
 
 
+class CubedDistance(library.CoSENTLoss):
+    """A user's loss whose forward makes of the labels what it needs."""
+
+    def forward(self, sentence_features, labels: Tensor) -> Tensor:
+        embeddings = [self.model(column)["sentence_embedding"] for column in sentence_features]
+        return self.compute_loss_from_embeddings(embeddings, {"cubes": labels**3})
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: dict) -> Tensor:
+        wanted = labels["cubes"].flatten(1).sum(1)
+        return sum((column.sum(1) - wanted).square().mean() for column in embeddings)
+
+
+TEACHERS: dict[str, Callable] = {
+    "mse": library.MSELoss,
+    "cosine": library.EmbedDistillLoss,
+    "l2": lambda model: library.EmbedDistillLoss(model, "l2"),
+    "a user's": CubedDistance,
+}
+WRAPPINGS: dict[str, Callable] = {
+    "plain": lambda package, model, *args, **options: package.MatryoshkaLoss(model, *args, **options),
+    "2d": lambda package, model, *args: package.Matryoshka2dLoss(
+        model, *args, n_layers_per_step=-1, n_dims_per_step=-1
+    ),
+    "layers": lambda package, model, *args: library.AdaptiveLayerLoss(
+        model, package.MatryoshkaLoss(model, *args), n_layers_per_step=-1
+    ),
+}
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("dim", ["2-D", "3-D"])
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_a_teachers_embeddings_as_labels(teacher: str, dim: str, columns: int, transformer_dir: str) -> None:
+    """Each row learns its own, in every wrapping; in mini-batches too, where the layers' losses need none."""
+    model = build(transformer_dir)
+    dims = [HIDDEN, 5]
+    shape = (9, HIDDEN) if dim == "2-D" else (9, columns, HIDDEN)
+    labels = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    batch, inner = features(model, 9, columns), TEACHERS[teacher](model)
+    for name, wrap in WRAPPINGS.items():
+        expected = value_and_grads(wrap(library, model, inner, dims), model, batch, labels, 2.0)
+        for options in ({}, {"mini_batch_size": 4}) if name == "plain" else ({},):
+            assert_same(
+                value_and_grads(wrap(losses, model, inner, dims, **options), model, batch, labels, 2.0), expected
+            )
+
+
+def test_a_forward_of_the_users_own_counts(transformer_dir: str) -> None:
+    """At every width, around a loss of ours whose subclass has one."""
+    model = build(transformer_dir)
+    batch, labels = features(model, 9, 2), labels_for("tied", 9)
+    found = []
+    for package in (losses, library):
+
+        class Pulled(package.CoSENTLoss):
+            def forward(self, sentence_features, labels: Tensor) -> Tensor:
+                anchors = self.model(next(iter(sentence_features)))["sentence_embedding"]
+                return super().forward(sentence_features, labels) + anchors.square().sum()
+
+        for options in ({}, {"mini_batch_size": 4}) if package is losses else ({},):
+            loss = package.MatryoshkaLoss(model, Pulled(model), [HIDDEN, 5], **options)
+            found.append(value_and_grads(loss, model, batch, labels, 2.0))
+    assert_same(found[0], found[2])
+    assert_same(found[1], found[2])
+
+
+def test_options_go_to_the_wrapped_loss(transformer_dir: str) -> None:
+    model = build(transformer_dir)
+    inner = losses.CoSENTLoss(model)
+    loss = losses.MatryoshkaLoss(model, inner, [HIDDEN, 5], chunk_size=4)
+    assert inner.chunk_size == loss.chunk_size == 4
+    loss.compiled = False
+    assert inner.compiled is False and inner.mini_batch_size is None
+    loss.mini_batch_size = 3
+    assert loss.uses_gradient_cache and inner.mini_batch_size is None
+    inner.mini_batch_size = 3
+    with pytest.raises(ValueError, match="already"):
+        loss(features(model, 9, 2), labels_for("tied", 9))
+    theirs = losses.MatryoshkaLoss(model, library.CoSENTLoss(model), [HIDDEN, 5])
+    with pytest.raises(ValueError, match="CoSENTLoss, the wrapped loss, has no such option"):
+        theirs.chunk_size = 4
+
+
 def test_inside_adaptive_layers(transformer_dir: str) -> None:
     """Which patches the model's forward, and reads the embeddings that come out of it."""
     grads = []
@@ -212,7 +295,7 @@ def test_options_reach_the_wrapped_loss() -> None:
 
 def test_refuses() -> None:
     model = _Sized()
-    with pytest.raises(ValueError, match="no such options"):
+    with pytest.raises(ValueError, match="no such option"):
         losses.MatryoshkaLoss(model, library.CoSENTLoss(model), DIMS, chunk_size=4)
     with pytest.raises(ValueError, match="already"):
         losses.MatryoshkaLoss(model, losses.CoSENTLoss(model, mini_batch_size=4), DIMS, mini_batch_size=4)

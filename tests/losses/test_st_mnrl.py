@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import json
 import logging
 import math
@@ -20,11 +19,10 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer import losses as library
 from sentence_transformers.sentence_transformer.modules import Normalize
-from st_parts import HIDDEN, OUT, assert_same, build, dense, features, sentences, static_model, train, value_and_grads
+from st_parts import OUT, assert_same, build, dense, features, sentences, static_model, train, value_and_grads
 from torch import Tensor, nn
 
 from chunked_embed import losses
-from chunked_embed.losses._texts import text_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*SymmetricRankingLoss is deprecated:DeprecationWarning")
 
@@ -140,7 +138,10 @@ def test_arguments_are_the_librarys(name: str) -> None:
 def test_the_cached_names_cache(name: str) -> None:
     loss = getattr(losses, name)(nn.Identity())
     assert loss.mini_batch_size == (32 if name.startswith("Cached") else None)
-    assert isinstance(loss, library.MultipleNegativesRankingLoss)
+    cached = name.startswith("Cached")
+    assert isinstance(
+        loss, library.CachedMultipleNegativesRankingLoss if cached else library.MultipleNegativesRankingLoss
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 33])
@@ -187,129 +188,6 @@ def test_compiled(transformer_dir: str) -> None:
         expected = value_and_grads(theirs(NAMES[0], model, **OPTIONS[options]), model, batch, None)
         got = value_and_grads(ours(model, compiled=True, **OPTIONS[options]), model, batch, None)
         assert_same(got, expected, rtol=1e-3, atol=1e-5)
-
-
-# --- equal texts ------------------------------------------------------------------------------------------------------
-
-QUERIES = ["a cat", "the dog runs", "a cat", "red bird", "sea", "old tree"]
-DOCUMENTS = ["cat sits", "dog over sea", "cat under tree", "cat sits", "red bird", "old old tree"]
-NEGATIVES = ["dog over sea", "tree", "cat sits", "sea", "sea", "old old tree"]
-TEXTS = [QUERIES, DOCUMENTS, NEGATIVES]
-
-
-def numbered(texts: list[list[str]]) -> Tensor:
-    """An id for each text, (rows, columns)."""
-    seen: dict[str, int] = {}
-    return torch.tensor([[seen.setdefault(text, len(seen)) for text in row] for row in zip(*texts)])
-
-
-def known_loss(columns: list[Tensor], texts: list[list[str]], two_ways: bool = False) -> Tensor:
-    """Written out: a document counts unless it is the row's own, or the row's query asks for it elsewhere."""
-    queries, *documents = [nn.functional.normalize(column, dim=1) for column in columns]
-    rows = range(len(queries))
-
-    def counts(i: int, j: int, k: int) -> bool:
-        same = texts[1 + k][j] == texts[1][i] or (i != j and texts[0][j] == texts[0][i])
-        return (j, k) == (i, 0) or not same
-
-    terms = []
-    for i in rows:
-        pairs = [(j, k) for k in range(len(documents)) for j in rows if counts(i, j, k)]
-        total = torch.stack([20 * queries[i] @ documents[k][j] for j, k in pairs]).logsumexp(0)
-        if two_ways:
-            others = [20 * queries[j] @ documents[0][i] for j in rows if counts(j, i, 0)]
-            total = (total + torch.stack(others).logsumexp(0)) / 2
-        terms.append(total - 20 * queries[i] @ documents[0][i])
-    return torch.stack(terms).mean()
-
-
-class ByHand(nn.Module):
-    def __init__(self, model: nn.Module, texts: list[list[str]], two_ways: bool = False) -> None:
-        super().__init__()
-        self.model, self.texts, self.two_ways = model, texts, two_ways
-
-    def forward(self, features: list[dict], labels: Tensor | None) -> Tensor:
-        return known_loss([self.model(column)["sentence_embedding"] for column in features], self.texts, self.two_ways)
-
-
-@pytest.mark.parametrize("columns", [2, 3])
-@pytest.mark.parametrize("two_ways", [False, True])
-@pytest.mark.parametrize("way", WAYS)
-def test_equal_texts(way: str, two_ways: bool, columns: int, model: SentenceTransformer) -> None:
-    batch = [model.preprocess(texts) for texts in TEXTS[:columns]]
-    expected = value_and_grads(ByHand(model, TEXTS[:columns], two_ways), model, batch, None, upstream=2.0)
-    options = OPTIONS["each"] if two_ways else {}
-    loss = ours(model, false_negatives="text", **options, **WAYS[way])
-    assert_same(value_and_grads(loss, model, batch, None, upstream=2.0), expected)
-    plain = ours(model, **options)([dict(column) for column in batch], None)
-    assert abs(plain.item() - expected[0].item()) > 1e-3
-
-
-@pytest.mark.parametrize("extra", [{}, {"mini_batch_size": 4}], ids=str)
-def test_equal_texts_in_bags(extra: dict) -> None:
-    model = static_model()
-    batch = [model.preprocess(texts) for texts in TEXTS]
-    expected = value_and_grads(ByHand(model, TEXTS), model, batch, None)
-    assert_same(value_and_grads(ours(model, false_negatives="text", **extra), model, batch, None), expected)
-
-
-def test_the_librarys_way_of_equal_labels(model: SentenceTransformer) -> None:
-    """Rows of one class are no negatives of each other."""
-    batch, labels = features(model, 6, 3), torch.tensor([0, 1, 0, 2, 1, 0])
-    fresh = itertools.count()
-    texts = [[str(label) for label in labels.tolist()], *([f"text {next(fresh)}" for _ in range(6)] for _ in range(2))]
-    expected = value_and_grads(ByHand(model, texts), model, batch, None)
-    for given in (labels, labels.int(), labels[:, None]):
-        for extra in ({}, {"mini_batch_size": 4}):
-            loss = ours(model, false_negatives="labels", **extra)
-            assert_same(value_and_grads(loss, model, batch, given), expected)
-
-
-def same_partition(a: Tensor, b: Tensor) -> None:
-    a, b = a.flatten(), b.flatten()
-    assert torch.equal(a[:, None] == a, b[:, None] == b)
-
-
-def test_ids_of_texts(model: SentenceTransformer) -> None:
-    batch = [model.preprocess(texts) for texts in TEXTS]
-    ids = text_ids(batch)
-    assert ids.shape == (6, 3) and ids.dtype == torch.long and (ids >= 0).all()
-    same_partition(ids, numbered(TEXTS))
-    # Longer on the right, longer on the left, without a mask, in one sequence, in a bag: the same ids.
-    for column, expected in zip(batch, ids.unbind(1)):
-        tokens, mask = column["input_ids"], column["attention_mask"]
-        lengths = mask.sum(1)
-        blank = torch.full((6, 4), 3)
-        forms = [
-            {"input_ids": torch.cat([tokens, blank], 1), "attention_mask": torch.cat([mask, blank * 0], 1)},
-            {
-                "input_ids": torch.cat([blank, *[tokens]], 1),
-                "attention_mask": torch.cat([blank * 0, mask], 1),
-            },
-            {
-                "input_ids": tokens[mask.bool()][None],
-                "cu_seq_lens_q": nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
-            },
-            {"input_ids": tokens[mask.bool()], "offsets": lengths.cumsum(0) - lengths},
-        ]
-        for form in forms:
-            assert torch.equal(text_ids([form])[:, 0], expected)
-        rows = [{"input_ids": tokens[i : i + 1, : int(lengths[i])]} for i in range(6)]
-        assert torch.equal(torch.cat([text_ids([row])[:, 0] for row in rows]), expected)
-
-
-def test_ids_of_many_texts_differ() -> None:
-    """Every text of up to three tokens out of twelve, and its order counts."""
-    rows = [list(t) for n in (1, 2, 3) for t in itertools.product(range(12), repeat=n)]
-    tokens = torch.tensor([row + [0] * (3 - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (3 - len(row)) for row in rows])
-    ids = text_ids([{"input_ids": tokens, "attention_mask": mask}])
-    assert len(ids.unique()) == len(rows)
-
-
-def test_empty_bags() -> None:
-    ids = text_ids([{"input_ids": torch.tensor([4, 5, 4, 5]), "offsets": torch.tensor([0, 0, 2, 2, 4])}])[:, 0]
-    same_partition(ids, torch.tensor([0, 1, 0, 1, 0]))
 
 
 # --- a scale that learns ----------------------------------------------------------------------------------------------
@@ -388,23 +266,6 @@ def test_learnable_scale_in_the_trainer(transformer_dir: str, tmp_path: Path) ->
     assert abs(scales[0] - 20.0) > 0.05
 
 
-@marked
-def test_model_card(transformer_dir: str, tmp_path: Path) -> None:
-    model = build(transformer_dir, dense(), Normalize(), dtype=torch.float32)
-    inner = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4, directions=ALL, **EAGER)
-    train(model, losses.MatryoshkaLoss(model, inner, [OUT, 6]), dataset(2), tmp_path / "run", learning_rate=1e-2)
-    model.save_pretrained(str(tmp_path / "saved"))
-    card = (tmp_path / "saved" / "README.md").read_text()
-    assert "loss:CachedMultipleNegativesRankingLoss" in card and "loss:MatryoshkaLoss" in card
-    assert "gao2021scaling" in card and '"matryoshka_dims"' in card
-    model = build(transformer_dir, dense(), Normalize(), dtype=torch.float32)
-    train(model, ours(model, directions=ALL, false_negatives="text"), dataset(2), tmp_path / "run2", learning_rate=1e-2)
-    model.save_pretrained(str(tmp_path / "saved2"))
-    card = (tmp_path / "saved2" / "README.md").read_text()
-    assert "chunked_embed.losses.multiple_negatives_ranking.MultipleNegativesRankingLoss" in card
-    assert '"directions"' in card and '"false_negatives": "text"' in card and "2308.03281" in card
-
-
 # --- configs and refusals ---------------------------------------------------------------------------------------------
 
 
@@ -461,7 +322,6 @@ BAD: dict[str, tuple[Callable, type[Exception], str]] = {
     "float labels": (lambda: called(labels=torch.ones(4), false_negatives="labels"), ValueError, "float32"),
     "few labels": (lambda: called(labels=torch.arange(3), false_negatives="labels"), ValueError, r"got \(3,\)"),
     "no texts": (lambda: called(false_negatives="text"), ValueError, r"an id for each text, integers \(4, 2\)"),
-    "no tokens": (lambda: text_ids([{"pixel_values": torch.ones(2)}]), ValueError, "needs tokens"),
 }  # fmt: skip
 
 
@@ -495,29 +355,6 @@ def test_matryoshka(options: str, extra: dict, transformer_dir: str) -> None:
         assert_same(value_and_grads(loss, model, batch, None, upstream=2.0), expected)
     loss = losses.MatryoshkaLoss(model, ours(model, **given), DIMS, WEIGHTS, mini_batch_size=4)
     assert_same(value_and_grads(loss, model, batch, None, upstream=2.0), expected)
-
-
-@pytest.mark.parametrize("way", ["plain", "cached inside", "cached outside", "theirs", "theirs, cached"])
-def test_matryoshka_with_equal_texts(way: str, transformer_dir: str) -> None:
-    model = build(transformer_dir, dense())
-    batch = [model.preprocess(texts) for texts in TEXTS]
-    expected = value_and_grads(library.MatryoshkaLoss(model, ByHand(model, TEXTS), DIMS), model, batch, None)
-    package = library if way.startswith("theirs") else losses
-    inside = {"mini_batch_size": 4} if way in ("cached inside", "theirs, cached") else {}
-    outside = {"mini_batch_size": 4} if way == "cached outside" else {}
-    loss = package.MatryoshkaLoss(model, ours(model, false_negatives="text", **inside), DIMS, **outside)
-    assert_same(value_and_grads(loss, model, batch, None), expected)
-
-
-def test_matryoshka_with_labels_and_equal_widths(transformer_dir: str) -> None:
-    """Ids of as many texts as the embedding is wide are no embeddings."""
-    model = build(transformer_dir)
-    batch = [model.preprocess(texts) for texts in (QUERIES, *[DOCUMENTS, NEGATIVES] * 8)[:HIDDEN]]
-    assert len(batch) == HIDDEN
-    loss = losses.MatryoshkaLoss(model, ours(model, false_negatives="text"), [HIDDEN, 5])
-    texts = [QUERIES, *[DOCUMENTS, NEGATIVES] * 8][:HIDDEN]
-    expected = library.MatryoshkaLoss(model, ByHand(model, texts), [HIDDEN, 5])
-    assert_same(value_and_grads(loss, model, batch, None), value_and_grads(expected, model, batch, None))
 
 
 @pytest.mark.parametrize("way", ["plain", "cached inside", "cached outside", "theirs"])

@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer import losses as library
 from sentence_transformers.sentence_transformer.modules import Normalize
 from st_parts import OUT, build, dense, labels_for, sentences, static_model, train
 
-from chunked_embed import losses
+from chunked_embed import __version__, losses
 
 pytestmark = [
     pytest.mark.slow,
@@ -72,7 +72,7 @@ def test_model_card_and_saved_model(transformer_dir: str, tmp_path: Path) -> Non
     model.save_pretrained(str(tmp_path / "saved"))
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "loss:MatryoshkaLoss" in card and "loss:CoSENTLoss" in card
-    assert "chunked_embed.losses.matryoshka.MatryoshkaLoss" in card
+    assert "losses.html#matryoshkaloss" in card and f'"chunked_embed": "{__version__}"' in card
     assert '"matryoshka_dims"' in card and "kusupati2024matryoshka" in card and "10531646" in card
     again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     model.eval()
