@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from chunked_embed import checks
 from chunked_embed.checks import POSITIVE
-from chunked_embed.functional.arguments import check_embeddings
 from chunked_embed.gather import ranks
 from chunked_embed.losses._bags import is_bag
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, callable_name, embed_columns
-from chunked_embed.losses._kinds import check_columns, check_model
+from chunked_embed.losses._kinds import check_columns, check_embeddings, check_model
 from chunked_embed.losses._learnable import averaged
 from chunked_embed.losses.gist import _MiniBatches
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from chunked_embed import checks
-from chunked_embed.functional.arguments import check_trained
+from chunked_embed.functional.arguments import check_embeddings, check_trained  # noqa: F401  # for distill, too
 from chunked_embed.losses._compat import Pooling, library, sentence_transformers
 
 _OTHERS = {
