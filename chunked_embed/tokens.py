@@ -18,6 +18,7 @@ from .engine.compile import outside_compile
 from .engine.step import Needs, Shape, Step
 from .engine.types import Named, Projection, accumulator_dtype
 from .kernels import available
+from .kernels.linear_scores import linear_statistics, serves
 from .kernels.token_scores import DIFFERENTIABLE, STATISTICS, token_gradient_, token_scores, token_statistics
 from .loss import FlexChunkLoss
 
@@ -181,7 +182,9 @@ class TokenStatistics(FlexChunkLoss):
 
 @dataclass(frozen=True)
 class TokenKernel(Step):
-    """The token statistics by a hand-written kernel pair; the gradient reuses them and takes the outputs' place."""
+    """The token statistics by a hand-written kernel pair; the gradient reuses them and takes the outputs' place. Where
+    nothing wants one, the product and its statistics are one kernel, and no outputs are formed. (A reference beside a
+    policy that learns has its outputs formed like those, so that equal models have equal log-probabilities.)"""
 
     row_wise = False
     names: tuple[str, ...]
@@ -198,10 +201,20 @@ class TokenKernel(Step):
     def transform(self) -> dict[str, Any]:
         return {"logit_scale": self.logit_scale, "softcap": self.softcap, "temperature": self.temperature}
 
+    @property
+    def constants(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(name for name in self.names if name not in self.gradients_of or name not in DIFFERENTIABLE)
+
     def needs(self, shape: Shape) -> Needs:
-        return Needs(refusal=kernel_refusal(shape), overwrites=True)
+        whole = not shape.learns and shape.terms == 1 and serves(shape.operands, shape.device)
+        return Needs(refusal=kernel_refusal(shape), overwrites=True, forms_outputs=not whole)
 
     def score(self, chunk: Chunk) -> tuple[Named, Named]:
+        if not chunk.forms_outputs:
+            (((x, weight),), bias), target = chunk.operands(), chunk.rows["target"].long()
+            assert weight is not None
+            found = linear_statistics(x, weight, bias, target, names=self.names, **self.transform)
+            return {name: found[name] for name in self.names}, {}
         found = token_statistics(*_tokens(chunk), names=self.names, **self.transform)
         return {name: found[name] for name in self.names}, found
 

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks
+from .. import Chunk, Into, Needs, Shape, Step, checks
 from ..checks import NOT_NEGATIVE
 from ..chunking import Chunking
 from ..engine.compile import outside_compile
+from ..engine.types import HALF
+from ..kernels import pairwise as kernels
+from ..kernels.norms import FLOOR
+from ..tokens import kernel_refusal
 from .arguments import Activation, Embedding, Rows, frozen_activation, project, shared
 
 # --- pairwise similarities: (R, D), (R, D) -> (R,) -------------------------------------------------------------------
 
 
-def inverse_norm(x: Tensor, floor: float = 1e-12) -> Tensor:
+def inverse_norm(x: Tensor, floor: float = FLOOR) -> Tensor:
     """(R,), with the floor of ``F.normalize``. It divides sums, not vectors: nothing of size (R, D) is left behind."""
     return 1 / torch.linalg.vector_norm(x, dim=1).clamp_min(floor)
 
 
-def cosine(a: Tensor, b: Tensor, eps: float = 1e-12) -> Tensor:
+def cosine(a: Tensor, b: Tensor, eps: float = FLOOR) -> Tensor:
     return (a * b).sum(1) * inverse_norm(a, eps) * inverse_norm(b, eps)
 
 
@@ -80,6 +85,51 @@ class PairwiseScores(Embedding):
         similarity, eps = SIMILARITIES[self.similarity], () if self.eps is None else (self.eps,)
         a = self.embed(outputs["a"])
         return {name: similarity(a, self.embed(outputs[name]), *eps) for name in outputs if name != "a"}
+
+    def make_step(self, projections: tuple[str, ...]) -> Step | None:
+        plain = type(self).score_fn is PairwiseScores.score_fn and self.activation is None and not self.normalize
+        if not plain or len(projections) != 2 or self.similarity not in kernels.SIMILARITIES:
+            return None
+        return PairKernel(self.similarity, FLOOR if self.eps is None else self.eps)
+
+
+@dataclass(frozen=True)
+class PairKernel(Step):
+    """The similarity of two sides by a kernel pair, which keeps three numbers a row from the first to the second."""
+
+    row_wise = False
+    similarity: str
+    floor: float
+
+    @property
+    def key(self) -> Hashable:
+        return type(self), self.similarity
+
+    def needs(self, shape: Shape) -> Needs:
+        return Needs(refusal=kernel_refusal(shape))
+
+    def score(self, chunk: Chunk) -> tuple[Rows, Tensor | None]:
+        a, b = (chunk.outputs(name) for name in chunk.names)
+        scores, factors = kernels.pair_scores(a, b, self.similarity, self.floor)
+        return {chunk.names[1]: scores}, factors
+
+    def pull(self, chunk: Chunk, kept: Tensor | None, parts: Rows, upstream: Rows, into: Into) -> None:
+        (given,) = upstream.values()
+        a, b = (chunk.outputs(name) for name in chunk.names)
+        biases: tuple[Tensor | None, ...] = (None, None)
+        if any(_sums_more_digits(chunk, name) for name in chunk.names):
+            biases = kernels.summed_gradients(a, b, kept, given, self.similarity)
+        places = [into.place(name) if into.wants(name) else None for name in chunk.names]
+        kernels.pair_gradients_(a, b, kept, given, self.similarity, *places)
+        for name, place, bias in zip(chunk.names, places, biases):
+            if place is not None:
+                into.outputs(place, name, bias)
+
+
+def _sums_more_digits(chunk: Chunk, name: str) -> bool:
+    """Whether a projection has a bias whose gradient is not to be summed from rounded ones."""
+    spec = chunk.spec(name)
+    return spec.bias is not None and chunk.sweep.layout.wants_grad[spec.bias] and spec.operand_dtype in HALF
 
 
 class Triplet(Embedding):

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from .. import checks
 from ..checks import NOT_NEGATIVE
 from ..engine.compile import outside_compile
+from ..kernels.ranking import cosent as double_sum
 from .arguments import check_labels
 from .pairwise import pairwise_scores
 
@@ -68,36 +69,20 @@ def cosent_from_scores(scores: Tensor, labels: Tensor, *, scale: float | Tensor 
     factor = checks.scalar("scale", scale, NOT_NEGATIVE)  # a negative one would rank the labels backwards
     if isinstance(factor, Tensor):
         scores, factor = scores * factor.to(scores.device, scores.dtype), 1.0
-    return _CoSENT.apply(scores, labels, factor)
+    ordered, order = (labels.byte() if labels.dtype == torch.bool else labels.detach()).sort()
+    return _CoSENT.apply(scores, ordered, order, factor)
 
 
 class _CoSENT(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, labels: Tensor, scale: float) -> Tensor:
-        n = len(scores)
-        labels, order = (labels.byte() if labels.dtype == torch.bool else labels).sort()
-        s = scores.detach().index_select(0, order).double() * scale
-        # Ties count on neither side: from the first strictly higher label on, up to the last strictly lower one.
-        higher = torch.searchsorted(labels, labels, right=True)
-        above = _running_logsumexp(-s.flip(0)).index_select(0, n - higher)  # log sum exp(-s_j), y_j > y_i
-        exponents = s + above
-        loss = torch.logaddexp(exponents.logsumexp(0), s.new_zeros(()))
-        if ctx.needs_input_grad[0]:
-            lower = torch.searchsorted(labels, labels)
-            below = _running_logsumexp(s).index_select(0, lower)  # log sum exp(s_j), y_j < y_i
-            grad = (torch.exp(exponents - loss) - torch.exp(below - s - loss)) * scale
-            ctx.save_for_backward(torch.empty_like(scores).index_copy_(0, order, grad.to(scores.dtype)))
-        return loss if scores.dtype == torch.float64 else loss.float()
+    def forward(ctx: Any, scores: Tensor, labels: Tensor, order: Tensor, scale: float) -> Tensor:
+        loss, grad = double_sum(scores.detach(), labels, order, scale, gradient=ctx.needs_input_grad[0])
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_loss.to(grad.dtype), None, None
-
-
-def _running_logsumexp(x: Tensor) -> Tensor:
-    """(N + 1,): entry k is the logsumexp of the first k, -inf for none."""
-    running = x.new_full((len(x) + 1,), -torch.inf)
-    torch.logcumsumexp(x, 0, out=running[1:])
-    return running
+        return grad * grad_loss.to(grad.dtype), None, None, None

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chunked_embed.kernels._triton_token_scores import _device
+from chunked_embed.kernels._launch import Launched, next_power_of_2, on_device
 from chunked_embed.kernels.norms import AT_FLOOR, FLOOR
 
 BLOCK, EACH = 4096, 8  # columns at a time, and of them a thread's
@@ -14,6 +14,7 @@ _FLOOR = tl.constexpr(FLOOR)
 _AT_FLOOR = tl.constexpr(AT_FLOOR)
 
 
+@Launched
 @triton.jit
 def _inverse_norms_kernel(
     x_ptr,  # (N, D)
@@ -34,6 +35,7 @@ def _inverse_norms_kernel(
     tl.store(out_ptr + row, 1.0 / tl.where(norm < _FLOOR, _FLOOR, norm))
 
 
+@Launched
 @triton.jit
 def _project_kernel(
     grad_ptr,  # (N, D)
@@ -65,7 +67,7 @@ def _project_kernel(
 def inverse_norms(x: Tensor) -> Tensor:
     out = torch.empty(len(x), device=x.device, dtype=torch.float32)
     if len(x):
-        with _device(x):
+        with on_device(x):
             _inverse_norms_kernel[(len(x),)](x, x.stride(0), out, x.shape[1], **_launch(x))
     return out
 
@@ -73,10 +75,10 @@ def inverse_norms(x: Tensor) -> Tensor:
 def through_norms_(grad: Tensor, x: Tensor, inverse: Tensor) -> None:
     if len(x):
         inverse = inverse.float().contiguous()
-        with _device(x):
+        with on_device(x):
             _project_kernel[(len(x),)](grad, grad.stride(0), x, x.stride(0), inverse, x.shape[1], **_launch(x))
 
 
 def _launch(x: Tensor) -> dict[str, int]:
-    block = min(BLOCK, max(32, triton.next_power_of_2(x.shape[1])))
+    block = min(BLOCK, max(32, next_power_of_2(x.shape[1])))
     return {"BLOCK": block, "num_warps": max(1, block // (32 * EACH)), "enable_fp_fusion": True}

@@ -5,11 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chunked_embed.kernels._triton_token_scores import _device
+from chunked_embed.kernels._launch import Launched, cdiv, on_device
 
 BLOCK, WARPS = 8192, 8
 
 
+@Launched
 @triton.jit
 def _scale_kernel(x_ptr, factor_ptr, out_ptr, n, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -22,7 +23,5 @@ def scale_(x: Tensor, factor: Tensor, out: Tensor) -> None:
     n = x.numel()
     if n:
         factor = factor.to(torch.float32)
-        with _device(x):
-            _scale_kernel[(triton.cdiv(n, BLOCK),)](
-                x, factor, out, n, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
-            )
+        with on_device(x):
+            _scale_kernel[(cdiv(n, BLOCK),)](x, factor, out, n, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True)

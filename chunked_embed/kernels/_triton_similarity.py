@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chunked_embed.kernels import in_own_rows
-from chunked_embed.kernels._triton_token_scores import _device
+from chunked_embed.kernels._launch import Launched, cdiv, next_power_of_2, on_device
 
 # Launches, measured on an H100 at 4096 x 65,536. Threads of a program, and elements of a row that each takes at a time:
 # by whether columns have factors, or by the bytes of an output.
@@ -36,6 +36,7 @@ def _joined(a, b):
     return a + b + a * b
 
 
+@Launched
 @triton.jit
 def _cross_entropy_kernel(
     x_ptr,  # (R, V)
@@ -120,6 +121,7 @@ def _cross_entropy_kernel(
             tl.store(moment_ptr + row, weight * tl.sum(moment, 0) / _LOG2E)
 
 
+@Launched
 @triton.jit
 def _sigmoid_kernel(
     x_ptr,  # (R, V)
@@ -190,6 +192,7 @@ def _sigmoid_kernel(
         tl.store(g_scale_ptr + row, tl.sum(moment, 0) * weight * factor)
 
 
+@Launched
 @triton.jit
 def _both_logsumexps_kernel(
     x_ptr,  # (R, V)
@@ -253,6 +256,7 @@ def _both_logsumexps_kernel(
     tl.store(column_ptr + tl.program_id(1).to(tl.int64) * V + at, column_lse, mask=inside_columns)
 
 
+@Launched
 @triton.jit
 def _logsumexp_kernel(
     x_ptr,  # (N, K)
@@ -281,6 +285,7 @@ def _logsumexp_kernel(
     tl.store(out_ptr + rows, top + tl.log(total), mask=rows < N)
 
 
+@Launched
 @triton.jit
 def _both_gradients_kernel(
     x_ptr,  # (R, V)
@@ -359,7 +364,7 @@ def cross_entropy_(
     loss, moments = torch.empty(2, R, device=x.device, dtype=torch.float32)
     vectors = [target.contiguous(), *_vectors(loss, weight, rows, columns), loss, moments]
     if R:
-        with _device(x):
+        with on_device(x):
             _cross_entropy_kernel[(R,)](
                 *(x, x.stride(0), out, out.stride(0), *vectors, V),
                 GRADIENT=weight is not None,
@@ -386,7 +391,7 @@ def sigmoid_pairs_(
     loss, g_scale, g_bias = torch.empty(3, R, device=x.device, dtype=torch.float32)
     vectors = [target.contiguous(), *_vectors(loss, scale, bias, weight, rows, columns)]
     if R:
-        with _device(x):
+        with on_device(x):
             _sigmoid_kernel[(R,)](
                 *(x, x.stride(0), out, out.stride(0), *vectors, loss, g_scale, g_bias, V),
                 GRADIENT=weight is not None,
@@ -402,13 +407,13 @@ def sigmoid_pairs_(
 def both_logsumexps(x: Tensor, rows: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     R, V = x.shape
     tile, block, warps = LOGSUMEXPS[x.element_size(), columns is not None]
-    per_program = min(LOGSUMEXPS_ROWS, max(tile, triton.next_power_of_2(R)))
-    blocks = triton.cdiv(V, block), triton.cdiv(R, per_program)
+    per_program = min(LOGSUMEXPS_ROWS, max(tile, next_power_of_2(R)))
+    blocks = cdiv(V, block), cdiv(R, per_program)
     parts = torch.empty(R, blocks[0], device=x.device, dtype=torch.float32)
     column_parts = torch.empty(blocks[1], V, device=x.device, dtype=torch.float32)
     if not R:
         return parts.new_empty(0), parts.new_full((V,), -torch.inf)
-    with _device(x):
+    with on_device(x):
         _both_logsumexps_kernel[blocks](
             *(x, x.stride(0), *_vectors(parts, rows, columns), parts, column_parts, R, V),
             COLUMNS=columns is not None,
@@ -426,9 +431,9 @@ def _logsumexp(x: Tensor) -> Tensor:
     if parts == 1:
         return x.squeeze(1)
     out = torch.empty(rows, device=x.device, dtype=torch.float32)
-    block = min(triton.next_power_of_2(parts), 256)
+    block = min(next_power_of_2(parts), 256)
     each = max(1024 // block, 1)
-    _logsumexp_kernel[(triton.cdiv(rows, each),)](
+    _logsumexp_kernel[(cdiv(rows, each),)](
         *(x, x.stride(0), x.stride(1), out, rows, parts), ROWS=each, BLOCK=block, num_warps=4, enable_fp_fusion=True
     )
     return out
@@ -447,15 +452,15 @@ def both_gradients_(
     R, V = x.shape
     tile, threads = GRADIENTS
     vector = 16 // x.element_size()
-    threads = min(threads, max(32, triton.next_power_of_2(V) // vector))
+    threads = min(threads, max(32, next_power_of_2(V) // vector))
     block = threads * vector
     own_rows = in_own_rows(x, out)
-    span = block * triton.cdiv(V, block) if own_rows else block
-    programs = triton.cdiv(R, tile), triton.cdiv(V, span)
+    span = block * cdiv(V, block) if own_rows else block
+    programs = cdiv(R, tile), cdiv(V, span)
     moments = torch.empty(R, programs[1], device=x.device, dtype=torch.float32) if moment else None
     vectors = [target.contiguous(), *_vectors(target, *lses, *upstream, rows, columns, moments)]
     if R:
-        with _device(x):
+        with on_device(x):
             _both_gradients_kernel[programs](
                 *(x, x.stride(0), out, out.stride(0), *vectors, R, V, span),
                 COLUMNS=columns is not None,
@@ -472,7 +477,7 @@ def both_gradients_(
 
 def _launch(x: Tensor, threads: int, each: int) -> dict[str, int]:
     vector = min(16 // x.element_size(), each)  # 16 bytes a load
-    threads = min(threads, max(32, triton.next_power_of_2(x.shape[1]) // each))
+    threads = min(threads, max(32, next_power_of_2(x.shape[1]) // each))
     return {"GROUPS": threads * each // vector, "VECTOR": vector, "num_warps": threads // 32}
 
 

@@ -1,7 +1,6 @@
 """The Triton side of `token_scores`: one program a row, one pass over it. Its plain twin is in token_scores.py."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 
 import torch
 import triton
@@ -9,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chunked_embed.kernels import in_own_rows
+from chunked_embed.kernels._launch import Launched, next_power_of_2, on_device
 from chunked_embed.kernels.token_scores import STATISTICS
 
 BLOCK, WARPS = 2048, 8  # measured on an H100: 8 elements a thread
@@ -34,6 +34,7 @@ def _transform(x, inner, outer, SOFTCAP: tl.constexpr):
     return z, slope
 
 
+@Launched
 @triton.jit
 def _statistics_kernel(
     x_ptr,  # (R, V)
@@ -101,6 +102,7 @@ def _statistics_kernel(
         tl.store(stats_ptr + 5 * R, (z_target >= top).to(tl.float32))
 
 
+@Launched
 @triton.jit
 def _gradient_kernel(
     x_ptr,  # (R, V)
@@ -168,7 +170,7 @@ def statistics(
     (rows, columns), target = x.shape, target.contiguous()
     stats = torch.empty(len(STATISTICS), rows, device=x.device, dtype=torch.float32)
     if rows:
-        with _device(x):
+        with on_device(x):
             _statistics_kernel[(rows,)](
                 *(x, x.stride(0), target, stats, rows, columns, inner, outer or 1.0),
                 SOFTCAP=outer is not None,
@@ -198,7 +200,7 @@ def gradient_(
     entropy = stats["entropy"].float().contiguous() if "entropy" in upstream else lse  # lse where unused: not read
     gradients = {name: gradient.float().contiguous() for name, gradient in upstream.items()}
     if rows:
-        with _device(x):
+        with on_device(x):
             _gradient_kernel[(rows,)](
                 *(x, x.stride(0), out, out.stride(0), target, lse, entropy),
                 *(gradients.get(name, lse) for name in ("logps", "lse", "entropy")),
@@ -214,10 +216,6 @@ def gradient_(
 
 
 def _launch(columns: int, block: int, warps: int) -> dict[str, int]:
-    block = min(block, max(32, triton.next_power_of_2(columns)))
+    block = min(block, max(32, next_power_of_2(columns)))
     # Fusion is named because its default differs between Triton's versions, and 3.9 warns.
     return {"BLOCK": block, "num_warps": min(warps, block // 32), "enable_fp_fusion": True}
-
-
-def _device(x: Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -42,12 +42,12 @@ def token_statistics(
     temperature: float = 1.0,
 ) -> dict[str, Tensor]:
     """The statistics asked for by name, each (R,) and float32, and always `lse`, which the gradient needs."""
-    wanted = _wanted(names)
+    wanted = wanted_statistics(names)
     _check(x, target)
     if _use_triton(x):
         from chunked_embed.kernels import _triton_token_scores as kernels
 
-        return kernels.statistics(x, target, wanted, *_slopes(logit_scale, softcap, temperature))
+        return kernels.statistics(x, target, wanted, *slopes(logit_scale, softcap, temperature))
     return token_statistics_reference(
         x, target, names=wanted, logit_scale=logit_scale, softcap=softcap, temperature=temperature
     )
@@ -78,7 +78,7 @@ def token_gradient_(
     if _use_triton(x):
         from chunked_embed.kernels import _triton_token_scores as kernels
 
-        return kernels.gradient_(x, target, stats, upstream, *_slopes(logit_scale, softcap, temperature), out)
+        return kernels.gradient_(x, target, stats, upstream, *slopes(logit_scale, softcap, temperature), out)
     return out.copy_(
         token_gradient_reference(
             x, target, stats, upstream, logit_scale=logit_scale, softcap=softcap, temperature=temperature
@@ -96,7 +96,7 @@ def token_statistics_reference(
     temperature: float = 1.0,
 ) -> dict[str, Tensor]:
     """`token_statistics` in plain torch."""
-    wanted = _wanted(names)
+    wanted = wanted_statistics(names)
     with torch.no_grad():
         return token_scores(_wide(x), target, wanted, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
 
@@ -198,14 +198,14 @@ def _use_triton(x: Tensor) -> bool:
     return x.dtype != torch.float64 and available(x.device)
 
 
-def _slopes(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float, float | None]:
+def slopes(logit_scale: float, softcap: float | None, temperature: float) -> tuple[float, float | None]:
     """(inner, outer) with z = outer * tanh(inner * x), or z = inner * x where outer is None."""
     if softcap is None:
         return logit_scale / temperature, None
     return logit_scale / softcap, softcap / temperature
 
 
-def _wanted(names: Iterable[str]) -> tuple[str, ...]:
+def wanted_statistics(names: Iterable[str]) -> tuple[str, ...]:
     names = {"lse", *names}
     if unknown := names - set(STATISTICS):
         raise ValueError(f"expected statistics out of {STATISTICS}, got {sorted(unknown)}")

@@ -188,15 +188,13 @@ def test_not_available_on_cpu(monkeypatch):
     assert not available(torch.device("cpu"))
 
 
-@pytest.mark.parametrize(
-    "file", ["test_triton.py", "test_triton_similarity.py", "test_triton_scale.py", "test_triton_norms.py"]
-)
-def test_triton_in_the_interpreter(file):
+@pytest.mark.parametrize("kernels", ["", "_similarity", "_scale", "_norms", "_ranking", "_pairwise", "_linear"])
+def test_triton_in_the_interpreter(kernels):
     """Triton reads TRITON_INTERPRET once, when it is imported: a process of its own leaves the other tests alone."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("it runs on the GPU itself")
-    checks = Path(__file__).with_name(file)
+    checks = Path(__file__).with_name(f"test_triton{kernels}.py")
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:xdist", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, str(checks)], env=environment, capture_output=True, text=True)

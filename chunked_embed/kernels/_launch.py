@@ -1,0 +1,62 @@
+"""Launching Triton kernels without what a launch costs the host: some 20 microseconds to find the compiled kernel that
+serves its arguments, of 5 in all. Here it is found by what Triton compiles a kernel for, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Launched:
+    """A ``triton.jit`` function, called as it is: ``kernel[grid](*arguments, **constants)``. The first argument is a
+    tensor; parameters that are no constants come by position, and stand before the constants."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        self.compiled: dict[Hashable, tuple[Any, tuple]] = {}  # and the constants in their order
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.kernel[grid] if self.interpreted else partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *given: Any, **constants: Any) -> None:
+        key = (given[0].device, *map(_kind, given), *constants.items())
+        found = self.compiled.get(key)
+        if found is None:
+            compiled = self.kernel[grid](*given, **constants)
+            names = self.kernel.arg_names[len(given) :]
+            self.compiled[key] = compiled, tuple(constants[name] for name in names)
+            return
+        compiled, behind = found
+        compiled[(*grid, 1, 1)](*given, *behind)
+
+
+def _kind(given: Any) -> Any:
+    """What Triton looks at: the dtype and the alignment of a tensor, whether an integer is one or a multiple of 16."""
+    if isinstance(given, Tensor):
+        return given.dtype, given.data_ptr() % 16 == 0
+    if type(given) is int:
+        return given if given == 1 else (given % 16 == 0, given.bit_length() > 31)
+    return type(given)
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Kernels run on the current device: that of ``x`` it is here."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def cdiv(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
