@@ -3,6 +3,9 @@
 Dynamo counts recompilations per *code object* and silently runs uncompiled past a limit, so every function gets a code
 object of its own. A column count that changes is made dynamic by dynamo the second time.
 
+What takes seconds is said when it is done, once for each loss and kind of step: a warning of
+``logging.getLogger("chunked_embed")``, which shows on stderr unless logging is told otherwise.
+
 Uncompiled, for one call alone: under a dispatch mode (a counter of FLOPs, fake tensors), where dynamo is disabled, and
 in a first call under saved-tensor hooks. Where nothing can be compiled at all, uncompiled after one warning.
 """
@@ -11,27 +14,36 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from time import perf_counter
 from typing import Any, TypeVar, cast
 
 import torch
+
+logger = logging.getLogger("chunked_embed")
 
 F = TypeVar("F", bound=Callable)
 
 _INSIDE: ContextVar[bool] = ContextVar("inside", default=False)
 BROKEN: set[str] = set()  # device types on which nothing can be compiled: no C++ compiler, no Triton
 _WARNED: set[str] = set()
+_SAID: set[str] = set()
 _SERIAL = itertools.count()
-_TELLS: ContextVar[Callable[[], None] | None] = ContextVar("tells", default=None)
-CACHES: list[Any] = [BROKEN, _WARNED]
+CACHES: list[Any] = [BROKEN, _WARNED, _SAID]
 """All that the process keeps; ``specialize.py`` adds its own."""
 
 BACKEND = "inductor"
+LONG = 1.0  # seconds of compiling that are worth a word
+WITHOUT = (
+    ". Other kinds of batches may take as long again, the next run less; compiled=False does without, slower and with "
+    "more memory"
+)
 # How torch says that nothing can be compiled here; other errors are of one step, whatever names occur in them.
 NO_COMPILER = re.compile(
     r"InvalidCxxCompiler|TritonMissing|No working C\+\+ compiler|[Cc]annot find a working triton"
@@ -49,14 +61,14 @@ def warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-@contextmanager
-def telling(say: Callable[[], None]) -> Iterator[None]:
-    """``say()`` before a step is compiled that has not been: for callers whose users would wonder at the wait."""
-    token = _TELLS.set(say)
-    try:
-        yield
-    finally:
-        _TELLS.reset(token)
+def _tell(what: str, seconds: float) -> None:
+    """Of several processes that compile the same, the first one speaks."""
+    if seconds < LONG or what in _SAID or len(_SAID) >= 1000:
+        return
+    more = "" if _SAID else WITHOUT
+    _SAID.add(what)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()):
+        logger.warning("chunked_embed compiled %s in %.1f s%s", what, seconds, more)
 
 
 def outside_compile(function: F) -> F:
@@ -102,11 +114,12 @@ class Failure(Exception):
 class Compiled:
     """A function, compiled on its first call. Called, it runs uncompiled, after one warning, where that fails."""
 
-    def __init__(self, function: Callable, device_type: str) -> None:
+    def __init__(self, function: Callable, device_type: str, what: str = "a chunk step") -> None:
         code = function.__code__
         function.__code__ = code.replace(co_name=f"{code.co_name}_{next(_SERIAL)}")
         self.function = function
         self.device_type = device_type
+        self.what = what  # for a message
         self.compiled: Callable | None = None
         self.failed = False
 
@@ -132,8 +145,7 @@ class Compiled:
                     return self.compiled(*args)
             except _errors() as error:
                 raise Failure(error) from None
-        if (say := _TELLS.get()) is not None:
-            say()
+        start = perf_counter()
         try:
             options = _inductor_options() if self.device_type == "cuda" and BACKEND == "inductor" else None
             compiled = torch.compile(self.function, fullgraph=True, backend=BACKEND, options=options)
@@ -144,6 +156,7 @@ class Compiled:
         except OSError as error:  # a cache folder that cannot be made, raised as it is
             raise Failure(error) from None
         self.compiled = compiled
+        _tell(self.what, perf_counter() - start)
         return result
 
     def serves(self, frame: Mapping[str, Any]) -> bool:

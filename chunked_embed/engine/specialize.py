@@ -36,6 +36,7 @@ PATIENCE = 32  # calls that it waits for
 SEVERAL = 3  # values of a number that stays a constant, or functions of one code, that are worth a warning
 
 NUMBERS = 1024  # tensors of promoted numbers
+WORDS = {"score_step": "the values", "pull_step": "the gradients"}  # that a factory's step forms, in a message
 
 _STEPS: Recent[Hashable, Specialized] = Recent()
 _FAMILIES: Recent[Hashable, Family] = Recent()
@@ -329,7 +330,8 @@ class Specialized:
         ints = frozenset(n for n, v in values.items() if type(v) is int and (n, int) in promoted)
         traced = _traced(self.factory, given.formula.functions, self.bound, reading.absent)
         self.compilations += 1
-        return Variant(Compiled(traced, self.device_type), floats, ints)
+        what = f"{WORDS.get(self.factory.__name__, 'a step')} of {given.formula.home()}"
+        return Variant(Compiled(traced, self.device_type, what), floats, ints)
 
     # --- numbers that change ---
 

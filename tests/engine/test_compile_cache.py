@@ -228,6 +228,77 @@ def test_an_error_of_the_function_is_the_functions():
         call(Wrong(), outputs())
 
 
+# --- what is said of it ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def said(monkeypatch, caplog):
+    """Each compilation takes three seconds by the clock, or what ``said.seconds`` is."""
+
+    class Said(list):
+        seconds, now = 3.0, 0.0
+
+        def clock(self):
+            self.now += self.seconds
+            return self.now
+
+        def lines(self):
+            return [(r.name, r.levelname, r.getMessage()) for r in caplog.records]
+
+    found = Said()
+    monkeypatch.setattr(cache, "perf_counter", found.clock)
+    caplog.set_level("INFO")
+    return found
+
+
+def test_what_takes_seconds_is_said_once(said):
+    for _ in range(2):
+        for rows in (4, 8):  # two graphs
+            check(Scaled(), outputs(rows))
+        check(Scaled(0.7), outputs())  # and another
+    assert compilations() > 2
+    ((name, level, message),) = said.lines()
+    assert (name, level) == ("chunked_embed", "WARNING")  # at this level it shows without any setting
+    assert "Scaled.loss_fn (test_compile_cache.py:" in message and "in 3.0 s" in message and "compiled=False" in message
+
+
+def test_each_loss_and_kind_of_step_is_said(said):
+    x = make("preference", dtype=torch.float32)
+    for _ in range(2):
+        CASES["preference"].call(CASES["preference"].loss(compiled=True), x).loss.backward()
+    values, gradients = (message for _, _, message in said.lines())
+    assert " the values of " in values and " the gradients of " in gradients
+    assert "compiled=False" in values and gradients.endswith("in 3.0 s")
+    check(Scaled(), outputs())
+    assert len(said.lines()) == 3
+
+
+def test_what_is_quick_is_not_said_until_something_is_not(said):
+    said.seconds = 0.4
+    check(Scaled(), outputs())
+    call(Scaled(), outputs(), compiled=False)
+    assert said.lines() == [] and compilations() == 1
+    said.seconds = 3.0
+    call(Scaled(), outputs(), compiled=False)
+    check(Scaled(), outputs())
+    assert said.lines() == []  # nothing was compiled
+    check(Scaled(), outputs(8), shape_key="another")
+    assert len(said.lines()) == 1
+
+
+def test_one_process_of_several_speaks(said, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    check(Scaled(), outputs())
+    assert said.lines() == []
+
+
+def test_a_failure_is_a_warning_and_no_more(said):
+    with pytest.warns(RuntimeWarning, match="could not be compiled"):
+        check(Untraceable(), outputs())
+    assert said.lines() == []
+
+
 # --- bounds ----------------------------------------------------------------------------------------------------------
 
 
