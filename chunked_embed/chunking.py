@@ -39,6 +39,11 @@ class Chunking:
         return cls(*(getattr(given, name) for name in NAMES))
 
     @property
+    def stated(self) -> bool:
+        """The caller has a say in chunks, or in whether they are compiled."""
+        return (self.chunk_size, self.max_chunk_bytes, self.compiled) != (None, None, None)
+
+    @property
     def keywords(self) -> dict[str, Any]:
         """The options by name, as every loss takes them."""
         return asdict(self)

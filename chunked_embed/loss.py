@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple, cast
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +12,16 @@ from torch import Tensor, nn
 from . import checks
 from .chunking import NAMES, Chunking
 from .engine.autograd import ChunkedLoss, ChunkedScores, ScoreName
-from .engine.call import Arguments, read
+from .engine.call import Arguments, read, refuse_transforms, signature
 from .engine.compile import outside_compile
-from .engine.formula import BASES, INTERNAL, Formula, attribute, keywords
+from .engine.direct import Direct
+from .engine.formula import BASES, INTERNAL, Formula, attribute, keywords, view_of
 from .engine.functions import Form, FunctionStep, Totals
 from .engine.layout import Layout, Options, build, choose
-from .engine.losses import GroupLoss, RowLoss, as_metrics, rows_of_segments, weighted
+from .engine.losses import GroupLoss, RowLoss, as_metrics, mean_or_weighted, rows_of_segments
 from .engine.pack import Selection, select
 from .engine.plan import ChunkPlan, make_plan
-from .engine.recent import Recent
+from .engine.recall import KINDS, Kind, Recall, Standing, learns
 from .engine.sample import look_at
 from .engine.step import Step
 from .engine.sweep import Call
@@ -36,7 +38,6 @@ OPTIONS = (
     "static_widths",
     "workspace_bytes",
 )
-LAYOUTS = 32  # kept for each loss: ragged batches have one each
 
 
 class FlexChunkLoss(nn.Module):
@@ -84,6 +85,10 @@ class FlexChunkLoss(nn.Module):
             to 2.5 GiB (256 MiB).
         compiled: compile the steps. None: where the problem is large enough for it to pay. False gives the same
             numbers, slower and with more memory.
+
+            A small problem (outputs of up to 32 MiB in float32 on a GPU, 16 MiB on a CPU) goes a direct way unless one
+            of these three is given: whole, by ordinary autograd, with nothing to plan or compile; docs/design.md says
+            more.
         float32_outputs: products of half-precision operands write float32 outputs. False: in the operands' dtype, for
             up to a fifth less time and half of a chunk's memory; what follows is as wrong as that rounding. Outputs of
             bfloat16 are right to 0.4% of themselves: a margin between log-probabilities of a policy and a reference
@@ -162,9 +167,7 @@ class FlexChunkLoss(nn.Module):
         self.static_widths = static_widths
         self.workspace_bytes = workspace_bytes
         self.gradient_size = checks.number("gradient_size", gradient_size, checks.POSITIVE)
-        self._layouts: Recent[Hashable, Layout] = Recent()
-        self._looked: Recent[Hashable, bool] = Recent()
-        self._checked: tuple[tuple, Options] | None = None
+        self._recall = Recall()
         given = {"loss_fn": loss_fn, "score_fn": score_fn, "element_fn": element_fn}
         self._functions = {name: f for name, f in given.items() if checks.function_or_none(name, f) is not None}
         for name, value in numbers.items():
@@ -228,52 +231,34 @@ class FlexChunkLoss(nn.Module):
             TypeError: dtypes that differ without autocast, arguments that are not tensors.
             ValueError: shapes, devices, targets or weights that do not fit, and numbers that are NaN.
         """
-        options = self._options()
-        formula = Formula.snapshot(self, self._checked_numbers(numbers))
         weights = {"row_weight": row_weight, "segments": segments, "group_weight": group_weight}
-        arguments = read(projections, rows, columns, groups, weights)
-        laid = self._lay_out(arguments, options, formula)
-        layout, grouped = laid.layout, laid.form.kind == "scores"
-        if grouped:
-            _refuse(self, "grouped", row_weight=row_weight)
-        else:
-            _refuse(self, "row-wise", groups=groups, segments=segments, group_weight=group_weight)
-        if grouped and segments is None:
-            if options.segments_per_group != 1:
-                raise ValueError(
-                    f"expected segments: {type(self).__name__} has {options.segments_per_group} to a group"
-                )
-            if layout.n_groups not in (None, layout.n_rows):
-                raise ValueError(
-                    f"expected group arguments for {layout.n_rows} rows (no segments given), got {layout.n_groups}"
-                )
-        selection = select(layout, laid.tensors, *_row_vectors(layout, arguments, rows_are_groups=grouped))
-        plan = make_plan(layout, selection, row_wise=not grouped, together=options.couples_batch)
+        laid = self._lay_out(projections, rows, columns, groups, weights, numbers, "loss")
+        layout, options, given = laid.kind.layout, laid.kind.layout.options, laid.weights
+        row_wise = laid.kind.form.kind == "loss"
+        selection = laid.select(rows_are_groups=not row_wise)
         loss: RowLoss | GroupLoss
-        if not grouped:
-            loss = RowLoss(_row_weight(layout, selection, arguments.weights.get("row_weight")))
+        if row_wise:
+            loss = RowLoss(_row_weight(layout, selection, given.get("row_weight")))
         else:
-            if not formula.has("loss_fn"):
-                raise NotImplementedError(f"{type(self).__name__} has scores but no loss_fn: override it, or give one")
             loss = GroupLoss(
-                loss_fn=formula.bind().loss_fn,
-                weight=_group_weight(layout, selection, arguments.weights.get("group_weight"), segments is None),
-                weighted=group_weight is not None,
-                of_rows=segments is None,
+                loss_fn=laid.formula.bind().loss_fn,
+                weight=_group_weight(layout, selection, given.get("group_weight"), "segments" not in given),
+                weighted="group_weight" in given,
+                of_rows="segments" not in given,
                 couples=options.couples_batch,
                 by_unit=options.separate_outputs,
                 groups=layout.groups,
             )
-        call = Call(layout, selection, plan, laid.steps, formula.view)
+        call = laid.call(selection, row_wise=row_wise, together=options.couples_batch)
         self._look(laid, call, loss)
-        watched = {f"rows[{name!r}]": laid.tensors[layout.rows[name]] for name in layout.targets} | arguments.weights
-        versions = tuple((name, t, t._version) for name, t in watched.items() if not t.is_inference())
+        watched = [(f"rows[{name!r}]", laid.tensors[layout.rows[name]]) for name in layout.targets] + [*given.items()]
+        versions = tuple([(name, t, t._version) for name, t in watched if not t.is_inference()])
         return Prepared(call, loss, laid.tensors, versions)
 
     @outside_compile
     @with_arguments_of(prepare)
     def forward(self, *arguments: Any, **keywords: Any) -> LossOutput:
-        return self.prepare(*arguments, **keywords).run()
+        return self.prepare(*arguments, **keywords).result()
 
     @with_arguments_of(prepare)
     def plan(self, *arguments: Any, **keywords: Any) -> ChunkPlan:
@@ -297,23 +282,16 @@ class FlexChunkLoss(nn.Module):
         With ``separate_outputs`` their names are ``"projection/score"``. ``row_weight`` zero drops a row (its score is
         zero); other values of it count for nothing.
         """
-        options = self._options()
-        formula = Formula.snapshot(self, self._checked_numbers(numbers))
         if segments is not None and row_weight is not None:
             raise ValueError("expected segments or a row_weight, got both: a negative segment drops a row")
         weights = {"row_weight": row_weight, "segments": segments}
-        arguments = read(projections, rows, columns, None, weights)
-        laid = self._lay_out(arguments, options, formula)
-        layout = laid.layout
-        if laid.form.kind != "scores":
-            raise ValueError(f"expected a score_fn: {type(self).__name__} is row-wise and has no scores")
-        selection = select(layout, laid.tensors, *_row_vectors(layout, arguments, rows_are_groups=False))
-        plan = make_plan(layout, selection, row_wise=False, together=True)
-        call = Call(layout, selection, plan, laid.steps, formula.view)
+        laid = self._lay_out(projections, rows, columns, None, weights, numbers, "scores")
+        layout = laid.kind.layout
+        call = laid.call(laid.select(rows_are_groups=False), row_wise=False, together=True)
         self._look(laid, call, None)
         results = {}
-        for label, name, value in score_rows(call, laid.tensors):
-            told = f"{label}/{name}" if label is not None and options.separate_outputs else name
+        for (label, name), value in call.scores() if isinstance(call, Direct) else score_rows(call, laid.tensors):
+            told = f"{label}/{name}" if label is not None and layout.options.separate_outputs else name
             by_row = label is not None and value.dim() == 1
             results[told] = value.view(layout.leading) if by_row else value.to(layout.dtype)
         return results
@@ -324,25 +302,54 @@ class FlexChunkLoss(nn.Module):
         """The engine's options as they are now; checked when they change."""
         targets = tuple(self.targets.items()) if isinstance(self.targets, Mapping) else self.targets
         given = (targets, *(getattr(self, name) for name in OPTIONS))
-        if self._checked is None or self._checked[0] != given:
+        if self._recall.options is None or self._recall.options[0] != given:
             options = dict(zip(OPTIONS, given[1:]))
             chunking = Chunking(*(options.pop(name) for name in NAMES))
-            self._checked = given, Options(chunking, targets, **options)
-        return self._checked[1]
+            self._recall.options = given, Options(chunking, targets, **options)
+        return self._recall.options[1]
 
-    def _checked_numbers(self, further: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
-        for name, value in self.__dict__.items():
-            if isinstance(value, float) and value != value:
-                raise ValueError(f"expected {type(self).__name__}.{name} to be a number, got NaN")
-        for name, value in (further or {}).items():
-            checks.tensor(f"numbers[{name!r}]", value, (), grad=False)
-        return further or {}
+    def _lay_out(
+        self,
+        projections: Projections,
+        rows: Tensors | None,
+        columns: Tensors | None,
+        groups: Tensors | None,
+        weights: Mapping[str, Tensor | None],
+        numbers: Mapping[str, Tensor] | None,
+        wanted: Literal["loss", "scores"],
+    ) -> _Laid:
+        """The kind of this call, its tensors, and the loss's functions as they are now."""
+        refuse_transforms()
+        standing = self._recall.standing
+        told = signature(projections, (rows, columns, groups, numbers), weights)
+        if told is not None and standing is not None and standing.holds(self):
+            kind = standing.kinds.found((wanted, told[0]))
+            if kind is not None:
+                formula = Formula(
+                    view_of(self, kind.functions, self._checked_numbers(numbers)), kind.functions, kind.key
+                )
+                if kind.steps is None or kind.steps == _keys(self._made(formula, kind.labels)):
+                    return _Laid(kind, formula, kind.arguments(told[1]))
+        else:
+            standing = None
+        self._check_attributes()
+        formula = Formula.snapshot(self, self._checked_numbers(numbers))
+        arguments = read(projections, rows, columns, groups, weights)
+        laid = self._lay_out_anew(arguments, told[1] if told else None, formula, wanted)
+        if told is not None:
+            standing = standing or Standing(self, formula, _OPTIONS)
+            standing.kinds.keep((wanted, told[0]), laid.kind, KINDS)
+            self._recall.standing = standing
+        return laid
 
-    def _lay_out(self, arguments: Arguments, options: Options, formula: Formula) -> _Laid:
+    def _lay_out_anew(
+        self, arguments: Arguments, given: list[Tensor] | None, formula: Formula, wanted: Literal["loss", "scores"]
+    ) -> _Laid:
         """The layout of calls of this key, and what such a call needs beside it."""
+        options = self._options()
         names = tuple(positions.name for positions in arguments.structure.projections)
         labels = {name: (name,) for name in names} if options.separate_outputs else {"/".join(names): names}
-        made = {label: formula.view.make_step(told) for label, told in labels.items()}
+        made = self._made(formula, labels)
         grouped = formula.has("score_fn") or any(step is not None and not step.row_wise for step in made.values())
         if not grouped and (options.couples_batch or options.separate_outputs):
             option = "couples_batch" if options.couples_batch else "separate_outputs"
@@ -352,26 +359,43 @@ class FlexChunkLoss(nn.Module):
             raise NotImplementedError(
                 f"{type(self).__name__} has no loss_fn: override it, or give one to FlexChunkLoss(...)"
             )
+        if wanted == "scores" and not grouped:
+            raise ValueError(f"expected a score_fn: {type(self).__name__} is row-wise and has no scores")
+        if wanted == "loss" and grouped and not formula.has("loss_fn"):
+            raise NotImplementedError(f"{type(self).__name__} has scores but no loss_fn: override it, or give one")
         single = arguments.structure.single or options.separate_outputs
         form = Form("scores" if grouped else "loss", single, self._totals(formula))
-        formulas = {label: formula for label in labels}
-        if options.separate_outputs:
-            formulas = {label: formula.with_attributes({"projection": label}) for label in labels}
-        plain = {label: FunctionStep(formulas[label], form, options.static_widths) for label in labels}
-        key = (arguments.key(), options, form, tuple(step and step.key for step in made.values()))
-        layout = self._layouts.found(key)
+        steps = _keys(made)
+        key = (arguments.key(), options, form, steps)
+        layout = self._recall.layouts.found(key)
         if layout is None:
             layout = build(arguments, options)
-            choose(layout, labels, made, plain)
-            self._layouts.keep(key, layout, LAYOUTS)
+            plain = FunctionStep(formula, form, options.static_widths)
+            choose(layout, labels, made, dict.fromkeys(labels, plain))
+            self._recall.layouts.keep(key, layout, KINDS)
         function = "score_fn" if grouped else "loss_fn"
         if layout.refused and not formula.has(function):
             told = "; ".join(layout.refused.values())
             raise NotImplementedError(f"{type(self).__name__} has no {function} for where its step refuses: {told}")
-        steps = {
-            label: plain[label] if step is None or label in layout.refused else step for label, step in made.items()
-        }
-        return _Laid(layout, steps, formulas, form, layout.flat(arguments.tensors))
+        if wanted == "loss":
+            _check_roles(type(self).__name__, layout, arguments.weights, grouped)
+        has_steps = type(self).make_step is not FlexChunkLoss.make_step or "make_step" in vars(self)
+        kind = Kind(arguments, given, formula, layout, form, labels, steps if has_steps else None)
+        return _Laid(kind, formula, arguments)
+
+    def _made(self, formula: Formula, labels: Mapping[str, tuple[str, ...]]) -> dict[str, Step | None]:
+        """The loss's own step for each unit."""
+        return {label: formula.view.make_step(told) for label, told in labels.items()}
+
+    def _check_attributes(self) -> None:
+        for name, value in self.__dict__.items():
+            if isinstance(value, float) and value != value:
+                raise ValueError(f"expected {type(self).__name__}.{name} to be a number, got NaN")
+
+    def _checked_numbers(self, further: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        for name, value in (further or {}).items():
+            checks.tensor(f"numbers[{name!r}]", value, (), grad=False)
+        return further or {}
 
     def _totals(self, formula: Formula) -> Totals:
         found = {**self.row_totals, **self.column_totals}
@@ -386,60 +410,89 @@ class FlexChunkLoss(nn.Module):
             raise ValueError("expected couples_batch=True with column_totals, which run over all rows")
         return Totals(tuple(self.row_totals.items()), tuple(self.column_totals.items()))
 
-    def _look(self, laid: _Laid, call: Call, loss: RowLoss | GroupLoss | None) -> None:
+    def _look(self, laid: _Laid, call: Direct | Call, loss: RowLoss | GroupLoss | None) -> None:
         """Look at the functions once: what learns but is no argument, and other things that would go wrong."""
-        layout = laid.layout
-        roles = tuple(layout.specs), tuple(layout.rows), tuple(layout.columns), tuple(layout.groups)
-        # Functions that it is given, and what switches branches; numbers rarely do. And what learns by now.
-        own = {**call.loss.__dict__, **call.loss._modules}
-        called = tuple(Alive(v) if callable(v) else v for v in own.values() if callable(v) or type(v) in (bool, str))
-        learns = _learns([*own.values(), *call.loss._parameters.values(), *self._functions.values()])
         # Of fewer than two rows or groups there is less to see.
         sizes = min(call.selection.n_rows, 2), min(call.selection.n_groups, 2)
-        steps = tuple(type(step) for step in laid.steps.values())
+        if sizes in laid.kind.looked or torch._C._len_torch_dispatch_stack():  # FLOPs of the call are counted
+            return
+        layout, view, form = laid.kind.layout, laid.formula.view, laid.kind.form
+        roles = tuple(layout.specs), tuple(layout.rows), tuple(layout.columns), tuple(layout.groups)
+        # Functions that it is given, and what switches branches; numbers rarely do. And what learns by now.
+        own = {**view.__dict__, **view._modules}
+        called = tuple(Alive(v) if callable(v) else v for v in own.values() if callable(v) or type(v) in (bool, str))
+        learning = learns([*own.values(), *view._parameters.values(), *self._functions.values()])
+        steps = laid.steps()
+        kinds = tuple(type(step) for step in steps.values())
         functions = tuple(f.key for f in laid.formulas.values())
-        key = (functions, called, learns, laid.form, roles, layout.wants_grad, loss is None, sizes, steps)
-        if not self._looked.found(key) and not torch._C._len_torch_dispatch_stack():  # FLOPs of the call are counted
-            look_at(laid.formulas, laid.form, call, laid.tensors, loss)
-            self._looked.keep(key, True, LAYOUTS)
+        twice = form.kind == "scores" or (isinstance(call, Call) and call.plan.deferred)
+        key = (functions, called, learning, form, roles, layout.wants_grad, loss is None, sizes, kinds, twice)
+        if not self._recall.looked.found(key):
+            look_at(laid.formulas, form, call, steps, laid.tensors, loss, twice)
+            self._recall.looked.keep(key, True, KINDS)
+        laid.kind.looked.add(sizes)
 
     # --- a module beside its caches ---
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_layouts": Recent(), "_looked": Recent()}
+        return {**self.__dict__, "_recall": Recall()}
 
     __getattr__ = attribute
 
 
-def _learns(values: list[Any]) -> tuple[bool, ...]:
-    """Whether tensors require grad, and the parameters of modules and of those whose method is given."""
-    found: list[bool] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value.requires_grad)
-            continue
-        module = value if isinstance(value, nn.Module) else getattr(value, "__self__", None)
-        if isinstance(module, nn.Module):
-            found += [parameter.requires_grad for parameter in module.parameters()]
-    return tuple(found)
-
-
 BASES.add(FlexChunkLoss)
-INTERNAL.update(("_functions", "_numbers", "_layouts", "_looked", "_checked"))
+INTERNAL.update(("_functions", "_numbers", "_recall"))
+_OPTIONS = frozenset(("row_totals", "column_totals", "targets", "gradient_size", *OPTIONS))
 
 
-class _Laid(NamedTuple):
-    layout: Layout
-    steps: dict[str, Step]
-    formulas: dict[str, Formula]
-    form: Form
-    tensors: list[Tensor]  # as autograd sees them
+def _keys(made: Mapping[str, Step | None]) -> tuple[Hashable, ...]:
+    return tuple([step and step.key for step in made.values()])
+
+
+class _Laid:
+    """A call of a known kind."""
+
+    def __init__(self, kind: Kind, formula: Formula, arguments: Arguments) -> None:
+        self.kind = kind
+        self.formula = formula
+        self.formulas = dict.fromkeys(kind.labels, formula)
+        if kind.layout.options.separate_outputs:
+            self.formulas = {label: formula.with_attributes({"projection": label}) for label in kind.labels}
+        self.tensors = kind.layout.flat(arguments.tensors)  # as autograd sees them
+        self.weights = arguments.weights
+
+    def select(self, rows_are_groups: bool) -> Selection:
+        layout = self.kind.layout
+        if not (self.weights or layout.targets):
+            return self.kind.whole
+        weight, segments = (self.weights.get(name) for name in ("row_weight", "segments"))
+        if rows_are_groups and segments is None and layout.targets:  # a row that is dropped leaves its group empty
+            rows = torch.arange(layout.n_rows, device=layout.device)
+            return select(layout, self.tensors, None, rows, layout.n_rows)
+        weight = None if weight is None else weight.reshape(-1)
+        segments = None if segments is None else segments.reshape(-1).long()
+        return select(layout, self.tensors, weight, segments, layout.n_groups)
+
+    def steps(self) -> dict[str, Step]:
+        """Of each unit: its own, or plain functions."""
+        kind, found = self.kind, {}
+        for label, formula in self.formulas.items():
+            own = None if label in kind.layout.refused else self.formula.view.make_step(kind.labels[label])
+            found[label] = own or FunctionStep(formula, kind.form, kind.layout.options.static_widths)
+        return found
+
+    def call(self, selection: Selection, row_wise: bool, together: bool) -> Direct | Call:
+        layout = self.kind.layout
+        if layout.direct:
+            return Direct(layout, selection, self.kind.form, self.formulas, self.tensors)
+        plan = make_plan(layout, selection, row_wise=row_wise, together=together)
+        return Call(layout, selection, plan, self.steps(), self.formula.view)
 
 
 class Prepared(NamedTuple):
     """A call of a loss, checked and planned."""
 
-    call: Call
+    call: Direct | Call
     loss: RowLoss | GroupLoss
     tensors: list[Tensor]
     watched: tuple[tuple[str, Tensor, int], ...]  # what the plan was made from, and its versions
@@ -447,14 +500,30 @@ class Prepared(NamedTuple):
     @property
     def plan(self) -> ChunkPlan:
         """What ``run`` will do; print it."""
-        return self.call.plan
+        call, loss = self.call, self.loss
+        if isinstance(call, Call):
+            return call.plan
+        together = isinstance(loss, GroupLoss) and loss.couples
+        found = make_plan(call.layout, call.selection, row_wise=isinstance(loss, RowLoss), together=together)
+        return replace(found, direct=True)
+
+    @property
+    def used_rows(self) -> int:
+        return self.call.selection.n_rows
 
     @outside_compile
     def run(self) -> LossOutput:
-        call, loss = self.call, self.loss
         self._check()
-        if call.plan.deferred and (isinstance(loss, GroupLoss) or call.layout.any_grad):
-            value, metrics = self._over_scores()
+        return self.result()
+
+    def result(self) -> LossOutput:
+        """What ``run`` returns, right behind ``prepare``."""
+        call, loss = self.call, self.loss
+        if isinstance(call, Direct):
+            with call.layout.no_autocast():
+                value, metrics = call.row_loss(loss) if isinstance(loss, RowLoss) else call.group_loss(loss)
+        elif call.plan.deferred and (isinstance(loss, GroupLoss) or call.layout.any_grad):
+            value, metrics = self._over_scores(call)
         else:
             metrics = {}
             value = cast(Tensor, ChunkedLoss.apply(call, loss, metrics, *self.tensors))
@@ -479,14 +548,14 @@ class Prepared(NamedTuple):
         if torch.is_grad_enabled() and wants != self.call.layout.wants_grad:
             raise ValueError("expected the gradients that were wanted in prepare(), got others: prepare() again")
 
-    def _over_scores(self) -> tuple[Tensor, Named]:
+    def _over_scores(self, call: Call) -> tuple[Tensor, Named]:
         """All values first, then the loss once, as ordinary autograd; their gradient walks over the chunks again."""
-        call, loss = self.call, self.loss
+        loss = self.loss
         scores: dict[str | None, Named] = {}
-        for label, name, value in score_rows(call, self.tensors):
+        for (label, name), value in score_rows(call, self.tensors):
             scores.setdefault(label, {})[name] = value
         dtype = call.layout.dtype
-        with torch.autocast(call.layout.device.type, enabled=False):
+        with call.layout.no_autocast():
             if isinstance(loss, RowLoss):
                 (values,) = scores.values()
                 order = call.selection.order
@@ -500,51 +569,53 @@ class Prepared(NamedTuple):
             }
             groups = {name: self.tensors[i] for name, i in loss.groups.items()}
             value, metrics = loss.call(by_group, groups, rows_of_segments(call, block), of_columns)
-            value = weighted(value, loss.weight) if value.dim() else value
+            value = mean_or_weighted(value, loss.weight) if value.dim() else value
         return value.to(dtype), as_metrics(metrics, dtype)
 
 
-def score_rows(call: Call, tensors: list[Tensor]) -> list[tuple[str | None, str, Tensor]]:
-    """-> the unit (None: columns), name and value of every score."""
+def score_rows(call: Call, tensors: list[Tensor]) -> list[tuple[ScoreName, Tensor]]:
     names: list[ScoreName] = []
     results = cast(tuple, ChunkedScores.apply(call, names, *tensors))
-    return [(label, name, value) for (label, name), value in zip(names, results)]
+    return list(zip(names, results))
 
 
-def _refuse(loss: FlexChunkLoss, kind: str, **arguments: object) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise ValueError(f"expected no {name}: {type(loss).__name__} is {kind}")
+def _check_roles(loss: str, layout: Layout, weights: Mapping[str, Tensor], grouped: bool) -> None:
+    """Arguments that go with the kind of loss."""
+    given = [*(("groups",) if layout.groups else ()), *weights]
+    for name in given if not grouped else [name for name in given if name == "row_weight"]:
+        if grouped or name != "row_weight":
+            raise ValueError(f"expected no {name}: {loss} is {'grouped' if grouped else 'row-wise'}")
+    if not grouped or "segments" in weights:
+        return
+    if layout.options.segments_per_group != 1:
+        raise ValueError(f"expected segments: {loss} has {layout.options.segments_per_group} to a group")
+    if layout.n_groups not in (None, layout.n_rows):
+        raise ValueError(
+            f"expected group arguments for {layout.n_rows} rows (no segments given), got {layout.n_groups}"
+        )
 
 
-def _row_vectors(
-    layout: Layout, arguments: Arguments, rows_are_groups: bool
-) -> tuple[Tensor | None, Tensor | None, int | None]:
-    """-> row weights, segments, the number of groups, as ``select`` takes them."""
-    weight, segments = (arguments.weights.get(name) for name in ("row_weight", "segments"))
-    if rows_are_groups and segments is None and layout.targets:  # a row that is dropped leaves its group empty
-        return None, torch.arange(layout.n_rows, device=layout.device), layout.n_rows
-    weight = None if weight is None else weight.reshape(-1)
-    return weight, None if segments is None else segments.reshape(-1).long(), layout.n_groups
-
-
-def _row_weight(layout: Layout, selection: Selection, given: Tensor | None) -> Tensor:
-    """-> (used rows,)"""
+def _row_weight(layout: Layout, selection: Selection, given: Tensor | None) -> Tensor | None:
+    """-> (used rows,); None: all the same, of a direct call"""
     if given is None:
+        if layout.direct:
+            return None
         n = selection.n_rows
         return torch.full((n,), 1 / max(n, 1), dtype=layout.dtype, device=layout.device)
     weight = given.reshape(-1).to(layout.dtype)
     return weight if selection.order is None else weight.index_select(0, selection.order)
 
 
-def _group_weight(layout: Layout, selection: Selection, given: Tensor | None, of_rows: bool) -> Tensor:
-    """-> (G,)"""
+def _group_weight(layout: Layout, selection: Selection, given: Tensor | None, of_rows: bool) -> Tensor | None:
+    """-> (G,); None: all the same, of a direct call"""
     n = selection.n_groups
     if given is not None:
         weight = given.detach().to(layout.dtype)
         checks.all_finite("group_weight", weight)
     elif of_rows and selection.lengths is not None:  # rows that were dropped are groups that count for nothing
         weight = torch.tensor(selection.lengths, dtype=layout.dtype, device=layout.device) / max(selection.n_rows, 1)
+    elif layout.direct:
+        return None
     else:
         weight = torch.full((n,), 1 / max(n, 1), dtype=layout.dtype, device=layout.device)
     if len(weight) != n:

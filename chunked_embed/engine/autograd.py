@@ -80,7 +80,7 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, call: Call, loss: RowLoss | GroupLoss, metrics: Named, *tensors: Tensor) -> Tensor:
         wanted = call.layout.any_grad
         ctx.dtypes = [t.dtype for t in tensors]
-        with torch.autocast(call.layout.device.type, enabled=False):
+        with call.layout.no_autocast():
             value, found, grads, ctx.scale = loss.run(call, tensors, wanted)
         metrics.update(found)
         if wanted:
@@ -108,7 +108,7 @@ class ChunkedScores(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # what nothing depends on has no upstream
         (block,) = call.plan.blocks
         keep = call.plan.keeps_outputs and call.layout.any_grad
-        with torch.autocast(call.layout.device.type, enabled=False):
+        with call.layout.no_autocast():
             scored = Sweep(call, tensors, holds=keep).score(block.spans, keep)
         results, rowlike = [], []
         for label, named in scored.rows.items():
@@ -154,7 +154,7 @@ class ChunkedScores(torch.autograd.Function):
                 elif by_row:
                     upstream[label][name] = grad if selection.order is None else grad.index_select(0, selection.order)
                 else:
-                    upstream[label][name] = to_rows(grad, call, block, label)
+                    upstream[label] |= to_rows({name: grad}, call, block, label)
             sweep.pull(block.spans, scored, upstream, of_columns)
             # Gradients took the outputs' place: a second backward forms them again.
             ctx.scored = Scored({}, scored.columns, scored.parts, [{} for _ in scored.chunks])

@@ -76,7 +76,6 @@ def read(
     Raises:
         TypeError: not a Projection, a dict or a tensor where one belongs.
     """
-    _refuse_transforms()
     single = isinstance(projections, Projection)
     if not isinstance(projections, (Projection, Mapping)):
         got = type(projections).__name__
@@ -99,6 +98,60 @@ def read(
         if weight is not None and not isinstance(weight, Tensor):
             raise TypeError(f"expected {name} to be a tensor, got {type(weight).__name__}")
     return Arguments(structure, reader.tensors, {name: w for name, w in weights.items() if w is not None})
+
+
+def signature(
+    projections: Any,
+    named: tuple[Tensors | None, ...],
+    weights: Mapping[str, Tensor | None],
+) -> tuple[Hashable, list[Tensor]] | None:
+    """What tells the calls of a loss apart, without a check of them, and their tensors one after the other. None: a
+    call out of the ordinary, for ``read``.
+
+    Args:
+        named: rows, columns, groups, numbers.
+    """
+    tensors: list[Any] = []
+    told: list[Any] = []
+    if type(projections) is Projection:
+        of_projections: Any = ((None, projections),)
+    elif type(projections) is dict:
+        of_projections = projections.items()
+    else:
+        return None
+    for name, p in of_projections:
+        if type(p) is not Projection or type(p.extra) is not tuple:
+            return None
+        told += (name, p.weight is None, p.bias is None, len(p.extra), p.cosine, p.dtype)
+        tensors.append(p.input)
+        if p.weight is not None:
+            tensors.append(p.weight)
+        if p.bias is not None:
+            tensors.append(p.bias)
+        for pair in p.extra:
+            tensors += pair
+    for given in named:
+        if given is None:
+            told.append(None)
+        elif type(given) is dict:
+            told.append(tuple(given))
+            tensors += given.values()
+        else:
+            return None
+    for name, weight in weights.items():
+        if weight is not None:
+            told.append(name)
+            tensors.append(weight)
+    places = {id(t): n for n, t in enumerate(tensors)}
+    if len(places) < len(tensors):
+        told.append(tuple([places[id(t)] for t in tensors]))
+    try:
+        told += [(t.shape, t.dtype, t.device, t.requires_grad, t.layout, type(t)) for t in tensors]
+        key = (*told, torch.is_grad_enabled(), autocast_dtype(tensors[0].device))
+        hash(key)
+    except (AttributeError, TypeError, IndexError):
+        return None
+    return key, tensors
 
 
 class _Reader:
@@ -165,7 +218,7 @@ def operand_dtype(given: torch.dtype, device: torch.device) -> torch.dtype:
     return given if given == torch.float64 else autocast_dtype(device) or given
 
 
-def _refuse_transforms() -> None:
+def refuse_transforms() -> None:
     if torch.compiler.is_exporting():
         raise RuntimeError("a chunked loss cannot be exported: its chunk plan depends on the batch")
     if torch._C._functorch.maybe_current_level() is not None:

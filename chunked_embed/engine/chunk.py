@@ -82,6 +82,11 @@ class Chunk:
     def spec(self, name: str | None = None) -> Spec:
         return self.sweep.layout.specs[self.names[0] if name is None else name]
 
+    @property
+    def forms_outputs(self) -> bool:
+        """Whether the plan counts them: ``Needs.forms_outputs`` of the step."""
+        return next(unit for unit in self.sweep.layout.units if self.names[0] in unit.names).needs.forms_outputs
+
     def operands(self, name: str | None = None) -> tuple[tuple[tuple[Tensor, Tensor | None], ...], Tensor | None]:
         """-> the ``(input, weight)`` terms of a projection, the chunk's rows of the inputs, and its bias: for steps
         with products of their own."""

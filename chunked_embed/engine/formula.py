@@ -114,6 +114,29 @@ def attribute(self: Any, name: str) -> Any:
     return nn.Module.__getattr__(self, name)
 
 
+def view_of(loss: Any, functions: Functions, extra: Mapping[str, Any] | None = None) -> Any:
+    """A snapshot of a loss whose functions are known."""
+    return _view(loss, functions.methods, extra)
+
+
+def _view(loss: Any, methods: tuple[tuple[str, Any], ...], extra: Mapping[str, Any] | None) -> Any:
+    kind = type(loss)
+    view: Any = object.__new__(kind)
+    own = view.__dict__
+    own.update(loss.__dict__)
+    for store in STORES:
+        if store in own:
+            own[store] = dict(own[store])
+    for _, slot in slots(kind):
+        with suppress(AttributeError):  # never set
+            slot.__set__(view, slot.__get__(loss, kind))
+    for name, function in methods:
+        own[name] = MethodType(function, view)
+    if extra:
+        own.update(extra)
+    return view
+
+
 class Formula:
     """The functions of one loss in one call, and their numbers."""
 
@@ -133,29 +156,18 @@ class Formula:
             extra: further attributes, in this call alone.
         """
         kind = type(loss)
-        view: Any = object.__new__(kind)
+        # Whose self is the user's object, past any snapshot.
+        methods = [(n, v.__func__) for n, v in loss.__dict__.items() if type(v) is MethodType and v.__self__ is loss]
+        view = _view(loss, tuple(methods), extra)
         own = view.__dict__
-        own.update(loss.__dict__)
-        for store in STORES:
-            if store in own:
-                own[store] = dict(own[store])
-        for _, slot in slots(kind):
-            with suppress(AttributeError):  # never set
-                slot.__set__(view, slot.__get__(loss, kind))
-        methods = tuple(
-            [(n, v.__func__) for n, v in own.items() if type(v) is MethodType and v.__self__ is loss]
-        )  # whose self is the user's object, past any snapshot
-        for name, function in methods:
-            own[name] = MethodType(function, view)
-        if extra:
-            own.update(extra)
         given = own.get("_functions")
         plain: tuple = _NO_PLAIN
         if given and any(function is not None for function in given.values()):
             numbers = (*own.get("_numbers", ()), *(extra or ()))
             plain = tuple([(f, keywords(f, numbers)) for f in (given.get(name) for name in NAMES)])
         of_class = tuple([name not in own and type(_raw(kind, name)) is FunctionType for name in NAMES])
-        return cls(view, Functions(kind, methods, plain, of_class), _key(kind, methods, plain, of_class))
+        functions = Functions(kind, tuple(methods), plain, of_class)
+        return cls(view, functions, _key(*functions))
 
     def with_attributes(self, extra: Mapping[str, Any]) -> Formula:
         """The same functions on a view that has these attributes too."""
@@ -172,7 +184,7 @@ class Formula:
 
     def all_functions(self) -> Iterator[Callable]:
         """Every function that may run, unwrapped: for messages, and to know the same code again."""
-        for cls in _own_classes(self.functions.cls):
+        for cls in own_classes(self.functions.cls):
             for name, value in vars(cls).items():
                 if name not in _OUTSIDE:
                     yield from _unwrapped(value)
@@ -242,7 +254,7 @@ def _raw(cls: type, name: str) -> Any:
     return None
 
 
-def _own_classes(cls: type) -> list[type]:
+def own_classes(cls: type) -> list[type]:
     return [c for c in cls.__mro__ if c not in BASES]
 
 
@@ -297,7 +309,7 @@ def _unwrapped(value: Any) -> Iterator[Any]:
 def _class_data(cls: type) -> list[str]:
     return [
         name
-        for c in _own_classes(cls)
+        for c in own_classes(cls)
         for name, value in vars(c).items()
         if not name.startswith("__") and name != "_abc_impl" and _is_data(type(value))
     ]
@@ -359,7 +371,7 @@ def notes_all(formula: Formula) -> bool:
     cls: Any = formula.functions.cls
     if cls.__getattr__ is not attribute or cls.__getattribute__ is not object.__getattribute__:
         return False
-    for c in _own_classes(cls):
+    for c in own_classes(cls):
         for value in vars(c).values():
             kind = type(value)
             known = kind is FunctionType or kind in _WRAPPERS or kind is MemberDescriptorType or _is_data(kind)

@@ -64,6 +64,16 @@ class Form:
             raise ValueError(f"expected element_fn to return {list(self.totals.names)}, got {list(found)}")
         return found
 
+    def whole(self, bound: Bound, outputs: Named, rows: Named, columns: Named) -> tuple[Named, Named]:
+        """Values of rows, and of columns, where all rows are there."""
+        size = len(next(iter(outputs.values())))
+        values = self.values(bound, outputs, rows, columns)
+        elements = self.elements(bound, outputs, rows, columns)
+        values |= {name: _reduce(how, elements[name], 1) for name, how in self.totals.rows}
+        for name, value in values.items():
+            check_entries(name, value, size)
+        return values, {name: _reduce(how, elements[name], 0) for name, how in self.totals.columns}
+
     def _call(self, function: Callable, outputs: Named, rows: Named, columns: Named) -> Any:
         given = next(iter(outputs.values())) if self.single else outputs
         return function(given, rows, columns)
@@ -83,6 +93,21 @@ def check_per_row(what: str, value: Any, rows: int) -> None:
         raise ValueError(
             f"expected {what} to return one value per row, (R,) for outputs (R, V){and_metrics}, "
             f"got {got} for R = {rows}"
+        )
+
+
+def check_is_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected {name.removeprefix(METRIC)!r} to be a tensor, got {type(value).__name__}")
+
+
+def check_entries(name: str, value: Any, rows: int) -> None:
+    check_is_tensor(name, value)
+    if value.dim() == 0 or len(value) != rows:
+        got = "a scalar" if value.dim() == 0 else tuple(value.shape)
+        raise ValueError(
+            f"expected metric {name.removeprefix(METRIC)!r} of a row-wise loss to have one entry per row, ({rows},), "
+            f"got {got}"
         )
 
 
@@ -178,8 +203,7 @@ def _factored(outputs: Named, of_rows: Named, of_columns: Named) -> Named:
 def _own(named: Mapping[str, Tensor]) -> Named:
     """Copies: a value that is a view of the outputs would change when their gradient takes their place."""
     for name, value in named.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"expected {name.removeprefix(METRIC)!r} to be a tensor, got {type(value).__name__}")
+        check_is_tensor(name, value)
     return {name: value.detach().clone() for name, value in named.items()}
 
 
@@ -414,12 +438,7 @@ def _padded(part: Tensor, size: int, filler: Tensor) -> Tensor:
 def _collect(pieces: dict[str, list[Tensor]], new: Named, n: int, size: int) -> None:
     """Keep the real rows of a tile: the first ``n`` of ``size``."""
     for name, value in new.items():
-        if value.dim() == 0 or len(value) != size:
-            got = "a scalar" if value.dim() == 0 else tuple(value.shape)
-            raise ValueError(
-                f"expected metric {name.removeprefix(METRIC)!r} of a row-wise loss to have one entry per row, "
-                f"({size},), got {got}"
-            )
+        check_entries(name, value, size)
         pieces.setdefault(name, []).append(value[:n])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -44,7 +43,6 @@ class Gradients:
         self.powers = powers
         self.buffers: dict[int, Tensor] = {}
         self.fresh: set[int] = set()  # sums whose first product overwrites instead of adding
-        self.row_uses = Counter(term.input for spec in layout.specs.values() for term in spec.terms)
 
     def _dtype(self, i: int) -> torch.dtype:
         dtype = self.sums[i]
@@ -62,7 +60,7 @@ class Gradients:
     def destination(self, i: int, span: Span, rows: int) -> Tensor:
         """Where a step may write the gradient of an identity's rows: the gradient itself if nothing else goes there."""
         buffer = self.row_buffer(i)
-        if self.selection.order is None and self.row_uses[i] == 1 and rows == span.rows:
+        if self.selection.order is None and self.layout.input_uses[i] == 1 and rows == span.rows:
             return buffer[span.start : span.stop]
         return torch.empty(rows, *buffer.shape[1:], dtype=buffer.dtype, device=buffer.device)
 
@@ -141,7 +139,11 @@ def scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     if factor is None:
         return grad.to(dtype)
     result = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
-    rows = grad.shape[0] if grad.numel() < BLOCK else max(1, BLOCK * grad.shape[0] // grad.numel())
-    for part, out in zip(grad.contiguous().split(rows), result.split(rows), strict=True):
+    grad = grad.contiguous()
+    if grad.numel() < BLOCK:
+        scale_(grad, factor, result)
+        return result
+    rows = max(1, BLOCK * grad.shape[0] // grad.numel())
+    for part, out in zip(grad.split(rows), result.split(rows), strict=True):
         scale_(part, factor, out)
     return result

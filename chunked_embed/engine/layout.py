@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from .. import checks
 from ..chunking import Chunking
 from ..kernels.norms import of_length_one
-from .call import Arguments, Positions, Structure, Term, label_of, operand_dtype
+from .call import Arguments, Positions, Structure, Term, autocast_dtype, label_of, operand_dtype
 from .recent import Recent
 from .step import Needs, Shape, Step
 from .types import HALF, accumulator_dtype
@@ -67,6 +68,12 @@ class Spec:
     def identity(self) -> bool:
         return self.terms[0].weight is None
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Of its tensors."""
+        of_terms = [i for term in self.terms for i in term if i is not None]
+        return (*of_terms, *(() if self.bias is None else (self.bias,)))
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -100,17 +107,20 @@ class Layout:
     shapes: tuple[torch.Size, ...]
     dtypes: tuple[torch.dtype, ...]
     wants_grad: tuple[bool, ...]
+    autocast: bool  # is on, and to be turned off inside
     rowlike: frozenset[int]
     normed: frozenset[int]  # those whose inverse norms are factors of outputs
     cast: dict[int, torch.dtype]  # operands that autocast converts
     compiled: bool
+    at_once: int  # bytes of all outputs in float32, and of operands that are cast to it
+    small: bool  # so that chunks and compiled steps are a detour: see ``direct.py``
     options: Options
     n_groups: int | None  # that group arguments tell of
+    direct: bool = False  # small, and of plain functions
     units: tuple[Unit, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)  # units whose own step does not serve, and why
-    plans: Recent[Hashable, Any] = field(
-        default_factory=Recent
-    )  # of calls without segments: few numbers tell these apart
+    # Of calls without segments: few numbers tell these apart.
+    plans: Recent[Hashable, Any] = field(default_factory=Recent)
 
     @cached_property
     def n_rows(self) -> int:
@@ -134,9 +144,24 @@ class Layout:
         return any(self.wants_grad)
 
     @cached_property
+    def learning(self) -> tuple[int, ...]:
+        """Positions of the tensors that want a gradient."""
+        return tuple(i for i, wants in enumerate(self.wants_grad) if wants)
+
+    @cached_property
     def wanted(self) -> tuple[str, ...]:
         """Row and column arguments that want a gradient."""
         return tuple(n for named in (self.rows, self.columns) for n, i in named.items() if self.wants_grad[i])
+
+    @cached_property
+    def formed(self) -> tuple[Spec, ...]:
+        """The projections with a product."""
+        return tuple(spec for spec in self.specs.values() if not spec.identity)
+
+    @cached_property
+    def input_uses(self) -> Mapping[int, int]:
+        """How many terms each input is part of."""
+        return Counter(term.input for spec in self.specs.values() for term in spec.terms)
 
     @cached_property
     def has_float16(self) -> bool:
@@ -145,26 +170,54 @@ class Layout:
     @cached_property
     def all_identity(self) -> bool:
         """There is no product to save by taking gradients while the outputs are there."""
-        return all(spec.identity for spec in self.specs.values())
+        return not self.formed
 
     def operand_dtype(self, i: int) -> torch.dtype:
         return self.cast.get(i, self.dtypes[i])
 
+    def no_autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, enabled=False) if self.autocast else nullcontext()
+
     def flat(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Tensors as autograd sees them: row-aligned ones ``(M, ...)``."""
         n = len(self.leading)
-        return [t.flatten(0, n - 1) if i in self.rowlike and n > 1 else t for i, t in enumerate(tensors)]
+        if n == 1:
+            return list(tensors)
+        return [t.flatten(0, n - 1) if i in self.rowlike else t for i, t in enumerate(tensors)]
 
     def powers(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
         """``(N,)``, what multiplies the rows of float16 operands of cosines: brought to a length of one, exactly,
         neither they nor their gradients leave its range, whatever their norms are."""
+        if not (self.normed and self.has_float16):
+            return {}
         narrow = [i for i in sorted(self.normed) if self.operand_dtype(i) == torch.float16]
         return {i: of_length_one(tensors[i].detach()) for i in narrow}
 
     def operands(self, tensors: Sequence[Tensor], powers: Mapping[int, Tensor]) -> list[Tensor]:
         """Detached tensors in the dtype of the products. A tensor that autocast converts is converted once."""
-        given = [t.detach() * powers[i][:, None] if i in powers else t.detach() for i, t in enumerate(tensors)]
-        return [t.to(self.operand_dtype(i)) for i, t in enumerate(given)]
+        given = [t.detach() for t in tensors]
+        for i, power in powers.items():
+            given[i] = (given[i] * power[:, None]).to(self.operand_dtype(i))
+        for i, dtype in self.cast.items():
+            given[i] = given[i].to(dtype)
+        return given
+
+    @cached_property
+    def widened(self) -> frozenset[int]:
+        """Positions of what functions see in another dtype, where all of it is there at once."""
+        operands = {i for spec in self.specs.values() for i in spec.positions}
+        return frozenset(
+            i
+            for i in (*sorted(operands), *self.learning)
+            if i in self.cast or accumulator_dtype(self.dtypes[i]) != self.dtypes[i]
+        )
+
+    def seen(self, i: int, t: Tensor) -> Tensor:
+        """A tensor rounded as an operand is, in the dtype in which functions see it. Rows of cosines are not rounded to
+        float16, which may not hold them: a chunk rounds them at a length of one."""
+        dtype = self.operand_dtype(i)
+        operand = t if i in self.normed and dtype == torch.float16 else t.to(dtype)
+        return operand.to(accumulator_dtype(operand.dtype))
 
     def shape_of(self, names: Sequence[str]) -> Shape:
         specs = [self.specs[name] for name in names]
@@ -178,6 +231,8 @@ class Layout:
             compiled=self.compiled,
             columns=bool(self.columns),
             grad=self.wanted,
+            learns=self.any_grad,
+            terms=max(len(spec.terms) for spec in specs),
         )
 
     @cached_property
@@ -206,7 +261,9 @@ class Layout:
 
 
 TARGET = "target"  # the row argument that is a target without being named as one
-SMALL_BYTES = 4 << 20  # outputs of a whole call in float32 below which chunks and compiled steps are a detour
+# Outputs in float32, and operands that are cast to it, of a whole call: up to here chunks are a detour.
+DIRECT_BYTES = {"cuda": 32 << 20, "cpu": 16 << 20}
+KERNEL_BYTES = 8 << 20  # the same, where kernels do the steps: they start sooner than what has to be compiled
 
 
 def build(arguments: Arguments, options: Options) -> Layout:
@@ -223,15 +280,17 @@ def choose(
     layout: Layout, labels: Mapping[str, tuple[str, ...]], made: Mapping[str, Step | None], plain: Mapping[str, Step]
 ) -> None:
     """Ask each step what it needs, once a layout: units of projections, and where a step of the loss's own refuses."""
+    if layout.small and layout.at_once > KERNEL_BYTES:
+        shapes = {label: layout.shape_of(names)._replace(compiled=True) for label, names in labels.items()}
+        if all(step is not None and _refusal(step, shapes[label]) is None for label, step in made.items()):
+            layout.small, layout.compiled = False, True
     units = []
     for label, names in labels.items():
         step, shape = made[label] or plain[label], layout.shape_of(names)
+        if (refusal := _refusal(step, shape)) is not None:
+            layout.refused[label] = f"{type(step).__name__}: {refusal}"
+            step = plain[label]
         needs = step.needs(shape)
-        if shape.cosine and not step.takes_factors:
-            needs = Needs("does not multiply outputs by norms, as cosine=True asks")
-        if needs.refusal is not None:
-            layout.refused[label] = f"{type(step).__name__}: {needs.refusal}"
-            step, needs = plain[label], plain[label].needs(shape)
         trains = any(layout.specs[name].wants_grad for name in names)
         pieces = tuple((name,) for name in names) if step.merges else (names,)
         for spec in (layout.specs[name] for name in names if not layout.specs[name].identity):  # the user's own tensor
@@ -239,6 +298,13 @@ def choose(
             layout.specs[spec.name] = replace(spec, in_place=in_place)
         units.append(Unit(label, pieces, trains, trains or bool(layout.wanted), needs))
     layout.units = tuple(units)
+    layout.direct = layout.small and all(made[label] is None or label in layout.refused for label in labels)
+
+
+def _refusal(step: Step, shape: Shape) -> str | None:
+    if shape.cosine and not step.takes_factors:
+        return "does not multiply outputs by norms, as cosine=True asks"
+    return step.needs(shape).refusal
 
 
 class _Builder:
@@ -268,10 +334,9 @@ class _Builder:
         grad = torch.is_grad_enabled()
         inputs = {t.input for spec in specs.values() for t in spec.terms}
         normed = {i for spec in specs.values() if spec.cosine for term in spec.terms for i in term if i is not None}
-        elements = self.n_rows * sum(spec.width for spec in specs.values())
         chunking = self.options.chunking
-        free = chunking.compiled is None and chunking.chunk_size is None and chunking.max_chunk_bytes is None
-        small = free and 4 * elements <= SMALL_BYTES
+        at_once = self.bytes_at_once(specs)
+        small = not chunking.stated and at_once <= DIRECT_BYTES.get(self.device.type, 0)
         wide = any(spec.operand_dtype == torch.float64 for spec in specs.values())
         return Layout(
             leading=self.leading,
@@ -286,10 +351,13 @@ class _Builder:
             shapes=tuple(t.shape for t in tensors),
             dtypes=tuple(t.dtype for t in tensors),
             wants_grad=tuple(grad and t.requires_grad for t in tensors),
+            autocast=autocast_dtype(self.device) is not None,
             rowlike=frozenset(inputs | {i for _, i in structure.rows}),
             normed=frozenset(normed),
             cast=self.cast,
             compiled=not small if chunking.compiled is None else chunking.compiled,
+            at_once=at_once,
+            small=small,
             options=self.options,
             n_groups=self.groups(),
         )
@@ -297,6 +365,13 @@ class _Builder:
     @property
     def n_rows(self) -> int:
         return math.prod(self.leading)
+
+    def bytes_at_once(self, specs: Mapping[str, Spec]) -> int:
+        """Outputs in float32, and operands that are cast to it."""
+        formed = [spec for spec in specs.values() if not spec.identity]
+        narrow = {i for spec in formed if spec.operand_dtype in HALF for i in spec.positions}
+        outputs = self.n_rows * sum(spec.width for spec in specs.values())
+        return 4 * (outputs + sum(self.tensors[i].numel() for i in narrow))
 
     def projection(self, positions: Positions) -> Spec:
         name, terms, bias, cosine, asked = positions
@@ -327,9 +402,9 @@ class _Builder:
                 raise ValueError(f"expected bias{label} of shape ({width},), got {tuple(tensors[bias].shape)}")
         dtype = checks.one_dtype("the tensors of a projection", dtypes)
         widened = self.options.chunking.float32_outputs and dtype in HALF
-        used = [i for term in terms for i in term if i is not None] + ([] if bias is None else [bias])
-        wants = torch.is_grad_enabled() and any(tensors[i].requires_grad for i in used)
-        return Spec(name, terms, bias, width, dtype, accumulator_dtype(dtype) if widened else dtype, wants, cosine)
+        spec = Spec(name, terms, bias, width, dtype, accumulator_dtype(dtype) if widened else dtype, False, cosine)
+        wants = torch.is_grad_enabled() and any(tensors[i].requires_grad for i in spec.positions)
+        return replace(spec, wants_grad=wants)
 
     def operand(self, i: int, name: str, asked: torch.dtype | None) -> torch.dtype:
         given = checks.tensor(name, self.tensors[i], device=self.device, kind="floating").dtype

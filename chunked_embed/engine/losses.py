@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .functions import grad_or_zero, split_metrics, weighted
-from .pack import Block
+from .pack import Block, Packed
 from .step import LOSS, METRIC
 from .sweep import Call, Sweep, join
 from .types import HALF, Named
@@ -26,10 +26,11 @@ Found = tuple[Tensor, Named, list[Tensor | None], Tensor | None]
 class RowLoss:
     """A row-wise loss: the weight of each used row."""
 
-    weight: Tensor  # (used rows,)
+    weight: Tensor | None  # (used rows,); None, of a direct call: their mean
 
     def run(self, call: Call, tensors: Sequence[Tensor], with_grad: bool) -> Found:
         """One pass over the chunks."""
+        assert self.weight is not None
         sweep = Sweep(call, tensors, with_grad)
         spans = [span for block in call.plan.blocks for span in block.spans]
         scale = sweep.scale_for([self.weight]) if with_grad else None
@@ -43,7 +44,7 @@ class RowLoss:
 
     def of(self, values: Named, call: Call) -> tuple[Tensor, Named]:
         """The loss of the used rows' values, and metrics in the user's order."""
-        loss = weighted(values[LOSS], self.weight).to(call.layout.dtype)
+        loss = mean_or_weighted(values[LOSS], self.weight).to(call.layout.dtype)
         named = {name: value for name, value in values.items() if name != LOSS}
         return loss, {name.removeprefix(METRIC): in_user_order(call, v.detach()) for name, v in named.items()}
 
@@ -53,7 +54,7 @@ class GroupLoss:
     """A loss over the scores of groups, differentiated by ordinary autograd: its tensors are small."""
 
     loss_fn: Callable[[Any, Named], Any]  # (scores, groups)
-    weight: Tensor  # (G,)
+    weight: Tensor | None  # (G,); None, of a direct call: their mean
     weighted: bool  # by the user
     of_rows: bool  # each row is a group of its own
     couples: bool
@@ -62,6 +63,7 @@ class GroupLoss:
 
     def run(self, call: Call, tensors: Sequence[Tensor], with_grad: bool) -> Found:
         """For each block of groups: scores, the small loss and its gradient, and the scores' gradient."""
+        assert self.weight is not None
         sweep = Sweep(call, tensors, with_grad)
         scale = sweep.scale_for([self.weight]) if with_grad else None
         weight = self.weight if scale is None else self.weight / scale
@@ -84,7 +86,14 @@ class GroupLoss:
             label: {name: by_segment(v, call, block, label) for name, v in named.items()}
             for label, named in scored.rows.items()
         }
-        trained = {label: [n for n, v in named.items() if v.is_floating_point()] for label, named in scores.items()}
+        trained = {
+            unit.label: [
+                name
+                for name, v in scores[unit.label].items()
+                if unit.pulled and v.is_floating_point() and name not in call.steps[unit.label].constants
+            ]
+            for unit in layout.units
+        }
         leaves = [scores[label][name].requires_grad_(with_grad) for label in trained for name in trained[label]]
         here = widened({name: t.detach()[block.start : block.stop] for name, t in groups.items()})
         wanted = {name: here[name] for name in here if layout.wants_grad[self.groups[name]]}
@@ -98,9 +107,9 @@ class GroupLoss:
             return value, metrics, {}
         grads = grad_or_zero(value, leaves + list(wanted.values()))
         flat = iter(grads[: len(leaves)])
-        upstream = {
-            label: {name: to_rows(next(flat), call, block, label) for name in names} for label, names in trained.items()
-        }
+        upstream = {label: {name: next(flat) for name in names} for label, names in trained.items()}
+        for label, named in upstream.items():
+            upstream[label] = to_rows(named, call, block, label)
         sweep.pull(block.spans, scored, upstream, {})
         return value.detach(), metrics, dict(zip(wanted, grads[len(leaves) :]))
 
@@ -130,14 +139,28 @@ def widened(groups: Named) -> Named:
     return {name: t.float() if t.dtype in HALF else t for name, t in groups.items()}
 
 
+def mean_or_weighted(values: Tensor, weight: Tensor | None) -> Tensor:
+    """One number of the values of rows or groups."""
+    if weight is not None:
+        return weighted(values, weight)
+    return values.mean() if len(values) else values.sum()
+
+
 def as_metrics(metrics: Named, dtype: torch.dtype) -> Named:
-    return {name: v.detach().to(dtype) if v.is_floating_point() else v.detach() for name, v in metrics.items()}
+    found = {name: v.detach() for name, v in metrics.items()}
+    alike: dict[Any, list[str]] = {}
+    for name, v in found.items():
+        if v.is_floating_point() and v.dtype != dtype:
+            alike.setdefault((v.shape, v.dtype, v.device), []).append(name)
+    for names in alike.values():  # in one operation
+        found.update(zip(names, torch.stack([found[name] for name in names]).to(dtype)))
+    return found
 
 
 # --- rows and segments -----------------------------------------------------------------------------------------------
 
 
-def by_segment(values: Tensor, call: Call, block: Block, label: str) -> Tensor:
+def by_segment(values: Tensor, call: Packed, block: Block, label: str) -> Tensor:
     """(rows of the block,) -> (groups, segments): rows of a segment added up; empty segments are zero.
 
     Sums are float64, as is the small loss on them: it takes differences of log-probabilities of thousands of tokens.
@@ -147,32 +170,31 @@ def by_segment(values: Tensor, call: Call, block: Block, label: str) -> Tensor:
     per_group = selection.segments_per_group
     if selection.lengths is None or call.layout.unit(label).needs.rows == "whole segments":
         return values.reshape(-1, per_group, *values.shape[1:])
-    here = selection.lengths[block.start * per_group : block.stop * per_group]
-    lengths = torch.tensor(here, dtype=torch.int64).to(values.device, non_blocking=True)
-    return torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True, initial=0).view(-1, per_group)
+    offsets = selection.offsets_of(block)
+    return torch.segment_reduce(values.double(), "sum", offsets=offsets, unsafe=True, initial=0).view(-1, per_group)
 
 
-def to_rows(values: Tensor, call: Call, block: Block, label: str) -> Tensor:
+def to_rows(named: Named, call: Packed, block: Block, label: str) -> Named:
     """(groups, segments) -> (rows of the block,): the gradient of ``by_segment``. Of whole segments, one for each."""
     selection, dtype = call.selection, call.layout.dtype
-    flat = values.reshape(-1, *values.shape[2:]).to(dtype)
-    if selection.segment is None or call.layout.unit(label).needs.rows == "whole segments":
-        return flat
-    rows = block.rows
-    return flat.index_select(0, selection.segment[rows.start : rows.stop] - block.start * selection.segments_per_group)
+    if not named or selection.segment is None or call.layout.unit(label).needs.rows == "whole segments":
+        return {name: value.reshape(-1, *value.shape[2:]).to(dtype) for name, value in named.items()}
+    rows, first = block.rows, block.start * selection.segments_per_group
+    segment = selection.segment[rows.start : rows.stop]
+    together = torch.stack([value.reshape(-1) for value in named.values()]).to(dtype)
+    return dict(zip(named, together.index_select(1, segment - first if first else segment)))
 
 
-def rows_of_segments(call: Call, block: Block) -> Tensor:
+def rows_of_segments(call: Packed, block: Block) -> Tensor:
     """(groups, segments): how many rows each has."""
     selection, layout = call.selection, call.layout
     per_group = selection.segments_per_group
     if selection.lengths is None:
         return torch.ones(block.stop - block.start, per_group, dtype=layout.dtype, device=layout.device)
-    lengths = torch.tensor(selection.lengths[block.start * per_group : block.stop * per_group], dtype=layout.dtype)
-    return lengths.view(-1, per_group).to(layout.device, non_blocking=True)
+    return selection.offsets_of(block).diff().view(-1, per_group).to(layout.dtype)
 
 
-def in_user_order(call: Call, value: Tensor, flat: bool = False) -> Tensor:
+def in_user_order(call: Packed, value: Tensor, flat: bool = False) -> Tensor:
     """(used rows, ...) -> the shape of the user's rows, zero where a row was dropped."""
     order, layout = call.selection.order, call.layout
     if order is not None:

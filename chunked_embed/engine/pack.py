@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,12 +28,28 @@ class Selection:
     order: Tensor | None = None  # positions of the used rows; None: all rows as they come
     segment: Tensor | None = None  # the segment of each used row, ascending; None: each row is one of its own
     lengths: list[int] | None = None  # rows of each segment; None likewise
+    offsets: Tensor | None = None  # (segments + 1,), the rows before each segment, on the device
+
+    def offsets_of(self, block: Block) -> Tensor:
+        """(segments of the block + 1,): the rows of the block before each."""
+        assert self.offsets is not None
+        k = self.segments_per_group
+        if not block.start:
+            return self.offsets[: block.stop * k + 1]
+        return self.offsets[block.start * k : block.stop * k + 1] - self.offsets[block.start * k]
 
     def group_ends(self) -> list[int]:
         """The row behind each group."""
         assert self.lengths is not None
         k = self.segments_per_group
         return list(accumulate(sum(self.lengths[i : i + k]) for i in range(0, len(self.lengths), k)))
+
+
+class Packed(Protocol):
+    """A call whose rows are selected."""
+
+    layout: Layout
+    selection: Selection
 
 
 @dataclass(frozen=True)
@@ -142,7 +159,8 @@ def _by_segment(layout: Layout, targets: Sequence[Tensor], segments: Tensor, kno
                 )
     order = None if ordered and not n_unused else torch.argsort(place, stable=True)[n_unused:]
     segment = segments if order is None else segments.index_select(0, order)
-    return Selection(layout.n_rows - n_unused, n_groups, per_group, order, segment, lengths)
+    offsets = counts[:-1].cumsum(0) - n_unused
+    return Selection(layout.n_rows - n_unused, n_groups, per_group, order, segment, lengths, offsets)
 
 
 def _counts(target: Tensor, ignored: int) -> Tensor:

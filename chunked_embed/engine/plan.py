@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from .layout import Layout, Spec, Unit
+from .layout import Layout, Spec
 from .pack import Block, Selection, pack
 
 CUDA_CHUNK_BYTES = (1 << 29, 5 << 28)  # least and most; between them, as much as the gradients take anyway
@@ -38,21 +38,34 @@ class ChunkPlan:
     A plain compiled ``loss_fn`` may add what inductor keeps beside its inputs.
     """
 
-    rows: int
     used_rows: int
     chunk_rows: int
     blocks: tuple[Block, ...]
-    products: int
     rungs: tuple[int, ...] | None  # the row counts of compiled steps; None: any
-    sums: tuple[torch.dtype | None, ...]  # the dtype in which each tensor's gradient is summed
-    chunk_bytes: int
-    gathered_bytes: int
-    gradient_bytes: int
-    peak_bytes: int
-    compiled: bool
     deferred: bool  # gradients are taken in backward
     keeps_outputs: bool  # from forward to backward
-    refusals: tuple[str, ...] = ()  # of kernels that would do the step, and do not serve here
+    row_wise: bool
+    row_bytes: int  # of a chunk
+    layout: Layout = field(repr=False, compare=False)
+    direct: bool = False  # by ordinary autograd, all at once: see ``direct.py``
+
+    @property
+    def rows(self) -> int:
+        return self.layout.n_rows
+
+    @property
+    def compiled(self) -> bool:
+        return self.layout.compiled
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """Of kernels that would do the step, and do not serve here."""
+        return tuple(self.layout.refused.values())
+
+    @property
+    def sums(self) -> tuple[torch.dtype | None, ...]:
+        """The dtype in which each tensor's gradient is summed."""
+        return self.layout.sums[self.chunks > 1]
 
     @property
     def chunks(self) -> int:
@@ -63,6 +76,41 @@ class ChunkPlan:
         again = self.deferred and not self.keeps_outputs
         return 2 if again or any(len(block.spans) > 1 for block in self.blocks) else 1
 
+    @property
+    def products(self) -> int:
+        layout, forwards = self.layout, 0
+        for unit in layout.units:
+            # Formed again: all that is pulled in a second pass; and what is frozen, which has no buffer of its own.
+            again = unit.pulled if self.passes > 1 else unit.pulled and not unit.trains and not self.row_wise
+            specs = [layout.specs[name] for name in unit.names]
+            forwards += sum(len(spec.terms) * (1 + again) for spec in specs if not spec.identity)
+        operands = [i for spec in layout.formed for term in spec.terms for i in term if i is not None]
+        return forwards + sum(layout.wants_grad[i] for i in operands)
+
+    @property
+    def chunk_bytes(self) -> int:
+        largest = max((span.rows for block in self.blocks for span in block.spans), default=0)
+        return padded_rows(largest, self.rungs) * self.row_bytes
+
+    @property
+    def gathered_bytes(self) -> int:
+        return _bytes(self.layout, self.sums)
+
+    @property
+    def gradient_bytes(self) -> int:
+        return _bytes(self.layout, self.layout.dtypes)
+
+    @property
+    def peak_bytes(self) -> int:
+        layout, chunk, gathered, returned = self.layout, self.chunk_bytes, self.gathered_bytes, self.gradient_bytes
+        if not layout.any_grad:
+            return chunk
+        # A gradient that is still to be scaled, or is wider than its tensor, is returned as a copy.
+        copied = returned if not self.deferred or gathered > returned else 0
+        cast = [(i, dtype) for i, dtype in layout.cast.items() if dtype != layout.dtypes[i]]
+        operands = sum(layout.shapes[i].numel() * dtype.itemsize for i, dtype in cast)
+        return operands + max(chunk + gathered, gathered + copied)
+
     def __str__(self) -> str:
         def size(n: int) -> str:
             return f"{n / 2**30:.2f} GiB" if n >= 2**28 else f"{n / 2**20:.2f} MiB"
@@ -72,7 +120,7 @@ class ChunkPlan:
             f"chunks        {self.chunks} of up to {self.chunk_rows} rows",
             f"passes        {self.passes}",
             f"products      {self.products} matrix products per chunk",
-            f"steps         {'compiled' if self.compiled else 'uncompiled'}",
+            f"steps         {'direct' if self.direct else 'compiled' if self.compiled else 'uncompiled'}",
             f"chunk         {size(self.chunk_bytes)}",
             f"gathered      {size(self.gathered_bytes)}",
             f"gradients     {size(self.gradient_bytes)}",
@@ -91,58 +139,32 @@ def make_plan(layout: Layout, selection: Selection, *, row_wise: bool, together:
 
 
 def _make_plan(layout: Layout, selection: Selection, row_wise: bool, together: bool) -> ChunkPlan:
-    returned = _bytes(layout, layout.dtypes)
     # Without products, taking gradients in backward costs little and holds nothing in between.
-    deferred = together or (row_wise and layout.all_identity and returned > SMALL_BYTES)
+    deferred = together or (row_wise and layout.all_identity and _bytes(layout, layout.dtypes) > SMALL_BYTES)
     per_row = bytes_per_row(layout, gathers=selection.order is not None)
     size, step_rows = rows_per_chunk(layout, per_row, selection.n_rows)
     if not deferred:
         size = max(size, longest_group(layout, selection, per_row))
-    rungs = ladder(layout, step_rows)
     blocks = pack(layout, selection, size, deferred)
-    n_chunks = sum(len(block.spans) for block in blocks)
-    largest = max((span.rows for block in blocks for span in block.spans), default=0)
-    chunk_bytes = padded_rows(largest, rungs) * per_row
-
-    sums = layout.sums[n_chunks > 1]
-    gathered = _bytes(layout, sums)
-    formed = [spec for spec in layout.specs.values() if not spec.identity]
-    # A Dense layer's outputs are as many as its inputs: in one chunk they may as well stay for backward.
-    inputs = {term.input for spec in formed for term in spec.terms}
-    n_inputs = sum(layout.shapes[i].numel() for i in inputs)
-    n_outputs = selection.n_rows * sum(spec.width for spec in formed)
-    keeps = deferred and n_chunks == 1 and 0 < n_outputs <= KEEP_RATIO * n_inputs
-    two_passes = (deferred and not keeps) or any(len(block.spans) > 1 for block in blocks)
-    forwards = 0
-    for unit in layout.units:
-        # Formed again: all that is pulled in a second pass; and what is frozen, which has no buffer of its own.
-        again = unit.pulled if two_passes else unit.pulled and not unit.trains and not row_wise
-        specs = [layout.specs[name] for name in unit.names]
-        forwards += sum(len(spec.terms) * (1 + again) for spec in specs if not spec.identity)
-    backwards = sum(layout.wants_grad[i] for spec in formed for term in spec.terms for i in term if i is not None)
-    # A gradient that is still to be scaled, or is wider than its tensor, is returned as a copy.
-    copied = returned if not deferred or gathered > returned else 0
-    cast = sum(
-        layout.shapes[i].numel() * dtype.itemsize for i, dtype in layout.cast.items() if dtype != layout.dtypes[i]
-    )
-    peak = cast + max(chunk_bytes + gathered, gathered + copied)
+    one = len(blocks) == 1 and len(blocks[0].spans) == 1
     return ChunkPlan(
-        rows=layout.n_rows,
         used_rows=selection.n_rows,
         chunk_rows=size,
         blocks=blocks,
-        products=forwards + backwards,
-        rungs=rungs,
-        sums=sums,
-        chunk_bytes=chunk_bytes,
-        gathered_bytes=gathered,
-        gradient_bytes=returned,
-        peak_bytes=peak if layout.any_grad else chunk_bytes,
-        compiled=layout.compiled,
+        rungs=ladder(layout, step_rows),
         deferred=deferred,
-        keeps_outputs=keeps,
-        refusals=tuple(layout.refused.values()),
+        keeps_outputs=deferred and one and _keeps(layout, selection.n_rows),
+        row_wise=row_wise,
+        row_bytes=per_row,
+        layout=layout,
     )
+
+
+def _keeps(layout: Layout, rows: int) -> bool:
+    """A Dense layer's outputs are as many as its inputs: in one chunk they may as well stay for backward."""
+    inputs = {term.input for spec in layout.formed for term in spec.terms}
+    n_inputs = sum(layout.shapes[i].numel() for i in inputs)
+    return 0 < rows * sum(spec.width for spec in layout.formed) <= KEEP_RATIO * n_inputs
 
 
 def _bytes(layout: Layout, dtypes: Sequence[torch.dtype | None]) -> int:
@@ -171,6 +193,12 @@ def bytes_per_output(layout: Layout, spec: Spec, gathers: bool) -> int:
 
 
 def bytes_per_row(layout: Layout, gathers: bool) -> int:
+    key = ("bytes a row", gathers)
+    found = layout.plans.found(key)
+    return layout.plans.keep(key, _bytes_per_row(layout, gathers), PLANS) if found is None else found
+
+
+def _bytes_per_row(layout: Layout, gathers: bool) -> int:
     """Bytes that one more row in a chunk costs, for the outputs of all units that are alive together."""
     trainable = frozen = 0
     for unit in layout.units:
@@ -185,6 +213,12 @@ def bytes_per_row(layout: Layout, gathers: bool) -> int:
 
 
 def rows_per_chunk(layout: Layout, per_row: int, rows: int) -> tuple[int, int]:
+    key = ("rows", per_row, rows)
+    found = layout.plans.found(key)
+    return found or layout.plans.keep(key, _rows_per_chunk(layout, per_row, rows), PLANS)
+
+
+def _rows_per_chunk(layout: Layout, per_row: int, rows: int) -> tuple[int, int]:
     """-> rows of a chunk, rows of the largest compiled step.
 
     As many as fit in the budget; or all of them, where that takes no more memory than chunks and their accumulators, or
@@ -266,13 +300,23 @@ def padded_rows(rows: int, rungs: tuple[int, ...] | None) -> int:
 # --- where outputs lie -----------------------------------------------------------------------------------------------
 
 
-def places(layout: Layout, capacity: int, held: Sequence[Unit]) -> tuple[dict[str, tuple[int, int]], list[int]]:
+Places = tuple[dict[str, tuple[int, int]], list[int]]
+
+
+def places(layout: Layout, capacity: int, holds: bool) -> Places:
     """-> where the outputs of each projection lie (a space that several may share, and so many bytes into it), and the
     bytes of each space.
 
-    Outputs of units in ``held`` stay from score to pull, and have a space of their own. The others are scored one after
-    the other through the space of the first that is held, before it is filled.
+    ``holds``: outputs of units that train stay from score to pull, and have a space of their own. The others are scored
+    one after the other through the space of the first that is held, before it is filled.
     """
+    key = ("places", capacity, holds)
+    found = layout.plans.found(key)
+    return found or layout.plans.keep(key, _places(layout, capacity, holds), PLANS)
+
+
+def _places(layout: Layout, capacity: int, holds: bool) -> Places:
+    held = [unit for unit in layout.units if unit.trains and holds]
 
     def size(spec: Spec) -> int:
         return -(-capacity * spec.width * spec.output_dtype.itemsize // ALIGNMENT) * ALIGNMENT

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.norms import inverse_norms
+from ..kernels.norms import inverse_norms_reference
+from .direct import Direct
 from .formula import NAMES, Formula
 from .functions import Form, FunctionStep, score_step
 from .layout import Spec
 from .look import look
 from .losses import GroupLoss, RowLoss
 from .products import mm
+from .step import Step
 from .sweep import Call
 from .types import Named, accumulator_dtype
 
@@ -23,9 +25,18 @@ ROWS = 2
 
 
 def look_at(
-    formulas: Mapping[str, Formula], form: Form, call: Call, tensors: list[Tensor], loss: RowLoss | GroupLoss | None
+    formulas: Mapping[str, Formula],
+    form: Form,
+    call: Direct | Call,
+    steps: Mapping[str, Step],
+    tensors: list[Tensor],
+    loss: RowLoss | GroupLoss | None,
+    twice: bool,
 ) -> None:
     """Look at the functions of a call: those of rows for each unit, with the values that they give at that of groups.
+
+    Args:
+        twice: functions of rows run again for the gradient.
 
     Raises:
         ValueError: what ``look`` says.
@@ -51,10 +62,10 @@ def look_at(
         given = {name: outputs[name] for name in unit.names}
         wanted = [name for name in unit.names if layout.specs[name].wants_grad]
         function = "score_fn" if form.kind == "scores" else "loss_fn"
-        if formula.has(function) and isinstance(call.steps[unit.label], FunctionStep):
+        if formula.has(function) and isinstance(steps[unit.label], FunctionStep):
             look(
                 of_rows, given, rows, columns, name=function, functions=_functions(formula), row_wise=True,
-                twice=form.kind == "scores" or call.plan.deferred, wanted=wanted,
+                twice=twice, wanted=wanted,
             )  # fmt: skip
         if isinstance(loss, GroupLoss) and formula.has("score_fn"):
             with torch.no_grad():
@@ -65,7 +76,7 @@ def look_at(
         _look_at_groups(loss, scores, call, tensors, _functions(next(iter(formulas.values()))))
 
 
-def _warn_of_ignored(call: Call, rows: Named) -> None:
+def _warn_of_ignored(call: Direct | Call, rows: Named) -> None:
     """Labels under a name that nobody said is a target would count where they are ignored, without a word."""
     options, order = call.layout.options, call.selection.order
     for name, value in rows.items() if options.targets is None else ():
@@ -88,7 +99,7 @@ def _functions(formula: Formula) -> list[Callable]:
 
 
 def _look_at_groups(
-    loss: GroupLoss, scores: Mapping[str, Named], call: Call, tensors: list[Tensor], functions: list[Callable]
+    loss: GroupLoss, scores: Mapping[str, Named], call: Direct | Call, tensors: list[Tensor], functions: list[Callable]
 ) -> None:
     layout, per_group = call.layout, call.selection.segments_per_group
     n = min(ROWS, call.selection.n_groups, *(len(v) for named in scores.values() for v in named.values()))
@@ -118,6 +129,6 @@ def _outputs(spec: Spec, operands: list[Tensor], order: Tensor) -> Tensor:
         weight = operands[term.weight]
         product = mm(x, weight.t(), out=x.new_empty(len(x), spec.width, dtype=spec.output_dtype)).to(dtype)
         if spec.cosine:
-            product *= inverse_norms(x)[:, None] * inverse_norms(weight)
+            product *= inverse_norms_reference(x)[:, None] * inverse_norms_reference(weight)
         total = total + product
     return total if spec.bias is None else total + operands[spec.bias]

@@ -6,7 +6,7 @@ A loss of plain functions gets a step from ``functions.py``. One with a kernel, 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -33,6 +33,8 @@ class Shape(NamedTuple):
     compiled: bool  # False: the user asked for plain torch, or the problem is too small to compile for
     columns: bool  # the call has column arguments
     grad: tuple[str, ...]  # row and column arguments that want a gradient
+    learns: bool  # anything of the call wants one
+    terms: int  # that a projection sums, at most
 
 
 class Needs(NamedTuple):
@@ -78,6 +80,9 @@ class Step:
 
     column_parts: Mapping[str, str] = {}
     """Parts ``(V,)`` that run over all rows: name -> how those of several chunks add up, "sum" or "logsumexp"."""
+
+    constants: Collection[str] = ()
+    """Scores without a gradient, such as metrics: a loss over groups is not asked for theirs."""
 
     def needs(self, shape: Shape) -> Needs:
         return Needs()

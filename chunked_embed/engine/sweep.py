@@ -63,8 +63,7 @@ class Sweep:
         )
         spans = [span for block in call.plan.blocks for span in block.spans]
         self.capacity = max((self.padded(span.rows) for span in spans), default=0)
-        held = [unit for unit in call.layout.units if unit.trains and holds]
-        self.places, self.sizes = places(call.layout, self.capacity, held)
+        self.places, self.sizes = places(call.layout, self.capacity, holds)
         self.spaces: dict[int, Tensor] = {}
 
     # --- the loop ---

@@ -61,16 +61,47 @@ class LossOutput(NamedTuple):
     @property
     def sums(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Each metric's sum over the units that count, and their number: what adds up over batches and processes."""
-        counts, found = self.counts or {}, {}
+        counts = self.counts or {}
+        alike: dict[tuple, list[str]] = {}
         for name, value in self.metrics.items():
-            count = counts[name] if name in counts else torch.ones_like(value)
-            found[name] = (value * count).sum(), count.sum()
-        return found
+            count = counts.get(name)
+            kind = None if count is None else (count.shape, count.dtype)
+            alike.setdefault((value.shape, value.dtype, value.device, kind), []).append(name)
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for names in alike.values():
+            first = names[0]
+            if len(names) < MANY or (first in counts and counts[first].shape != self.metrics[first].shape):
+                for name in names:
+                    value = self.metrics[name]
+                    count = counts[name] if name in counts else torch.ones_like(value)
+                    found[name] = (value * count).sum(), count.sum()
+                continue
+            values = torch.stack([self.metrics[name] for name in names])  # those of a kind: each operation is a launch
+            if first in counts:
+                of_each = torch.stack([counts[name] for name in names])
+                values, numbers = values * of_each, _sum_each(of_each)
+            else:
+                dtype = values.dtype if values.is_floating_point() else torch.int64
+                numbers = torch.full((), values[0].numel(), dtype=dtype, device=values.device).expand(len(names))
+            found |= zip(names, zip(_sum_each(values).unbind(0), numbers.unbind(0)))
+        return {name: found[name] for name in self.metrics}
 
     @property
     def means(self) -> dict[str, Tensor]:
         """Each metric's mean over the units that count; zero where there are none."""
-        return {name: total / count.clamp_min(1) for name, (total, count) in self.sums.items()}
+        sums = self.sums
+        if len(sums) < MANY or len({total.dtype for total, _ in sums.values()}) > 1:
+            return {name: total / count.clamp_min(1) for name, (total, count) in sums.items()}
+        totals, counts = (torch.stack(column) for column in zip(*sums.values()))
+        return dict(zip(sums, (totals / counts.clamp_min(1)).unbind(0)))
+
+
+MANY = 4
+"""Metrics from which on it pays to sum them together."""
+
+
+def _sum_each(tensors: Tensor) -> Tensor:  # (tensors, ...) -> (tensors,)
+    return tensors if tensors.dim() == 1 else tensors.sum(tuple(range(1, tensors.dim())))
 
 
 Projections: TypeAlias = Projection | Mapping[str, Projection]

@@ -45,7 +45,7 @@ def tilted(z: Tensor, rows: dict[str, Tensor], columns: dict[str, Tensor]) -> Te
     if "shift" in columns and len(columns["shift"]) == z.shape[1]:
         z = z + columns["shift"]
     if "mix" in rows and "basis" in columns and len(columns["basis"]) == z.shape[1]:
-        z = z + 0.3 * rows["mix"] @ columns["basis"].T
+        z = z + 0.3 * rows["mix"].to(z.dtype) @ columns["basis"].to(z.dtype).T  # in half precision only one may learn
     return z
 
 
@@ -269,14 +269,15 @@ class Tensors:
         return [leaf for leaf in self.leaves if leaf.requires_grad]
 
     @classmethod
-    def of(cls, draft: Draft, device: str = "cpu") -> Tensors:
-        return _Maker(draft, device).made
+    def of(cls, draft: Draft, device: str = "cpu", dtype: torch.dtype = torch.float64) -> Tensors:
+        return _Maker(draft, device, dtype).made
 
 
 class _Maker:
-    def __init__(self, draft: Draft, device: str) -> None:
+    def __init__(self, draft: Draft, device: str, dtype: torch.dtype) -> None:
         self.draft = draft
         self.device = device
+        self.dtype = dtype
         self.generator = torch.Generator().manual_seed(draft.seed)
         self.made = made = Tensors({}, {}, {})
         for side in draft.sides:
@@ -301,7 +302,7 @@ class _Maker:
             "every other": (*shape[:-1], 2 * shape[-1]),
             "expanded": (1, *shape[1:]),
         }.get(memory, shape)
-        values = torch.randn(stored, generator=self.generator, dtype=torch.float64).to(self.device)
+        values = torch.randn(stored, generator=self.generator, dtype=torch.float64).to(self.device, self.dtype)
         learns = self.draft.learns[len(self.made.leaves) % len(self.draft.learns)]
         leaf = values.requires_grad_(learns == "1")
         self.made.leaves.append(leaf)

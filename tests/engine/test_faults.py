@@ -169,6 +169,7 @@ AROUND = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("name", ["cross_entropy", "preference", "ranked_dense"])
 def test_what_surrounds_the_first_call_does_not_stay(name, around, steps_are_traced):

@@ -82,6 +82,7 @@ def test_nothing_learns(name):
     assert not run(name, x).loss.requires_grad
 
 
+@pytest.mark.slow
 @ALL
 def test_gradcheck(name):
     x = make(name, m=5)

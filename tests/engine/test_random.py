@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from random_calls import Draft, Tensors, arguments, drafts, engine_loss, plain
 
+from chunked_embed import FlexChunkLoss
 from chunked_embed.engine import compile as cache
 
 KINDS = ("row-wise", "grouped", "coupled", "scores")
@@ -26,12 +28,9 @@ def check(draft: Draft, compiled: bool | None, device: str = "cpu") -> None:
     cache.clear()  # dynamo gives up on a step that is called in more than eight ways
     made = Tensors.of(draft, device)
     loss = engine_loss(draft, compiled)
-    positional, named = arguments(draft, made)
-    if draft.kind == "scores":
-        found, metrics = loss.scores(*positional, **named), {}
-    else:
-        output = loss(*positional, **named)
-        found, metrics = {"loss": output.loss}, output.metrics
+    if draft.twice:  # what follows is a call of a known kind
+        called(loss, draft, made)
+    found, metrics = called(loss, draft, made)
     expected = plain(draft, made)
     assert_close(found, expected.values, "value")
     assert_close(metrics, expected.metrics, "metric")
@@ -50,6 +49,33 @@ def check(draft: Draft, compiled: bool | None, device: str = "cpu") -> None:
                 got, wanted, rtol=1e-8, atol=1e-9, msg=lambda m, n=n, r=round: f"gradient {n}, backward {r}: {m}"
             )
         upstream = {name: 3 * value for name, value in upstream.items()}
+
+
+def called(loss: FlexChunkLoss, draft: Draft, made: Tensors) -> tuple[dict, dict]:
+    """-> values, metrics"""
+    positional, named = arguments(draft, made)
+    if draft.kind == "scores":
+        return loss.scores(*positional, **named), {}
+    output = loss(*positional, **named)
+    return {"loss": output.loss}, output.metrics
+
+
+def check_ways(draft: Draft, dtype: torch.dtype, autocast: bool) -> None:
+    """The direct way and chunks give the same in fewer digits, too."""
+    results = []
+    for compiled in (None, False):
+        made = Tensors.of(draft, dtype=torch.float32 if autocast else dtype)
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+            found, metrics = called(engine_loss(draft, compiled), draft, made)
+        grads = gradients(found, {name: torch.ones_like(value) for name, value in found.items()}, made.learning)
+        results.append([*found.values(), *metrics.values(), *grads])
+        names = [*found, *metrics]
+    for n, (mine, theirs) in enumerate(zip(*results, strict=True)):
+        what = names[n] if n < len(names) else f"gradient {n - len(names)}"
+        assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape), what
+        assert torch.equal(mine.isfinite(), theirs.isfinite()), what
+        mine, theirs = (t.detach().double().nan_to_num(0, 0, 0) for t in (mine, theirs))
+        assert (mine - theirs).norm() <= 2.5 * torch.finfo(dtype).eps * (theirs.norm() + 0.1), what
 
 
 def gradients(values: dict, upstream: dict, leaves: list) -> list[torch.Tensor]:
@@ -71,7 +97,13 @@ def assert_close(found: dict, expected: dict, what: str) -> None:
         )
 
 
-def run(request: pytest.FixtureRequest, compiled: bool | None, kinds: tuple[str, ...] = KINDS, **options) -> None:
+def run(
+    request: pytest.FixtureRequest,
+    compiled: bool | None,
+    kinds: tuple[str, ...] = KINDS,
+    how: Callable[[Draft], None] | None = None,
+    **options,
+) -> None:
     """``--examples N`` draws N calls anew; without it the same few are drawn every time."""
     wanted = request.config.getoption("--examples")
 
@@ -84,13 +116,23 @@ def run(request: pytest.FixtureRequest, compiled: bool | None, kinds: tuple[str,
     )
     @given(drafts(kinds, chunked=compiled is not None))
     def every(draft: Draft) -> None:
-        check(draft, compiled, options.get("device", "cpu"))
+        if how is None:
+            check(draft, compiled, options.get("device", "cpu"))
+        else:
+            how(draft)
 
     every()
 
 
 def test_direct(request):
     run(request, compiled=None, sample=60)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False)]
+)
+def test_direct_in_half_precision(request, dtype, autocast):
+    run(request, compiled=None, sample=25, how=partial(check_ways, dtype=dtype, autocast=autocast))
 
 
 def test_chunked(request):
