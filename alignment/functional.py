@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -89,16 +91,53 @@ F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
 # --- DPO -------------------------------------------------------------------------------------------------------------
 
 
-class Ratios(NamedTuple):
-    """What the DPO losses look at, each ``(B,)``."""
+@dataclass(frozen=True)
+class Ratios:
+    """What the DPO losses look at, each ``(B,)``. What none of them asks for is not formed."""
 
     chosen: Tensor  # lc
     rejected: Tensor  # lr
-    delta: Tensor  # f'(lc) - f'(lr)
-    mean_delta: Tensor  # f'(lc) / nc - f'(lr) / nr
-    policy: Tensor  # chosen - rejected
-    reference: Tensor  # ref_chosen - ref_rejected
-    nll: Tensor  # each pair's share of the chosen completions' NLL per token
+    logps: tuple[Tensor, Tensor]  # c, r
+    ref_logps: tuple[Tensor, Tensor]  # rc, rr
+    tokens: tuple[Tensor, Tensor]  # nc, nr
+    f_divergence: str
+    f_alpha: float
+    given_nll: Tensor | None = None
+
+    @cached_property
+    def shaped(self) -> tuple[Tensor, Tensor]:
+        """f'(lc), f'(lr)"""
+        divergence = F_DIVERGENCES[self.f_divergence]
+        return divergence(self.chosen, self.f_alpha), divergence(self.rejected, self.f_alpha)
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """f'(lc) - f'(lr)"""
+        chosen, rejected = self.shaped
+        return chosen - rejected
+
+    @cached_property
+    def mean_delta(self) -> Tensor:
+        """f'(lc) / nc - f'(lr) / nr"""
+        chosen, rejected = map(mean_logps, self.shaped, self.tokens)
+        return chosen - rejected
+
+    @property
+    def policy(self) -> Tensor:
+        """c - r"""
+        chosen, rejected = self.logps
+        return chosen - rejected
+
+    @property
+    def reference(self) -> Tensor:
+        """rc - rr"""
+        chosen, rejected = self.ref_logps
+        return chosen - rejected
+
+    @cached_property
+    def nll(self) -> Tensor:
+        """Each pair's share of the chosen completions' NLL per token."""
+        return token_mean_nll(self.logps[0], self.tokens[0]) if self.given_nll is None else self.given_nll
 
 
 class DPONumbers(Protocol):
@@ -228,17 +267,15 @@ def ratios(
     nll: Tensor | None = None,
 ) -> Ratios:
     """The vectors that ``DPO_LOSSES`` take; ``nll`` defaults to the token mean of these pairs."""
-    chosen_ratio, rejected_ratio = chosen - ref_chosen, rejected - ref_rejected
-    divergence = F_DIVERGENCES[f_divergence]
-    f_chosen, f_rejected = divergence(chosen_ratio, f_alpha), divergence(rejected_ratio, f_alpha)
     return Ratios(
-        chosen_ratio,
-        rejected_ratio,
-        f_chosen - f_rejected,
-        mean_logps(f_chosen, chosen_tokens) - mean_logps(f_rejected, rejected_tokens),
-        chosen - rejected,
-        ref_chosen - ref_rejected,
-        token_mean_nll(chosen, chosen_tokens) if nll is None else nll,
+        chosen - ref_chosen,
+        rejected - ref_rejected,
+        (chosen, rejected),
+        (ref_chosen, ref_rejected),
+        (chosen_tokens, rejected_tokens),
+        f_divergence,
+        f_alpha,
+        nll,
     )
 
 
@@ -324,12 +361,18 @@ def alphapo_reward(
 
 def log_odds(chosen_mean: Tensor, rejected_mean: Tensor) -> Tensor:
     """``log(odds(chosen) / odds(rejected))`` with ``odds = p / (1 - p)``, p per token"""
-    return (chosen_mean - rejected_mean) - (log1mexp(chosen_mean) - log1mexp(rejected_mean))
+    chosen, rejected = log1mexp(torch.stack([chosen_mean, rejected_mean])).unbind(0)
+    return (chosen_mean - rejected_mean) - (chosen - rejected)
 
 
 def orpo(chosen_mean: Tensor, rejected_mean: Tensor, *, beta: float) -> Tensor:
     """``-b logsigmoid(log odds ratio)``: the preference term of ORPO"""
-    return -beta * F.logsigmoid(log_odds(chosen_mean, rejected_mean))
+    return of_odds(log_odds(chosen_mean, rejected_mean), beta=beta)
+
+
+def of_odds(log_odds: Tensor, *, beta: float) -> Tensor:
+    """The same, where the ratio is known"""
+    return -beta * F.logsigmoid(log_odds)
 
 
 def slic(
@@ -395,7 +438,8 @@ def fpo(
 ) -> Tensor:
     """``sum q f(p / q)``, ``p = softmax(b [chosen - gamma / b, rejected])``, ``q = [1, exp(-10)]``"""
     log_p = torch.stack([beta * chosen - gamma, beta * rejected]).log_softmax(0)
-    log_q = torch.tensor([[0.0], [LOG_EPSILON]], dtype=log_p.dtype, device=log_p.device).expand_as(log_p)
+    of_rejected = torch.full_like(log_p[1], LOG_EPSILON)
+    log_q = torch.stack([torch.zeros_like(of_rejected), of_rejected])
     return FPO_DIVERGENCES[divergence](Densities(log_p, log_q, divergence_order))
 
 

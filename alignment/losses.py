@@ -179,12 +179,24 @@ class DPOLoss(PairLoss):
         return ("log_sum_sq_probs",) if self.use_weighting else ()
 
     def pair_loss(self, x: PairScores) -> Tensor:
-        vectors = x.chosen, x.rejected, x.ref_chosen, x.ref_rejected, x.chosen_tokens, x.rejected_tokens
-        # Under WPO the token mean is one number, which each pair's weight multiplies.
-        nll = x.nll.mean().expand_as(x.nll) if self.use_weighting and "sft" in self.loss_types else x.nll
-        terms = AF.ratios(*vectors, f_divergence=self.f_divergence, f_alpha=self.f_alpha, nll=nll)
-        shares = (1.0,) * len(self.loss_types) if self.loss_weights is None else self.loss_weights
-        total: Any = sum(w * AF.DPO_LOSSES[name](terms, self) for name, w in zip(self.loss_types, shares, strict=True))
+        types = self.loss_types
+        nll = x.nll if "sft" in types else None
+        if nll is not None and self.use_weighting:
+            nll = nll.mean().expand_as(nll)  # the token mean is one number, which each pair's WPO weight multiplies
+        terms = AF.Ratios(
+            x.chosen_ratio,
+            x.rejected_ratio,
+            (x.chosen, x.rejected),
+            (x.ref_chosen, x.ref_rejected),
+            (x.chosen_tokens, x.rejected_tokens),
+            self.f_divergence,
+            self.f_alpha,
+            nll,
+        )
+        values = [AF.DPO_LOSSES[name](terms, self) for name in types]
+        if self.loss_weights is not None:
+            values = [w * value for value, w in zip(values, self.loss_weights, strict=True)]
+        total = values[0] if len(values) == 1 else torch.stack(values).sum(0)
         if not self.use_weighting:
             return total
         sums = *x.sums["logps"], *x.sums["log_sum_sq_probs"]
@@ -415,9 +427,9 @@ class ORPOLoss(PairLoss):
     per_token = True
 
     def pair_loss(self, x: PairScores) -> tuple[Tensor, Named]:
-        odds = AF.log_odds(x.chosen_mean, x.rejected_mean).detach()
-        metrics = {"log_odds_chosen": odds, "log_odds_ratio": F.logsigmoid(odds)}
-        return x.nll + AF.orpo(x.chosen_mean, x.rejected_mean, beta=self.beta), metrics
+        odds = AF.log_odds(x.chosen_mean, x.rejected_mean)
+        metrics = {"log_odds_chosen": odds.detach(), "log_odds_ratio": F.logsigmoid(odds.detach())}
+        return x.nll + AF.of_odds(odds, beta=self.beta), metrics
 
 
 class SLiCLoss(PairLoss):
@@ -495,10 +507,12 @@ class RunningMean(nn.Module):
         """The mean, these values of all processes included while training."""
         device = values.device
         if self.training:
-            here = torch.stack([values.double().sum(), values.new_full((), len(values), dtype=torch.float64)])
+            n: float | Tensor = len(values)
+            total = values.double().sum()
             if distributed.is_available() and distributed.is_initialized():
+                here = torch.stack([total, torch.full_like(total, len(values))])
                 distributed.all_reduce(here)
-            total, n = here
+                total, n = here.unbind(0)
             count = self.running_count.to(device) + n
             mean = self.running_mean.to(device)
             self.running_mean = mean + (total - n * mean) / count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,21 @@ from chunked_embed import ChunkPlan, Head, LossOutput, checks
 from chunked_embed.signatures import with_arguments_of
 
 from .functional import mean_logps
-from .path import Extra, Named, PreferenceLoss, PreparedLoss, Result, token_means, wide
+from .path import TABLE, Extra, Named, PreferenceLoss, PreparedLoss, Result, Sides, wide
+
+METRICS = (
+    "logps/chosen",
+    "logps/rejected",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "tokens/chosen",
+    "tokens/rejected",
+)
+"""Those of each pair: the first columns of ``TABLE``. Sums over tokens follow, and the counts that divide them."""
+MEANS = ("nll_loss", "entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
+"""Means over tokens of the batch, in the order of those columns."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,6 @@ class PairLoss(PreferenceLoss):
     """
 
     takes_nll_target: ClassVar[bool] = False
-    segments_per_unit = 4
 
     # --- what a loss says of itself ---
 
@@ -95,7 +108,11 @@ class PairLoss(PreferenceLoss):
     def rewards(self, x: PairScores) -> tuple[Tensor, Tensor]:
         """Rewards of chosen and rejected, as logged."""
         chosen, rejected = self.logps(x)
-        return self.reward_scale * (chosen - x.ref_chosen), self.reward_scale * (rejected - x.ref_rejected)
+        if x.has_reference:
+            # Formed already, as a rule.
+            chosen = x.chosen_ratio if chosen is x.chosen else chosen - x.ref_chosen
+            rejected = x.rejected_ratio if rejected is x.rejected else rejected - x.ref_rejected
+        return self.reward_scale * chosen, self.reward_scale * rejected
 
     # --- a call ---
 
@@ -142,32 +159,31 @@ class PairLoss(PreferenceLoss):
         Raises:
             ValueError, TypeError: shapes, dtypes, ids and options that do not fit, before any work.
         """
-        self.check()
-        self._refuse_unknown(vectors)
-        parts = (hidden, weight, bias, extra), ref, (ref_hidden, ref_weight, ref_bias, ref_extra), ref_logps
-        heads = self._heads(*parts)
+        policy, reference = (hidden, weight, bias, extra), (ref_hidden, ref_weight, ref_bias, ref_extra)
+        known, key = self._recall(*policy, *reference, ref, ref_logps, target, nll_target, **vectors)
+        if known:
+            heads = self._known_heads(policy, ref, reference)
+        else:
+            self._refuse_unknown(vectors)
+            heads = self._heads(policy, ref, reference, ref_logps)
+            self._check_targets(heads["policy"].hidden, target, nll_target)
+        assert target is not None
         states = heads["policy"].hidden
-        where: dict[str, Any] = {"shape": tuple(states.shape[:2]), "device": states.device, "kind": "integer"}
-        target = checks.tensor("target", target, **where)
-        pairs, odd = divmod(len(states), 2)
-        if odd or not pairs:
-            raise ValueError(f"expected hidden of pairs, (2B, T, H), chosen first, got {tuple(states.shape)}")
-        if nll_target is not None and not self.takes_nll_target:
-            raise ValueError(f"expected no nll_target, {type(self).__name__} has none")
-        if nll_target is not None:
-            checks.tensor("nll_target", nll_target, **where)
-        given, dtype = self._vectors(vectors, pairs, states.device), wide(states.dtype)
-        segments, ids, nll_tokens = self._segments(target, nll_target)
-        groups = {"nll_scale": (pairs / nll_tokens.clamp_min(1).to(dtype)).expand(pairs).contiguous()}
+        pairs = states.shape[0] // 2
+        given = self._vectors(vectors, pairs, states.device, known)
+        batch = Batch(pairs, target, nll_target, self.ignore_index)
+        segments, ids, of_pair = batch.segments(self.tail_weight is not None)
+        groups = {"segments": of_pair}
         if ref_logps is not None:
             groups["ref_logps"] = ref_logps.detach().double().view(2, pairs).t()
-        groups |= {name: vector.to(dtype) for name, vector in given.items()}
-
-        def report(metrics: Named) -> tuple[Named, Named]:
-            metrics["nll_loss"] = metrics["nll_loss"].mean()  # the pairs' shares are so scaled
-            return metrics, {"nll_loss": nll_tokens, **token_means(metrics)}
-
-        return self._prepared(heads, ids, segments, groups, report)
+        if given:
+            dtype = wide(states.dtype)
+            groups |= {name: vector.to(dtype) for name, vector in given.items()}
+        try:
+            return self._prepared(key, heads, ids, segments, of_pair.shape[1], groups, batch, self._report)
+        except ValueError:
+            batch.refuse_other_ids()
+            raise
 
     @with_arguments_of(prepare)
     def forward(self, *arguments: Any, **keywords: Any) -> LossOutput:
@@ -178,80 +194,164 @@ class PairLoss(PreferenceLoss):
         """What ``forward`` with the same arguments will do: print it before running."""
         return self.prepare(*arguments, **keywords).plan
 
-    def _segments(self, target: Tensor, nll_target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """-> the segment of each token, its id, and how many tokens the NLL has.
-
-        Segments of a pair: 0 chosen, 1 chosen of another kind, 2 rejected, 3. With a tail weight the odd ones hold the
-        tails. Else 1 holds chosen tokens that the NLL leaves out, and 3 those of the NLL alone.
-        """
-        used, pairs = target != self.ignore_index, len(target) // 2
-        first = torch.arange(0, 4 * pairs, 4, device=target.device)
-        segments = torch.cat([first, first + 2])[:, None]
-        if self.tail_weight is not None:
-            lengths = used.sum(1).view(2, pairs).amin(0).repeat(2)[:, None]
-            segments = segments + (used.cumsum(1) > lengths)
+    def _check_targets(self, states: Tensor, target: Any, nll_target: Any) -> None:
+        where: dict[str, Any] = {"shape": tuple(states.shape[:2]), "device": states.device, "kind": "integer"}
+        checks.tensor("target", target, **where)
+        pairs, odd = divmod(len(states), 2)
+        if odd or not pairs:
+            raise ValueError(f"expected hidden of pairs, (2B, T, H), chosen first, got {tuple(states.shape)}")
         if nll_target is None:
-            # What is not used is dropped, whatever its id.
-            return torch.where(used, segments, -1), target, used[:pairs].sum()
-        chosen, ids, nll_ids = used[:pairs], target[:pairs], nll_target[:pairs]
-        in_nll = nll_ids != self.ignore_index
-        if bool((in_nll & chosen & (nll_ids != ids)).any()):
-            raise ValueError("expected nll_target and target to agree where both have a token, got other ids")
-        kind = torch.where(chosen, (~in_nll).long(), 3)
-        of_chosen = torch.where(chosen | in_nll, first[:, None] + kind, -1)
-        of_rejected = torch.where(used[pairs:], segments[pairs:], -1)
-        ids = torch.cat([torch.where(in_nll, nll_ids, ids), target[pairs:]])
-        return torch.cat([of_chosen, of_rejected]), ids, in_nll.sum()
+            return
+        if not self.takes_nll_target:
+            raise ValueError(f"expected no nll_target, {type(self).__name__} has none")
+        if self.tail_weight is not None:
+            raise ValueError("expected nll_target or a weight of tails, got both")
+        checks.tensor("nll_target", nll_target, **where)
 
     # --- behind the engine ---
 
-    def of_sums(self, scores: Any, groups: Named) -> tuple[Tensor, Named]:
-        """The loss of some pairs, from sums over their segments: ``(pairs, 4)`` for each statistic."""
-        x = self._pair_scores(scores, groups)
+    def of_sums(self, scores: Any, groups: Named, batch: Batch) -> tuple[Tensor, Named]:
+        """The loss of some pairs, from sums over their segments: ``(pairs, segments)`` for each statistic."""
+        x = PairSums.of(scores, groups, batch, self.tail_weight)
         result = self.pair_loss(x)
         loss, metrics = result if isinstance(result, tuple) else (result, {})
-        logps, (chosen, rejected) = self.logps(x), self.rewards(x)
-        named = {
-            "logps/chosen": logps[0],
-            "logps/rejected": logps[1],
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-            "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
-            "tokens/chosen": x.chosen_tokens,
-            "tokens/rejected": x.rejected_tokens,
-            "nll_loss": x.nll,
-        }
-        if self.token_metrics:  # sums, which ``token_means`` divides
-            entropy = x.sums["entropy"]
-            named["entropy"] = entropy[0] + entropy[1]
-            named["mean_token_accuracy"], _ = x.sums["is_top1"]
-            named["logits/chosen"], named["logits/rejected"] = x.sums["mean_logits"]
-        return loss, {**named, **metrics}
+        with torch.no_grad():  # few operations: each is a launch
+            chosen, rejected = self.rewards(x)
+            accuracies = torch.gt(chosen, rejected, out=torch.empty_like(chosen))
+            columns = [*self.logps(x), chosen, rejected, chosen - rejected, accuracies]
+            tokens = x.chosen_tokens, x.rejected_tokens
+            sums, counts = [x.nll_logps], [x.nll_tokens]
+            if self.token_metrics:
+                entropy = x.sums["entropy"]
+                sums += [entropy[0] + entropy[1], x.sums["is_top1"][0], *x.sums["mean_logits"]]
+                counts += [tokens[0] + tokens[1], tokens[0], *tokens]
+            table = torch.stack([*columns, *tokens, *sums, *counts], 1)
+        return loss, {TABLE: table, **metrics}
 
-    def _pair_scores(self, scores: Any, groups: Named) -> PairScores:
-        policy, tail = scores["policy"], self.tail_weight
+    @staticmethod
+    def _report(metrics: Named) -> tuple[Named, Named]:
+        """Columns of the table as metrics by name; those that are sums become means over all tokens of a kind in the
+        batch. -> them, and how many those are."""
+        rows = metrics.pop(TABLE).t().contiguous()  # (columns, pairs)
+        n = len(METRICS)
+        sums, counts = rows[n:].sum(1).chunk(2)
+        means = sums / counts.clamp_min(1)
+        found = dict(zip(METRICS, rows[:n].unbind(0), strict=True))
+        found |= zip(MEANS, means.unbind(0))  # the first alone, where there are no metrics of tokens
+        found["nll_loss"] = -found["nll_loss"]
+        return found | metrics, dict(zip(MEANS, counts.unbind(0)))
 
-        def sides(v: Tensor, of_tail: float = 1.0) -> tuple[Tensor, Tensor]:
-            return v[:, 0] + of_tail * v[:, 1], v[:, 2] if tail is None else v[:, 2] + of_tail * v[:, 3]
 
-        weight = 1.0 if tail is None else tail
-        logps = policy["logps"]
-        if "reference" in scores:
-            ref_chosen, ref_rejected = sides(scores["reference"]["logps"], weight)
-        elif "ref_logps" in groups:
-            ref_chosen, ref_rejected = groups["ref_logps"].unbind(1)
-        else:
-            ref_chosen = ref_rejected = torch.zeros_like(logps.detach()[:, 0])
-        nll_logps = logps[:, 0] + logps[:, 3 if tail is None else 1]
-        return PairScores(
-            *sides(logps, weight),
-            ref_chosen,
-            ref_rejected,
-            *sides(scores["count"]),
-            nll=-nll_logps * groups["nll_scale"],
-            nll_logps=nll_logps,
-            has_reference="reference" in scores or "ref_logps" in groups,
-            sums={name: sides(value) for name, value in policy.items()},
-            given=groups,
-        )
+class Batch:
+    """What a call knows of all its pairs. Of ids that are ignored no segment is read: the engine drops them."""
+
+    def __init__(self, pairs: int, target: Tensor, nll_target: Tensor | None, ignored: int) -> None:
+        self.pairs = pairs
+        self.target = target
+        self.nll_target = nll_target
+        self.ignored = ignored
+
+    def segments(self, tails: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """-> the segment of each token, its id, and the segments of each pair, ``(pairs, 2 or 4)``.
+
+        Segments of a pair: 0 chosen, 1 rejected. With tails: 0 chosen, 1 its tail, 2 rejected, 3 its tail. With an
+        ``nll_target``: 0 chosen tokens of the NLL alone, 1 rejected, 2 chosen tokens that the NLL leaves out, 3 others.
+        """
+        per_pair = 2 if self.nll_target is None and not tails else 4
+        of_pair = torch.arange(per_pair * self.pairs, device=self.target.device).view(self.pairs, per_pair)
+        if self.nll_target is not None:
+            return *self._with_nll(self.nll_target, of_pair), of_pair
+        first = of_pair[:, :: per_pair // 2].t().flatten()[:, None]  # (2B, 1)
+        if not tails:
+            return first.expand(self.target.shape), self.target, of_pair
+        used = self.target != self.ignored
+        lengths = used.sum(1).view(2, -1).amin(0).repeat(2)[:, None]
+        return first + (used.cumsum(1) > lengths), self.target, of_pair
+
+    def _with_nll(self, nll_target: Tensor, of_pair: Tensor) -> tuple[Tensor, Tensor]:
+        (ids, of_rejected), nll_ids = self.target.chunk(2), nll_target[: self.pairs]
+        chosen, in_nll = ids != self.ignored, nll_ids != self.ignored
+        both = torch.where(in_nll, nll_ids, ids)
+        # Ids that differ go beyond all segments: the engine refuses those after its one transfer.
+        beyond = (chosen & (both != ids)).mul(of_pair.numel())
+        of_chosen = chosen * (in_nll + 2) + of_pair[:, :1] + beyond
+        segments = torch.cat([of_chosen, of_pair[:, 1:2].expand_as(ids)])
+        return segments, torch.cat([both, of_rejected])
+
+    def refuse_other_ids(self) -> None:
+        """Waits for the device."""
+        if self.nll_target is None:
+            return
+        ids, nll_ids = self.target[: self.pairs], self.nll_target[: self.pairs]
+        both = (ids != self.ignored) & (nll_ids != self.ignored)
+        if bool((both & (ids != nll_ids)).any()):
+            raise ValueError("expected nll_target and target to agree where both have a token, got other ids")
+
+    @cached_property
+    def nll_tokens(self) -> Tensor:  # ()
+        """How many the NLL has, one or more."""
+        ids = self.target if self.nll_target is None else self.nll_target
+        return (ids[: self.pairs] != self.ignored).sum().clamp_min(1)
+
+
+class PairSums(PairScores):
+    """The scores of some pairs, from sums over their segments. What no loss asks for is not formed."""
+
+    policy: Named
+    count: Tensor
+    batch: Batch
+
+    @classmethod
+    def of(cls, scores: Any, groups: Named, batch: Batch, tail_weight: float | None) -> PairSums:
+        policy, count = scores["policy"], scores["count"].double()
+        both = _plain if count.shape[1] == 2 else _with_tails if batch.nll_target is None else _with_nll
+        weighted = both if tail_weight is None else partial(_with_tails, of_tail=tail_weight)
+        x = object.__new__(cls)
+        own = x.__dict__  # not by the constructor, which wants all of it
+        own.update(policy=policy, count=count, batch=batch, given=groups, sums=Sides(policy, both))
+        own["chosen"], own["rejected"] = weighted(policy["logps"])
+        own["chosen_tokens"], own["rejected_tokens"] = both(count)
+        own["has_reference"] = has_reference = "reference" in scores or "ref_logps" in groups
+        if has_reference:
+            given = weighted(scores["reference"]["logps"].detach()) if "reference" in scores else None
+            own["ref_chosen"], own["ref_rejected"] = given or groups["ref_logps"].unbind(1)
+        return x
+
+    @cached_property
+    def ref_chosen(self) -> Tensor:
+        return torch.zeros_like(self.chosen.detach())
+
+    @cached_property
+    def ref_rejected(self) -> Tensor:
+        return self.ref_chosen
+
+    @cached_property
+    def nll_logps(self) -> Tensor:
+        logps = self.policy["logps"]
+        if logps.shape[1] == 2:
+            return self.chosen
+        return logps[:, 0] + logps[:, 1 if self.batch.nll_target is None else 3]
+
+    @cached_property
+    def nll_tokens(self) -> Tensor:
+        return self.chosen_tokens if self.batch.nll_target is None else self.count[:, 0] + self.count[:, 3]
+
+    @cached_property
+    def nll(self) -> Tensor:
+        return self.nll_logps * -self.batch.pairs / self.batch.nll_tokens
+
+
+# Of the segments of pairs, what belongs to the chosen and to the rejected completions.
+
+
+def _plain(sums: Tensor) -> tuple[Tensor, Tensor]:  # (pairs, 2)
+    chosen, rejected = sums.unbind(1)
+    return chosen, rejected
+
+
+def _with_tails(sums: Tensor, of_tail: float = 1) -> tuple[Tensor, Tensor]:  # (pairs, 4)
+    return _plain(torch.add(sums[:, ::2], sums[:, 1::2], alpha=of_tail))
+
+
+def _with_nll(sums: Tensor) -> tuple[Tensor, Tensor]:  # (pairs, 4)
+    return sums[:, 2] + sums[:, 3], sums[:, 1]

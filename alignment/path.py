@@ -6,9 +6,10 @@ statistics it wants and what it makes of their sums; nothing here knows one loss
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import is_
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from chunked_embed import ChunkPlan, FlexChunkLoss, Head, LossOutput, TokenStatistics, checks, transform_logits
 from chunked_embed.checks import POSITIVE
 from chunked_embed.digits import excess
-from chunked_embed.fields import KW_ONLY, ChunkFields, flag, integer, number
+from chunked_embed.fields import KW_ONLY, ChunkFields, assign, flag, integer, number
+from chunked_embed.signatures import Seen, signature
 
 Named: TypeAlias = dict[str, Tensor]
 Extra: TypeAlias = tuple[tuple[Tensor, Tensor], ...]
@@ -28,6 +30,8 @@ Result: TypeAlias = Tensor | tuple[Tensor, Named]
 """One value a unit, and metrics if there are any."""
 TOKEN_METRICS = ("entropy", "mean_logits", "is_top1")
 """Statistics of a token that need more of its logits than its log-probability."""
+TABLE = "table"
+"""The metric of the engine's call in which all of ours are: ``(units, columns)``, so that they are cast as one."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class PreparedLoss:
     def run(self) -> LossOutput:
         out = self.call.run()
         # A batch without a token has no loss; the product keeps it differentiable.
-        loss = out.loss if self.plan.used_rows else 0 * out.loss
+        loss = out.loss if self.call.used_rows else 0 * out.loss
         return LossOutput(loss, *self.report(dict(out.metrics)))
 
 
@@ -71,13 +75,15 @@ class PreferenceLoss(ChunkFields, nn.Module):
     """Further arguments of a call, one number a pair or a sequence; those of pairs may require grad."""
     takes_numbers: ClassVar[tuple[str, ...]] = ()
     """Further arguments of one number each, which the loss sees once a sequence."""
-    segments_per_unit: ClassVar[int] = 1
-    """How many sums of its tokens a pair, or a sequence, has."""
 
     @cached_property
     def _engine(self) -> TokenSums | DivergenceSums:
         """Kept for its layouts. No child of this module: it has nothing of its own."""
         return DivergenceSums() if self.needs_kl else TokenSums()
+
+    @cached_property
+    def _seen(self) -> _Seen:
+        return _Seen()
 
     # --- what a loss may say of itself ---
 
@@ -117,12 +123,36 @@ class PreferenceLoss(ChunkFields, nn.Module):
     def prepare(self, *arguments: Any, **keywords: Any) -> PreparedLoss:
         raise NotImplementedError
 
-    def of_sums(self, scores: Any, groups: Named) -> tuple[Tensor, Named]:
-        """The loss of some units, from sums over their segments: ``(units, segments)`` for each statistic."""
+    def of_sums(self, scores: Any, groups: Named, batch: Any) -> tuple[Tensor, Named]:
+        """The loss of some units, from sums over their segments: ``(units, segments)`` for each statistic. Metrics are
+        detached; most are columns of ``TABLE``. ``batch``: what the call knows of all units."""
         raise NotImplementedError
 
+    def _recall(self, *given: Any, **named: Any) -> tuple[bool, Hashable]:
+        """Whether a call like this one was checked, with the options as they are; and what ``_seen`` knows it by."""
+        if self.recheck():
+            self._seen.clear()
+        key = signature(*given, *named.values())
+        if named and key is not None:
+            key = key, *named
+        return key in self._seen.calls, key
+
+    def _known_heads(self, policy: Loose, ref: Head | None, reference: Loose) -> dict[str, Head]:
+        """What is projected: the policy, and the reference where there is one, which is frozen, whatever its tensors
+        say."""
+        heads = {"policy": self._known_head(policy)}
+        if ref is not None or reference[0] is not None:
+            heads["reference"] = (self._known_head(reference) if ref is None else ref).detach()
+            if self.needs_kl:
+                shared = min(len(head.weight) for head in heads.values())
+                heads = {key: head.cut(shared) for key, head in heads.items()}
+        return heads
+
+    def _known_head(self, parts: Loose) -> Head:
+        return parts[0] if isinstance(parts[0], Head) else Head.known(*parts, self.logit_scale, self.logit_softcap)
+
     def _heads(self, policy: Loose, ref: Head | None, reference: Loose, ref_logps: Tensor | None) -> dict[str, Head]:
-        """What is projected, checked: the policy, and the reference where there is one."""
+        """The same, checked."""
         name = type(self).__name__
         ref_hidden, *rest = reference
         given = {"ref": ref, "ref_hidden": ref_hidden, "ref_logps": ref_logps}
@@ -186,15 +216,16 @@ class PreferenceLoss(ChunkFields, nn.Module):
         if unknown:
             raise TypeError(f"expected arguments that {type(self).__name__} takes, got {unknown[0]!r}")
 
-    def _vectors(self, given: Mapping[str, Any], size: int, device: torch.device) -> Named:
-        """The further arguments of a call, checked."""
+    def _vectors(self, given: Mapping[str, Any], size: int, device: torch.device, known: bool) -> Named:
+        """The further arguments of a call, checked if they are not known."""
         found = {name: value for name, value in given.items() if value is not None}
         for name in found:
             if name in self.takes_numbers:
-                if checks.tensor(name, found[name], kind="real").numel() != 1:
+                if not known and checks.tensor(name, found[name], kind="real").numel() != 1:
                     raise ValueError(f"expected {name} to be a tensor of one number, got {tuple(found[name].shape)}")
                 found[name] = found[name].to(device).reshape(1).expand(size)
-            checks.tensor(name, found[name], (size,), device=device, kind="real")
+            if not known:
+                checks.tensor(name, found[name], (size,), device=device, kind="real")
         for name, what in self.needed.items():
             if name not in found:
                 raise ValueError(f"expected {name}, {what}, got None")
@@ -202,45 +233,84 @@ class PreferenceLoss(ChunkFields, nn.Module):
 
     def _prepared(
         self,
+        key: Hashable,
         heads: Mapping[str, Head],
         target: Tensor,
         segments: Tensor,
+        per_unit: int,
         groups: Named,
+        batch: Any,
         report: Callable[[Named], tuple[Named, Named]],
     ) -> PreparedLoss:
-        """The engine's call, with the numbers that the loss has now."""
-        metrics = TOKEN_METRICS if self.token_metrics else ()
-        engine = self._engine
-        engine.read(heads, tuple(dict.fromkeys(("logps", *metrics, *self.statistics))))
-        now = object.__new__(type(self))
-        now.__dict__.update(self.__dict__)  # buffers are shared, and may be written to
-        engine.asked_by = (now,)
-        engine.temperature = self.temperature
-        engine.segments_per_group, engine.couples_batch = self.segments_per_unit, self.couples_batch
-        engine.chunk_size, engine.max_chunk_bytes = self.chunk_size, self.max_chunk_bytes
-        engine.compiled, engine.float32_outputs = self.compiled, self.float32_outputs
-        engine.ignore_index = self.ignore_index
+        """The engine's call, with the numbers that the loss has now; ``per_unit``: segments of a unit."""
+        engine, seen, snapshot = self._engine, self._seen, self._snapshot()
+        if key is None or seen.settled is None or seen.settled[0] is not snapshot or seen.settled[1] != key:
+            seen.settled = None
+            self._settle(heads, per_unit)
+            seen.settled = snapshot, key
         projections = {name: head.projection for name, head in heads.items()}
-        call = engine.prepare(projections, {"target": target}, groups=groups, segments=segments)
+        asking = object.__new__(type(engine))  # of this call: the loss keeps no batch alive, nor sees another thread's
+        asking.__dict__.update(engine.__dict__, asked_by=(snapshot, batch))
+        call = asking.prepare(projections, {"target": target}, groups=groups, segments=segments)
+        seen.keep(key)
         return PreparedLoss(call, report)
+
+    def _settle(self, heads: Mapping[str, Head], per_unit: int) -> None:
+        """The engine's options for such a call."""
+        metrics = TOKEN_METRICS if self.token_metrics else ()
+        self._engine.read(heads, tuple(dict.fromkeys(("logps", *metrics, *self.statistics))))
+        assign(
+            self._engine,
+            temperature=self.temperature,
+            segments_per_group=per_unit,
+            couples_batch=self.couples_batch,
+            chunk_size=self.chunk_size,
+            max_chunk_bytes=self.max_chunk_bytes,
+            compiled=self.compiled,
+            float32_outputs=self.float32_outputs,
+            ignore_index=self.ignore_index,
+        )
+
+    def _snapshot(self) -> PreferenceLoss:
+        """This loss as it is now; the last one, where every attribute is still the same object. Buffers are shared, and
+        may be written to."""
+        values = (*self.__dict__.values(),)
+        before, snapshot = self._seen.snapshot
+        if snapshot is None or len(before) != len(values) or not all(map(is_, before, values)):
+            snapshot = object.__new__(type(self))
+            snapshot.__dict__.update(self.__dict__)
+            self._seen.snapshot = values, snapshot
+        return snapshot
+
+
+class _Seen(Seen):
+    """Also the loss as it was in its last call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settled: tuple[Any, Hashable] | None = None  # the loss as it was, and the call
+        self.snapshot: tuple[tuple, Any] = (), None
 
 
 def _given(part: Any) -> bool:
     return part is not None and not (isinstance(part, (tuple, list)) and not part)
 
 
-def token_means(metrics: Named) -> Named:
-    """Sums over tokens become means, over all tokens of a kind in the batch; -> how many those are."""
-    chosen, rejected = metrics["tokens/chosen"].sum(), metrics["tokens/rejected"].sum()
-    kinds = {
-        "entropy": chosen + rejected,
-        "mean_token_accuracy": chosen,
-        "logits/chosen": chosen,
-        "logits/rejected": rejected,
-    }
-    counts = {name: count for name, count in kinds.items() if name in metrics}
-    metrics.update({name: metrics[name].sum() / count.clamp_min(1) for name, count in counts.items()})
-    return counts
+class Sides(Mapping[str, tuple[Tensor, Tensor]]):
+    """Sums over the chosen and over the rejected tokens by name, each formed when it is asked for."""
+
+    def __init__(self, sums: Named, both: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self.sums = sums
+        self.both = both
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.both(self.sums[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sums)
+
+    def __len__(self) -> int:
+        return len(self.sums)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -254,7 +324,7 @@ class TokenSums(TokenStatistics):
     """Token by token, each projection on its own. Who asks for the sums is an attribute, and what is made of them no
     function of this class: all losses share their compiled steps."""
 
-    asked_by: tuple[PreferenceLoss]
+    asked_by: tuple[PreferenceLoss, Any]  # and what the call knows of all units
 
     def __init__(self) -> None:
         super().__init__(gradients_of=("logps",), separate_outputs=True)
@@ -263,28 +333,36 @@ class TokenSums(TokenStatistics):
         """Of these heads: the reference is asked for its log-probabilities alone."""
         transforms = {name: head.transform for name, head in heads.items()}
         of_reference = ("logps",) if "reference" in heads else names
-        # What all have in common names none of them, so that they share a step.
-        self.names = names if of_reference == names else {"policy": names, "reference": of_reference}
         same = len(set(transforms.values())) == 1
-        self.logit_scale, self.softcap = heads["policy"].transform if same else (1.0, None)
-        self.transforms = None if same else transforms
+        scale, softcap = transforms["policy"] if same else (1.0, None)
+        assign(
+            self,
+            # What all have in common names none of them, so that they share a step.
+            names=names if of_reference == names else {"policy": names, "reference": of_reference},
+            logit_scale=scale,
+            softcap=softcap,
+            transforms=None if same else transforms,
+        )
 
     def loss_fn(self, scores: Any, groups: Named) -> tuple[Tensor, Named]:
-        return self.asked_by[0].of_sums(scores, groups)
+        asked_by, batch = self.asked_by
+        return asked_by.of_sums(scores, groups, batch)
 
 
 class DivergenceSums(FlexChunkLoss):
     """Policy and reference side by side, for what needs both their distributions: KL(reference || policy)."""
 
-    asked_by: tuple[PreferenceLoss]
+    asked_by: tuple[PreferenceLoss, Any]  # and what the call knows of all units
+
+    names: tuple[str, ...]
+    transforms: tuple[tuple[str, tuple[float, float | None]], ...]
 
     def __init__(self) -> None:
         super().__init__(targets=("target",))
         self.temperature = 1.0
 
     def read(self, heads: Mapping[str, Head], names: tuple[str, ...]) -> None:
-        self.names = names
-        self.transforms = tuple((name, head.transform) for name, head in heads.items())
+        assign(self, names=names, transforms=tuple((name, head.transform) for name, head in heads.items()))
 
     def logits(self, outputs: Any, name: str) -> Tensor:
         scale, softcap = dict(self.transforms)[name]
@@ -314,5 +392,6 @@ class DivergenceSums(FlexChunkLoss):
 
     def loss_fn(self, scores: Named, groups: Named) -> tuple[Tensor, Named]:
         policy = {name: value for name, value in scores.items() if name not in ("ref_logps", "count")}
-        reference = {"logps": scores["ref_logps"]}
-        return self.asked_by[0].of_sums({"policy": policy, "reference": reference, "count": scores["count"]}, groups)
+        by_side = {"policy": policy, "reference": {"logps": scores["ref_logps"]}, "count": scores["count"]}
+        asked_by, batch = self.asked_by
+        return asked_by.of_sums(by_side, groups, batch)

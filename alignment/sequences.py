@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from chunked_embed import ChunkPlan, Head, LossOutput, checks
 from chunked_embed.signatures import with_arguments_of
 
-from .path import Extra, Named, PreferenceLoss, PreparedLoss, Result, token_means, wide
+from .path import TABLE, Extra, Named, PreferenceLoss, PreparedLoss, Result, wide
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class SequenceScores:
     given: Mapping[str, Tensor] = field(default_factory=dict)
     """The call's further vectors and numbers."""
 
-    @property
+    @cached_property
     def ratio(self) -> Tensor:
         """Log of policy over reference."""
         return self.logps - self.ref_logps
@@ -77,23 +78,35 @@ class SequenceLoss(PreferenceLoss):
         Raises:
             ValueError, TypeError: shapes, dtypes, ids and options that do not fit, before any work.
         """
-        self.check()
-        self._refuse_unknown(vectors)
-        parts = (hidden, weight, bias, extra), ref, (ref_hidden, ref_weight, ref_bias, ref_extra), ref_logps
-        heads = self._heads(*parts)
+        policy, reference = (hidden, weight, bias, extra), (ref_hidden, ref_weight, ref_bias, ref_extra)
+        known, key = self._recall(*policy, *reference, ref, ref_logps, target, preference_labels, **vectors)
+        if known:
+            heads = self._known_heads(policy, ref, reference)
+        else:
+            self._refuse_unknown(vectors)
+            heads = self._heads(policy, ref, reference, ref_logps)
+            self._check_targets(heads["policy"].hidden, target, preference_labels)
+        assert target is not None and preference_labels is not None
         states = heads["policy"].hidden
-        target = checks.tensor("target", target, tuple(states.shape[:2]), device=states.device, kind="integer")
-        size = len(states)
-        if not size:
-            raise ValueError(f"expected hidden of one sequence or more, got {tuple(states.shape)}")
-        desirable = checks.tensor("preference_labels", preference_labels, (size,), device=states.device, kind="bool")
-        given, dtype = self._vectors(vectors, size, states.device), wide(states.dtype)
-        segments = torch.where(target != self.ignore_index, torch.arange(size, device=target.device)[:, None], -1)
-        groups = {"desirable": desirable}
+        size = states.shape[0]
+        given = self._vectors(vectors, size, states.device, known)
+        # Of ids that are ignored no segment is read: the engine drops them.
+        segments = torch.arange(size, device=states.device)[:, None].expand(target.shape)
+        groups = {"desirable": preference_labels}
         if ref_logps is not None:
             groups["ref_logps"] = ref_logps.detach().double()
-        groups |= {name: vector.detach().to(dtype) for name, vector in given.items()}
-        return self._prepared(heads, target, segments, groups, self._report)
+        if given:
+            dtype = wide(states.dtype)
+            groups |= {name: vector.detach().to(dtype) for name, vector in given.items()}
+        report = partial(self._report, preference_labels)
+        return self._prepared(key, heads, target, segments, 1, groups, None, report)
+
+    def _check_targets(self, states: Tensor, target: Any, preference_labels: Any) -> None:
+        size, device = len(states), states.device
+        checks.tensor("target", target, tuple(states.shape[:2]), device=device, kind="integer")
+        if not size:
+            raise ValueError(f"expected hidden of one sequence or more, got {tuple(states.shape)}")
+        checks.tensor("preference_labels", preference_labels, (size,), device=device, kind="bool")
 
     @with_arguments_of(prepare)
     def forward(self, *arguments: Any, **keywords: Any) -> LossOutput:
@@ -104,44 +117,47 @@ class SequenceLoss(PreferenceLoss):
         """What ``forward`` with the same arguments will do: print it before running."""
         return self.prepare(*arguments, **keywords).plan
 
-    def of_sums(self, scores: Any, groups: Named) -> tuple[Tensor, Named]:
+    def of_sums(self, scores: Any, groups: Named, batch: None) -> tuple[Tensor, Named]:
         """The loss of some sequences, from sums over their tokens: ``(sequences, 1)`` for each statistic."""
         policy = {name: value[:, 0] for name, value in scores["policy"].items()}
-        reference = scores["reference"]["logps"][:, 0] if "reference" in scores else groups["ref_logps"]
-        desirable = groups["desirable"]
-        x = SequenceScores(policy["logps"], reference, scores["count"][:, 0], desirable, groups)
+        reference = scores["reference"]["logps"].detach()[:, 0] if "reference" in scores else groups["ref_logps"]
+        x = SequenceScores(policy["logps"], reference, scores["count"][:, 0], groups["desirable"], groups)
         result = self.sequence_loss(x)
         loss, metrics = result if isinstance(result, tuple) else (result, {})
-        chosen, rejected = desirable.to(loss.dtype), (~desirable).to(loss.dtype)
-        named = {
-            "logps": x.logps,
-            "rewards": self.reward_scale * x.ratio,
-            "tokens/chosen": x.tokens * chosen,
-            "tokens/rejected": x.tokens * rejected,
-            "count/chosen": chosen,
-            "count/rejected": rejected,
-        }
-        if self.token_metrics:  # sums, which ``token_means`` divides
-            named["entropy"] = policy["entropy"]
-            named["mean_token_accuracy"] = policy["is_top1"] * chosen
-            named["logits/chosen"] = torch.where(desirable, policy["mean_logits"], 0.0)
-            named["logits/rejected"] = torch.where(desirable, 0.0, policy["mean_logits"])
-        return loss, {**named, **metrics}
+        with torch.no_grad():
+            columns = [x.logps, self.reward_scale * x.ratio, x.tokens.double()]
+            if self.token_metrics:
+                columns += [policy[name] for name in ("entropy", "is_top1", "mean_logits")]
+            table = torch.stack(columns, 1)
+        return loss, {TABLE: table, **metrics}
 
-    def _report(self, metrics: Named) -> tuple[Named, Named]:
+    def _report(self, desirable: Tensor, metrics: Named) -> tuple[Named, Named]:
         """Means over the chosen and over the rejected sequences, and over all tokens of a kind in the batch; zero
         where there are none. -> those, and what they count."""
-        counts: Named = {}
-        for side in ("chosen", "rejected"):
-            counts[f"tokens/{side}"] = member = metrics[f"count/{side}"]
-            metrics[f"count/{side}"] = count = member.sum()
-            for name in ("logps", "rewards"):
-                # Not by a product: what is infinite on the other side would be NaN here.
-                here = torch.where(member > 0, metrics[name], 0.0)
-                metrics[f"{name}/{side}"] = here.sum() / count.clamp_min(1)
-                counts[f"{name}/{side}"] = count
-        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        rows = metrics.pop(TABLE).t().contiguous()  # (columns, B)
+        sides = torch.stack([desirable, ~desirable])
+        members = sides.to(rows.dtype)
+        # Not by a product: what is infinite on the other side would be NaN here.
+        by_side = torch.where(sides[:, None], rows, 0.0)  # (2, columns, B)
+        sums, sizes = by_side.sum(-1), members.sum(-1)
+        means = (sums[:, :2] / sizes.clamp_min(1)[:, None]).flatten().unbind(0)
+        found = {"logps": rows[0], "rewards": rows[1]}
+        found["tokens/chosen"], found["tokens/rejected"] = by_side[:, 2].unbind(0)
+        found["count/chosen"], found["count/rejected"] = chosen, rejected = sizes.unbind(0)
+        found |= zip(("logps/chosen", "rewards/chosen", "logps/rejected", "rewards/rejected"), means, strict=True)
+        found["rewards/margins"] = means[1] - means[3]
+        counts = dict(zip(("tokens/chosen", "tokens/rejected"), members.unbind(0), strict=True))
+        counts |= {f"{name}/chosen": chosen for name in ("logps", "rewards")}
+        counts |= {f"{name}/rejected": rejected for name in ("logps", "rewards")}
+        if self.token_metrics:
+            # Columns: log-probabilities, rewards, tokens, entropy, is_top1, mean_logits.
+            c, r, both = (side.unbind(0) for side in (*sums.unbind(0), sums.sum(0)))
+            names = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
+            each = torch.stack([both[3], c[4], c[5], r[5], both[2], c[2], c[2], r[2]])
+            total, of_tokens = each.chunk(2)
+            found |= zip(names, (total / of_tokens.clamp_min(1)).unbind(0), strict=True)
+            counts |= zip(names, of_tokens.unbind(0), strict=True)
         for name in self.takes_numbers:
             if name in metrics:  # the same for every sequence
                 metrics[name] = metrics[name][0]
-        return metrics, counts | token_means(metrics)
+        return found | metrics, counts

@@ -9,7 +9,7 @@
 
 Such a class has a constructor of those arguments, ``MarginLoss(margin=1.0, alpha=0.1, *, kind="hinge", weights=None,
 ...)``: its own fields, then those of its bases. They are plain attributes. ``check`` refuses what means nothing, at
-construction, and wherever a loss calls it again, since attributes may change.
+construction and, since attributes may change, in each call of a loss: ``recheck`` runs it where one did.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from operator import is_, itemgetter
 from typing import Any, ClassVar
 
 from . import checks
@@ -31,7 +32,7 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import dataclass_transform  # torch brings it
 
-__all__ = ["KW_ONLY", "ChunkFields", "Field", "Fields", "choice", "flag", "integer", "number"]
+__all__ = ["KW_ONLY", "ChunkFields", "Field", "Fields", "assign", "choice", "flag", "integer", "number"]
 
 
 def _anything(name: str, value: Any) -> Any:
@@ -104,6 +105,7 @@ class Fields:
 
     fields: Mapping[str, Field] = {}
     """By name, in the order of the constructor."""
+    _checked_options: _CheckedOptions
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -125,6 +127,10 @@ class Fields:
         for name, field in self.known_fields().items():
             field.check(name, getattr(self, name, field.default))
 
+    def recheck(self) -> bool:
+        """``check``, unless all options are the very objects that it saw last; -> whether it ran."""
+        return self._checked_options.again(self)
+
     def extra_repr(self) -> str:
         """The options by position, and those by keyword that are not as by default."""
         shown = []
@@ -133,6 +139,86 @@ class Fields:
             if _place(field) == 0 or value != field.default:
                 shown.append(f"{name}={value!r}")
         return ", ".join(shown)
+
+
+class _CheckedOptions:
+    """Options of an object when they were checked, to be told from others by identity: that takes a microsecond."""
+
+    # In a class of its own: a loss whose functions ask for its whole dictionary would count as reading all of it.
+    unchanging: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self.read: Callable[[Mapping[str, Any]], tuple[Any, ...]] | None = None
+        self.values: tuple[Any, ...] = ()
+        self.lists: tuple[tuple[list, tuple], ...] = ()  # they may change in place
+
+    def again(self, owner: Fields) -> bool:
+        if self.stay(owner.__dict__):
+            return False
+        self.forget()
+        owner.check()
+        self.keep(owner)
+        return True
+
+    def stay(self, own: Mapping[str, Any]) -> bool:
+        if self.read is None:
+            return False
+        try:
+            now = self.read(own)
+        except KeyError:
+            return False
+        if not all(map(is_, now, self.values)):
+            return False
+        return all([len(now) == len(then) and all(map(is_, now, then)) for now, then in self.lists])
+
+    def keep(self, owner: Fields) -> None:
+        """Not where a check of the user's may look at anything, or where values change unseen."""
+        names, own = tuple(owner.known_fields()), owner.__dict__
+        if not names or "check" in own or not own.keys() >= set(names) or not _looks_at_options(type(owner)):
+            return
+        values = tuple(own[name] for name in names)
+        if all(map(_is_plain, values)):
+            self.read = itemgetter(*names, names[0])  # a tuple, also of one name
+            self.values = (*values, values[0])
+            self.lists = tuple((value, tuple(value)) for value in values if type(value) is list)
+
+    def __deepcopy__(self, memo: Any) -> _CheckedOptions:
+        return _CheckedOptions()
+
+    def __reduce__(self) -> Any:
+        return _CheckedOptions, ()
+
+
+_ATOMS = frozenset((float, int, bool, str, type(None)))
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in _ATOMS or (type(value) in (tuple, list) and _ATOMS.issuperset(map(type, value)))
+
+
+def _looks_at_options(cls: type) -> bool:
+    """Whether ``check`` is of these packages, and so are the properties that it reads: at options, and nothing else."""
+    others = [vars(c) for c in cls.__mro__ if c.__module__.partition(".")[0] not in _OURS]
+    return not any("check" in own or any(isinstance(v, _PROPERTIES) for v in own.values()) for own in others)
+
+
+_OURS = frozenset(("chunked_embed", "alignment", "distill", "torch", "builtins"))
+_PROPERTIES = (property, cached_property)
+
+
+def assign(owner: Any, **values: Any) -> None:
+    """Attributes that are not so already: those that stay keep their objects, and setting one takes a module some
+    microseconds."""
+    for name, value in values.items():
+        before = getattr(owner, name, _NOTHING)
+        if before is not value and (type(before) is not type(value) or before != value):
+            setattr(owner, name, value)
+
+
+_NOTHING = object()
 
 
 def _place(field: Field) -> int:
@@ -198,6 +284,7 @@ def _constructor(cls: type[Fields]) -> Callable[..., None]:
         bound.apply_defaults()
         values = {name: cls.fields[name].check(name, value) for name, value in bound.arguments.items()}
         self.begin(values)
+        self._checked_options = _CheckedOptions()
         for name, value in values.items():
             setattr(self, name, value)
         self.setup()

@@ -61,10 +61,15 @@ class Head:
         cls, prefix: str, hidden: Any, weight: Any, bias: Any, extra: Any, logit_scale: float, softcap: float | None
     ) -> Head:
         """From a caller's loose tensors, whose names in refusals begin with ``prefix``: ``ref_`` for ``ref_weight``."""
+        return cls.known(hidden, weight, bias, check_head(hidden, weight, bias, extra, prefix), logit_scale, softcap)
+
+    @classmethod
+    def known(cls, hidden: Any, weight: Any, bias: Any, extra: Any, logit_scale: float, softcap: float | None) -> Head:
+        """From parts that were checked: others of the same ``signature`` were."""
         head = object.__new__(cls)
-        extra = check_head(hidden, weight, bias, extra, prefix)
-        names = ("hidden", "weight", "bias", "extra", "logit_scale", "logit_softcap")
-        head.__dict__.update(zip(names, (hidden, weight, bias, extra, logit_scale, softcap), strict=True))
+        own = head.__dict__  # frozen: a constructor would take each on its own
+        own["hidden"], own["weight"], own["bias"], own["extra"] = hidden, weight, bias, extra
+        own["logit_scale"], own["logit_softcap"] = logit_scale, softcap
         return head
 
     def _with(self, **changes: Any) -> Head:
@@ -76,7 +81,16 @@ class Head:
     @property
     def projection(self) -> Projection:
         """What the engine multiplies; ``transform`` is what follows."""
-        return Projection(self.hidden, self.weight, self.bias, self.extra)
+        projection = object.__new__(Projection)
+        own = projection.__dict__
+        own["input"], own["weight"], own["bias"], own["extra"] = self.hidden, self.weight, self.bias, self.extra
+        return projection
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """All that there is to check, for ``signatures.signature``."""
+        extra = [part for term in self.extra for part in term]
+        return self.hidden, self.weight, self.bias, *extra, self.logit_scale, self.logit_softcap
 
     @property
     def transform(self) -> tuple[float, float | None]:
@@ -102,8 +116,9 @@ class Head:
         return self._with(weight=self.weight[:vocabulary], bias=bias, extra=extra)
 
     def detach(self) -> Head:
-        """For a frozen model."""
-        return self._map(Tensor.detach)
+        """For a frozen model. Tensors that do not learn anyway stay the same ones."""
+        learns = self.hidden.requires_grad or self.weight.requires_grad
+        return self._map(_detached) if learns or self.extra or self.bias is not None else self
 
     def to(self, where: torch.dtype | torch.device) -> Head:
         return self._map(lambda tensor: tensor.to(where))
@@ -126,6 +141,10 @@ class Head:
         found = linear_logps(self.hidden, self.weight, target, self.bias, extra=self.extra, **transform, **options)
         assert found.logps is not None
         return found.logps
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def check_head(hidden: Any, weight: Any, bias: Any, extra: Any, prefix: str = "") -> tuple[tuple[Tensor, Tensor], ...]:

@@ -40,7 +40,6 @@ Imports none of those libraries.
 from __future__ import annotations
 
 import contextlib
-import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
@@ -51,12 +50,9 @@ from torch import Tensor, nn
 
 from . import causal_lm
 from .engine import LossOutput
-from .engine.compile import telling
 from .head import Head
 
 __all__ = ["HeadTrainer", "Sums", "check_given_loss", "check_ids", "our_head", "warn_untested"]
-
-logger = logging.getLogger(__name__)
 
 Sums: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 """By a metric's name: its sum over the units that count, and their number. ``LossOutput.sums`` are such."""
@@ -91,7 +87,7 @@ class HeadTrainer:
     uncalled: ClassVar[tuple[str, ...]] = ()
     """Methods of the library's trainer that nothing calls here: a subclass that has one of its own is refused."""
 
-    _told_of_compiling = _told_of_copies = False
+    _told_of_copies = False
 
     checks_logits: bool = True
     """Whether the first batch compares each model's logits with its head's: the argument ``check`` of our trainers."""
@@ -184,21 +180,6 @@ class HeadTrainer:
                 model(**inputs, head_fn=lambda head: None)
         return True
 
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """One line before something is compiled: for a small model, that may take longer than the whole training."""
-
-        def say() -> None:
-            if not self._told_of_compiling and self.accelerator.is_main_process:
-                self._told_of_compiling = True
-                logger.warning(
-                    "compiling the loss: some seconds for each new kind of batch, less the next time on this machine; "
-                    "nothing is logged meanwhile (the loss's option compiled=False does without, slower on a GPU)"
-                )
-
-        with telling(say):
-            yield
-
     # --- in the model's forward ---
 
     def run_loss(
@@ -235,8 +216,7 @@ class HeadTrainer:
             named_there = {name: _moved(x, device) for name, x in named.items()}
             return loss(head.shifted(target.shape[1] + 1), *there, target=target.to(device), **named_there)
 
-        with self._told():
-            found = model(**inputs, head_fn=run)
+        found = model(**inputs, head_fn=run)
         out = LossOutput(*(_moved(part, target.device) for part in found.value))
         if not weight:
             return out
@@ -274,8 +254,7 @@ class HeadTrainer:
         def run(head: Head) -> Tensor:
             return head.shifted(target.shape[1] + 1).logps(target.to(head.hidden.device), **options)
 
-        with self._told():
-            return model(**inputs, head_fn=run).value.to(target.device)
+        return model(**inputs, head_fn=run).value.to(target.device)
 
     def frozen_head(self, model: nn.Module, inputs: Mapping[str, Any], target: Tensor) -> Head:
         """The head of a teacher or a reference, one state for each of the (B, T - 1) targets; nothing of it learns.
@@ -304,12 +283,17 @@ class HeadTrainer:
             sums: such as ``LossOutput.sums``, and of a trainer's own.
             gather: False for those of this process alone.
         """
-        if not sums:
-            return {}
-        table = torch.stack([torch.stack([total.float(), count.float()]) for total, count in sums.values()])
-        if gather:
-            table = self.accelerator.gather(table[None]).sum(0)
-        return {name: total / count for name, (total, count) in zip(sums, table.tolist(), strict=True) if count}
+        return self.means_in(sums, self.table_of(sums, gather).tolist()) if sums else {}
+
+    def table_of(self, sums: Mapping[str, tuple[Tensor, Tensor]], gather: bool = True) -> Tensor:  # -> (metrics, 2)
+        """The sums and counts, added up over all processes in one gather. Waits for no device: a trainer may read it
+        later, with ``means_in``."""
+        table = torch.stack([x.float() for pair in sums.values() for x in pair]).view(-1, 2)
+        return self.accelerator.gather(table[None]).sum(0) if gather else table
+
+    @staticmethod
+    def means_in(names: Iterable[str], table: list[list[float]]) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in zip(names, table, strict=True) if count}
 
     @staticmethod
     def with_outputs(model: nn.Module, inputs: Mapping[str, Any], loss: Tensor, wanted: bool) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from chunked_embed import ChunkPlan, FlexChunkLoss, Head, LossOutput, checks, transform_logits
 from chunked_embed.checks import PADDING, POSITIVE
-from chunked_embed.fields import KW_ONLY, ChunkFields, Field, choice, flag, integer, number
-from chunked_embed.signatures import with_arguments_of
+from chunked_embed.fields import KW_ONLY, ChunkFields, Field, assign, choice, flag, integer, number
+from chunked_embed.signatures import Seen, signature, with_arguments_of
 
 from .divergences import (
     DIVERGENCES,
@@ -106,6 +106,7 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
     def begin(self, values: Mapping[str, Any]) -> None:
         of_engine = ("ignore_index", *ChunkFields.fields)
         FlexChunkLoss.__init__(self, targets={"target": "student"}, **{name: values[name] for name in of_engine})
+        self._seen = Seen()
         self.terms: tuple[Term, ...] = ()
         self.further: dict[str, Field] = {}
         # What follows from a call, for its step: see ``settle``.
@@ -121,6 +122,7 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
 
     def set_terms(self, terms: Sequence[Term]) -> None:
         self.terms = tuple(terms)
+        self.forget()
         self.workspace_bytes = max((term.divergence.workspace_bytes for term in terms), default=0)
 
     def make_term(
@@ -146,6 +148,7 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
             raise ValueError(f"expected terms whose numbers have names of their own, got {name!r} again")
         self.further[name] = field
         setattr(self, name, field.check(name, value))
+        self.forget()
 
     def known_fields(self) -> Mapping[str, Field]:
         return {**self.fields, **self.further}
@@ -205,20 +208,23 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
             ``loss``, and ``metrics``: the value of each term for every token, unweighted, zero where ignored; ``means``
             has their means over the others.
         """
-        self.check()
+        sides = student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias
+        known, key = self.recall(*sides, student_extra, teacher_extra, target)
         if isinstance(student_hidden, Head) and isinstance(student_weight, Head):
             if teacher_hidden is not None:
                 raise TypeError("expected what follows two heads by name (target=...), got a third argument")
             student_weight, teacher_hidden = None, student_weight
-        student = self.head_of("student", student_hidden, student_weight, student_bias, student_extra)
+        student = self.head_of("student", student_hidden, student_weight, student_bias, student_extra, known=known)
         teacher = None
         if teacher_hidden is not None or teacher_weight is not None:
             if isinstance(student_hidden, Head) != isinstance(teacher_hidden, Head):
                 raise TypeError(
                     "expected a Head for both or for neither, got one: the other's scale and soft-cap would be a guess"
                 )
-            teacher = self.head_of("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_extra)
-        return super().prepare(**self.arguments(student, teacher, target, num_items))
+            teacher = self.head_of("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_extra, known=known)
+        call = super().prepare(**self.arguments(student, teacher, target, num_items, known, key))
+        self._seen.keep(key)
+        return call
 
     @with_arguments_of(prepare)
     def forward(self, *arguments: Any, **keywords: Any) -> LossOutput:  # type: ignore[override]
@@ -229,9 +235,22 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
         """What ``forward`` with the same arguments will do: print it before running."""
         return super().plan(*arguments, **keywords)
 
-    def head_of(self, side: str, hidden: Any, weight: Any, bias: Any = None, extra: Any = ()) -> Head:
+    def recall(self, *given: Any) -> tuple[bool, Hashable]:
+        """Whether a call like this one was checked, with the options as they are; and what ``_seen`` knows it by."""
+        if self.recheck():
+            self._seen.clear()
+        key = signature(*given)
+        return key in self._seen.calls, key
+
+    def head_of(
+        self, side: str, hidden: Any, weight: Any, bias: Any = None, extra: Any = (), *, known: bool = False
+    ) -> Head:
         """A side's tensors as one; a ``Head`` must not be at odds with the loss's own transform of that side."""
+        if known and isinstance(hidden, Head):
+            return hidden
         own = getattr(self, f"{side}_logit_scale"), getattr(self, f"{side}_softcap")
+        if known:
+            return Head.known(hidden, weight, bias, extra, *own)
         if not isinstance(hidden, Head):
             return Head.of(f"{side}_", hidden, weight, bias, extra, *own)
         if weight is not None or bias is not None or extra:
@@ -258,38 +277,57 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
         return super().prepare(**call).run()
 
     def arguments(
-        self, student: Head, teacher: Head | None, target: Tensor | None = None, num_items: float | Tensor | None = None
+        self,
+        student: Head,
+        teacher: Head | None,
+        target: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        known: bool = False,
+        key: Hashable = None,
     ) -> dict[str, Any]:
-        """The arguments of ``FlexChunkLoss.prepare``."""
-        self.settle(student, teacher)
+        """The arguments of ``FlexChunkLoss.prepare``; ``known`` and ``key`` as from ``recall``."""
+        self.settle_once(key, student, teacher)
         if not self.soft:
-            return self.of_student(student, target, num_items)
+            return self.of_student(student, target, num_items, known)
         if teacher is None:
             raise TypeError("expected teacher_hidden and teacher_weight, or a Head, got None")
-        call = self.of_student(student, target, num_items)
-        width = self.compared(len(student.weight), len(teacher.weight))
-        if width < len(teacher.weight) and all(term.divergence.shared_vocabulary for term in self.terms):
+        call = self.of_student(student, target, num_items, known)
+        ours, theirs = student.weight.shape[0], teacher.weight.shape[0]
+        width = self.compared(ours, theirs)
+        if width < theirs and all(term.divergence.shared_vocabulary for term in self.terms):
             teacher = teacher.cut(width)
         call["projections"]["teacher"] = frozen = teacher.detach().projection
-        if any(self.holds(term, term.divergence.takes_head) for term in self.terms):
+        if any([self.holds(term, term.divergence.takes_head) for term in self.terms]):
             call["columns"] = {"embedding": frozen.weight}
         return call
 
-    def of_student(self, student: Head, target: Any, num_items: float | Tensor | None) -> dict[str, Any]:
-        """The student's part of the call: its projection, the labels, and the weight of every token."""
+    def of_student(
+        self, student: Head, target: Any, num_items: float | Tensor | None, known: bool, weighs: bool = False
+    ) -> dict[str, Any]:
+        """The student's part of the call: its projection, the labels, and the weight of every token, where that is not
+        what the engine takes for one (1 / the tokens that are not ignored). ``weighs``: in any case."""
         hidden = student.hidden
+        leading, wide = hidden.shape[:-1], torch.float64 if hidden.dtype == torch.float64 else torch.float32
         call: dict[str, Any] = {"projections": {"student": student.projection}, "rows": {}}
         if target is None:
             if self.hard:
                 raise ValueError("expected a target: weight_hard is not zero")
-            used = torch.ones(hidden.shape[:-1], device=hidden.device)
-        else:
-            checks.tensor("target", target, tuple(hidden.shape[:-1]), device=hidden.device, kind="integer")
-            used = target != self.ignore_index
-            if self.hard:
-                call["rows"]["target"] = target
-        used = used.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-        call["row_weight"] = used / (used.sum().clamp_min(1) if num_items is None else _items(num_items, used))
+            if num_items is not None or weighs:
+                items = leading.numel() if num_items is None else _items(num_items, hidden.device)
+                each = 1 / items if isinstance(items, Tensor) else torch.tensor(1 / items)
+                call["row_weight"] = each.to(hidden.device, wide).expand(leading)
+            return call
+        if not known:
+            checks.tensor("target", target, tuple(leading), device=hidden.device, kind="integer")
+        if self.hard:
+            call["rows"]["target"] = target
+            if num_items is None and not weighs:
+                return call
+        used: Tensor = target != self.ignore_index
+        if wide == torch.float64:
+            used = used.double()
+        items = used.sum().clamp_min(1) if num_items is None else _items(num_items, hidden.device)
+        call["row_weight"] = used / items
         return call
 
     def compared(self, student: int, teacher: int) -> int:
@@ -311,24 +349,47 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
             _warn_cut(student, teacher)
         return few
 
+    def forget(self) -> None:
+        """What is known of calls, and of the options."""
+        self._checked_options.forget()
+        self._seen.clear()
+
+    def settle_once(self, key: Hashable, student: Head, teacher: Head | None = None) -> None:
+        """``settle``, unless the last call was of the same kind, with the same options."""
+        if key is None or self._seen.settled != key:
+            self.settle(student, teacher)
+            self._seen.settled = key
+
     def settle(self, student: Head, teacher: Head | None = None) -> None:
         """Set what follows from options and heads for the step of this call."""
-        self.student_scale, self.student_cap = student.transform
-        self.teacher_scale, self.teacher_cap = (1.0, None) if teacher is None else teacher.transform
-        self.report = as_report(self.report)
-        self.hard = self.weight_hard != 0
-        self.soft = bool(self.terms) and self.weight_soft != 0
+        (student_scale, student_cap), (teacher_scale, teacher_cap) = (
+            (1.0, None) if head is None else head.transform for head in (student, teacher)
+        )
+        scales = {"student_scale": student_scale, "teacher_scale": teacher_scale}
         fields = self.known_fields()
-        limits = [(name, fields[name].limits) for term in self.terms for _, name in term.options]
+        limits = [(name, getattr(self, name), fields[name].limits) for term in self.terms for _, name in term.options]
         # At one, nothing is multiplied: all terms then share a softmax.
-        limits += [(name, (1.0,)) for name in ("temperature", "student_scale", "teacher_scale")]
-        self.pinned = tuple((name, float(getattr(self, name))) for name, at in limits if getattr(self, name) in at)
-        # The largest term's: brought near one, it leaves those of smaller ones the digits that they add to it.
+        limits += [(name, value, (1.0,)) for name, value in {"temperature": self.temperature, **scales}.items()]
+        soft = bool(self.terms) and self.weight_soft != 0
+        assign(
+            self,
+            **scales,
+            student_cap=student_cap,
+            teacher_cap=teacher_cap,
+            report=as_report(self.report),
+            hard=self.weight_hard != 0,
+            soft=soft,
+            pinned=tuple((name, float(value)) for name, value, at in limits if value in at),
+            gradient_size=self.size_of_gradient(len(student.weight), soft),
+        )
+
+    def size_of_gradient(self, vocabulary: int, soft: bool) -> float:
+        """Of the largest term: brought near one, it leaves those of smaller ones the digits that they add to it."""
         sizes = [abs(self.weight_hard)]
-        for term in self.terms if self.soft else ():
+        for term in self.terms if soft else ():
             weight = abs(self.weight_soft if term.weight is None else self.weight_soft * getattr(self, term.weight))
-            sizes.append(weight / len(student.weight) if term.divergence.averages else weight)
-        self.gradient_size = max(sizes) or 1.0
+            sizes.append(weight / vocabulary if term.divergence.averages else weight)
+        return max(sizes) or 1.0
 
     def holds(self, term: Term, when: When) -> bool:
         """Whether something is so for a term, which may hang on one of its options."""
@@ -428,13 +489,18 @@ def _times(z: Tensor, factor: Any) -> Tensor:
     return floored(z * factor)
 
 
-def _items(num_items: float | Tensor, like: Tensor) -> float | Tensor:
-    """The normaliser. A tensor on a GPU is not looked at: that would wait for it."""
+def _items(num_items: float | Tensor, device: torch.device) -> float | Tensor:
+    """The normaliser. A tensor on a GPU is not looked at, which would wait for it, and one on the CPU stays there, as
+    the number that it is."""
     if not isinstance(num_items, Tensor):
         return checks.number("num_items", num_items, POSITIVE)
-    if num_items.numel() != 1 or (num_items.device.type == "cpu" and not bool(num_items > 0)):
+    on_cpu = num_items.device.type == "cpu"
+    if num_items.numel() != 1 or (on_cpu and not bool(num_items > 0)):
         raise ValueError(f"expected num_items to be a positive number, got {num_items}")
-    return num_items.detach().to(like.device, like.dtype).reshape(())
+    items = num_items.detach().reshape(())
+    if items.dtype in (torch.float16, torch.bfloat16):
+        items = items.float()
+    return items if on_cpu else items.to(device)
 
 
 @functools.cache  # one warning for two sizes, but an error each time where warnings are errors

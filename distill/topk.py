@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chunked_embed import ChunkPlan, FlexChunkLoss, Head, LossOutput, checks
 from chunked_embed.checks import POSITIVE
-from chunked_embed.fields import KW_ONLY, choice, number
+from chunked_embed.fields import KW_ONLY, assign, choice, number
 from chunked_embed.signatures import with_arguments_of
 
 from .divergences import FLOOR
@@ -77,8 +77,10 @@ class TopKLoss(DistillationLoss):
     def settle(self, student: Head, teacher: Head | None = None) -> None:
         super().settle(student, teacher)
         of_tail = 0 if self.tail == "zero" else 8  # the student's others, padded and then scattered into
-        self.workspace_bytes = self.terms[0].divergence.workspace_bytes + of_tail
-        self.gradient_size = 1.0  # of few tokens, whatever the divergence
+        assign(self, workspace_bytes=self.terms[0].divergence.workspace_bytes + of_tail)
+
+    def size_of_gradient(self, vocabulary: int, soft: bool) -> float:
+        return 1.0  # of few tokens, whatever the divergence
 
     def prepare(  # type: ignore[override]
         self,
@@ -106,13 +108,26 @@ class TopKLoss(DistillationLoss):
             if teacher_logprobs is not None:
                 raise TypeError("expected what follows a Head, ids and log-probabilities by name, got one too many")
             student_weight, teacher_ids, teacher_logprobs = None, student_weight, teacher_ids
-        self.check()
-        student = self.head_of("student", student_hidden, student_weight, student_bias, student_extra)
-        self.settle(student)
-        call = self.of_student(student, target, num_items)
+        sides = student_hidden, student_weight, student_bias, teacher_ids, teacher_logprobs
+        known, key = self.recall(*sides, student_extra, target)
+        student = self.head_of("student", student_hidden, student_weight, student_bias, student_extra, known=known)
+        self.settle_once(key, student)
+        call = self.of_student(student, target, num_items, known, weighs=self.soft)
         if self.soft:
-            call["rows"] |= self.of_teacher(student, teacher_ids, teacher_logprobs, call["row_weight"])
-        return FlexChunkLoss.prepare(self, **call)
+            if not known:
+                self.check_teacher(student, teacher_ids, teacher_logprobs)
+            assert teacher_ids is not None and teacher_logprobs is not None
+            teacher = Kept(teacher_ids, teacher_logprobs.detach(), call["row_weight"], len(student.weight), self.tail)
+            call["row_weight"] = teacher.checked_weight()
+            call["rows"] |= {"ids": teacher.ids, "logprobs": teacher.logprobs}
+        try:
+            prepared = FlexChunkLoss.prepare(self, **call)
+        except ValueError:
+            if self.soft:
+                teacher.refuse()
+            raise
+        self._seen.keep(key)
+        return prepared
 
     @with_arguments_of(prepare)
     def forward(self, *arguments: Any, **keywords: Any) -> LossOutput:  # type: ignore[override]
@@ -123,30 +138,13 @@ class TopKLoss(DistillationLoss):
         """What ``forward`` with the same arguments will do: print it before running."""
         return super().plan(*arguments, **keywords)
 
-    def of_teacher(self, student: Head, ids: Any, logprobs: Any, row_weight: Tensor) -> dict[str, Tensor]:
-        """The teacher's part of the rows, checked where they count."""
-        leading, device, size = tuple(student.hidden.shape[:-1]), student.hidden.device, len(student.weight)
+    def check_teacher(self, student: Head, ids: Any, logprobs: Any) -> None:
+        """What shows without looking at values."""
+        leading, device = tuple(student.hidden.shape[:-1]), student.hidden.device
         checks.tensor("teacher_ids", ids, (*leading, "K"), device=device, kind="integer")
         checks.tensor("teacher_logprobs", logprobs, tuple(ids.shape), device=device, kind="floating")
         if not ids.shape[-1]:
             raise ValueError(f"expected teacher_ids of one entry a token or more, got {tuple(ids.shape)}")
-        logprobs, used = logprobs.detach(), row_weight != 0
-        there = logprobs > -torch.inf
-        outside = used[..., None] & there & ((ids < 0) | (ids >= size))
-        # A twentieth more than one: what half precision may round up to.
-        wrong = used & ~(logprobs.to(row_weight.dtype).exp().sum(-1) < 1.05)
-        empty = used & ~there.any(-1) & (self.tail == "renorm")
-        n_outside, n_wrong, n_empty = torch.stack([outside.sum(), wrong.sum(), empty.sum()]).tolist()
-        if n_outside:
-            raise ValueError(f"expected teacher_ids in [0, {size}), got {n_outside} outside")
-        if n_wrong:
-            raise ValueError(
-                "expected teacher_logprobs to be logarithms of probabilities, which sum to one at most, "
-                f"got others for {n_wrong} tokens"
-            )
-        if n_empty:
-            raise ValueError(f"expected an entry or more for each token that counts, got {n_empty} without")
-        return {"ids": ids, "logprobs": logprobs}
 
     def sides(self, student: Logits, outputs: Any, rows: Any) -> Sides:
         """Logits whose softmax at the loss's temperature are the few probabilities: log-probabilities, times it."""
@@ -176,6 +174,48 @@ class TopKLoss(DistillationLoss):
             return super().value(term, sides, columns)
         log_q, log_p = (side.z.clamp_min(FLOOR) for side in sides["common"])
         return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+class Kept(NamedTuple):
+    """What was kept of a teacher, beside what each token counts."""
+
+    ids: Tensor  # (..., K)
+    logprobs: Tensor  # (..., K)
+    row_weight: Tensor  # (...)
+    vocabulary: int
+    tail: str
+
+    def wrong(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Entries whose id is none; tokens whose probabilities are none, and, where one is needed, without an entry."""
+        there = self.logprobs > -torch.inf
+        outside = there & ((self.ids < 0) | (self.ids >= self.vocabulary))
+        # A twentieth more than one: what half precision may round up to.
+        total = self.logprobs.to(self.row_weight.dtype).exp().sum(-1)
+        empty = there.any(-1).logical_not() if self.tail == "renorm" else torch.zeros_like(total, dtype=torch.bool)
+        return outside, (total < 1.05).logical_not(), empty
+
+    def checked_weight(self) -> Tensor:
+        """What each token counts: NaN where the teacher is wrong about one that counts, which the engine refuses after
+        its one transfer."""
+        outside, wrong, empty = self.wrong()
+        refused = (outside.any(-1) | wrong | empty) & (self.row_weight != 0)
+        return self.row_weight.masked_fill(refused, torch.nan)
+
+    def refuse(self) -> None:
+        """In a sentence, if the teacher is wrong. Waits for the device."""
+        used = self.row_weight != 0
+        outside, wrong, empty = self.wrong()
+        found = [(outside & used[..., None]).sum(), (wrong & used).sum(), (empty & used).sum()]
+        n_outside, n_wrong, n_empty = torch.stack(found).tolist()
+        if n_outside:
+            raise ValueError(f"expected teacher_ids in [0, {self.vocabulary}), got {n_outside} outside")
+        if n_wrong:
+            raise ValueError(
+                "expected teacher_logprobs to be logarithms of probabilities, which sum to one at most, "
+                f"got others for {n_wrong} tokens"
+            )
+        if n_empty:
+            raise ValueError(f"expected an entry or more for each token that counts, got {n_empty} without")
 
 
 def _log_rest(log_probs: Tensor) -> Tensor:  # (R, K) -> (R, 1)

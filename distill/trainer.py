@@ -68,7 +68,7 @@ class Distilling(HeadTrainer):
             raise ValueError(f"expected report of {type(loss).__name__} among {list(possible)}, got {unknown}")
         self.loss = loss
         self.checks_logits = checks.flag("check", check)
-        self.sums: dict[str, dict[str, tuple[Any, Any]]] = {"train": {}, "eval": {}}
+        self.sums: dict[str, dict[tuple[str, ...], Tensor]] = {"train": {}, "eval": {}}
 
     # --- the loss ---
 
@@ -143,32 +143,38 @@ class Distilling(HeadTrainer):
         Args:
             rows: tokens of each row of the dataset, where the batch has them one behind the other.
         """
-        found = []
         metrics = {name: value for name, value in out.metrics.items() if value.dim() == 2}  # (B, tokens)
-        for name, value in metrics.items():
-            count = (out.counts or {}).get(name, torch.ones_like(value))
-            pair = torch.stack([value * count, count.to(value)], -1)  # (B, tokens, 2)
-            if rows is None:
-                found.append(pair.sum(1))
-            else:  # the first token is no target
-                each = F.pad(pair[0], (0, 0, 1, 0)).split(list(rows))
-                found.append(torch.stack([row.sum(0) for row in each]))
-        table = torch.stack(found, 1)  # (B, metrics, 2)
+        counts = out.counts or {}
+        values = torch.stack([*metrics.values()])  # (metrics, B, tokens)
+        given = [counts[name] if name in counts else torch.ones_like(value) for name, value in metrics.items()]
+        count = torch.stack(given).to(values)
+        table = torch.stack([values * count, count], -1)  # (metrics, B, tokens, 2)
+        if rows is None:
+            table = table.sum(2)
+        else:  # the first token is no target
+            each = F.pad(table[:, 0], (0, 0, 1, 0)).split(list(rows), 1)
+            table = torch.stack([row.sum(1) for row in each], 1)
+        table = table.transpose(0, 1).contiguous()  # (B, metrics, 2)
         if mode == "eval":
             table = self.accelerator.gather_for_metrics(table)
-        kept = self.sums[mode]
-        sums = dict(zip(metrics, table.sum(0), strict=True))
+        self._add(mode, tuple(metrics), table.sum(0))
         if (aux_loss := out.metrics.get("aux_loss")) is not None:  # of a micro-batch
             each = self.accelerator.gather(aux_loss[None]) if mode == "eval" else aux_loss[None]
-            sums["aux_loss"] = torch.stack([each.sum(), each.new_tensor(len(each))])
-        for name, (total, seen) in sums.items():
-            before = kept.get(name, (0.0, 0.0))
-            kept[name] = before[0] + total, before[1] + seen
+            self._add(mode, ("aux_loss",), torch.stack([each.sum(), each.new_full((), len(each))])[None])
+
+    def _add(self, mode: str, names: tuple[str, ...], table: Tensor) -> None:  # (names, 2)
+        before = self.sums[mode].get(names)
+        self.sums[mode][names] = table if before is None else before + table
 
     def take_means(self, mode: str) -> dict[str, float]:
         """The means since the last call, over all processes."""
         kept, self.sums[mode] = self.sums[mode], {}
-        return self.means_of(kept, gather=mode == "train")
+        found: dict[str, tuple[Any, Any]] = {}
+        for names, table in kept.items():
+            for name, (total, seen) in zip(names, table, strict=True):
+                before = found.get(name, (0.0, 0.0))
+                found[name] = before[0] + total, before[1] + seen
+        return self.means_of(found, gather=mode == "train")
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.sums["train"] = {}  # auto_find_batch_size may have broken off a loop before

@@ -119,3 +119,53 @@ def test_attributes_are_checked_again():
     loss.beta = 7
     with pytest.raises(ValueError, match="beta"):
         loss.check()
+
+
+class Listed(Base):
+    weights: Sequence[float] | None = None
+    name: Any = None
+
+
+def test_what_stays_is_not_checked_again():
+    loss = Listed(weights=[1.0, 2.0])
+    assert [loss.recheck() for _ in range(3)] == [True, False, False]
+    for change in (
+        lambda: setattr(loss, "temperature", 2.0),
+        lambda: setattr(loss, "softcap", 3.0),
+        lambda: loss.weights.append(3.0),
+        lambda: loss.weights.__setitem__(0, 4.0),
+        lambda: setattr(loss, "weights", (4.0,)),
+    ):
+        change()
+        assert [loss.recheck() for _ in range(2)] == [True, False]
+    for copied in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert [copied.recheck() for _ in range(2)] == [True, False]
+    loss.temperature = -1.0
+    for _ in range(2):
+        with pytest.raises(ValueError, match="temperature"):
+            loss.recheck()
+    loss.temperature = True  # equal to one, and no number
+    with pytest.raises(TypeError, match="temperature"):
+        loss.recheck()
+
+
+def test_what_may_change_unseen_is_checked_each_time():
+    assert [loss.recheck() for loss in [Listed(name={"a": 1})] * 2] == [True, True]
+    assert [loss.recheck() for loss in [Loss()] * 2] == [True, True]  # a check of the user's
+
+    class Scheduled(Base):
+        step = 0
+
+        @property
+        def softcap(self):
+            return None if self.step == 0 else -1.0
+
+        @softcap.setter
+        def softcap(self, value):
+            pass
+
+    loss = Scheduled()
+    loss.recheck()
+    loss.step = 1
+    with pytest.raises(ValueError, match="softcap"):
+        loss.recheck()

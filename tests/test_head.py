@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from chunked_embed import Head, causal_lm, checks
+from chunked_embed.signatures import signature
 
 
 def make(**options: Any) -> Head:
@@ -70,3 +71,36 @@ def test_one_vocabulary_but_for_padding() -> None:
     assert checks.one_vocabulary("policy and reference", 152_064, 151_936) == 151_936
     with pytest.raises(ValueError, match=r"policy and reference of one vocabulary.* got 2 and 9 tokens.*\[:2\]"):
         checks.one_vocabulary("policy and reference", 2, 9)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_signature_tells_calls_apart_that_a_check_would() -> None:
+    hidden, weight = torch.zeros(2, 3, 4), torch.zeros(5, 4)
+    same = signature(hidden, weight, None, ())
+    assert same == signature(torch.ones(2, 3, 4), torch.nn.Parameter(weight), None, ()) != signature(hidden, weight)
+    others = [
+        (hidden[:1], weight, None, ()),
+        (hidden, weight.half(), None, ()),
+        (hidden, weight.to("meta"), None, ()),
+        (hidden, weight.to_sparse(), None, ()),
+        (hidden, weight, torch.zeros(5), ()),
+        (hidden, weight, None, ((hidden, weight),)),
+        (Head(hidden, weight), None, None, ()),
+        (Head(hidden, weight, logit_scale=0.5), None, None, ()),
+        (Head(hidden, weight, extra=((hidden, weight),)), None, None, ()),
+    ]
+    assert len({same, *(signature(*given) for given in others)}) == len(others) + 1
+
+    class Other(torch.Tensor):
+        pass
+
+    ragged = torch.nested.nested_tensor([weight, weight[:2]])
+    for unknown in (weight.as_subclass(Other), ragged, True, [], [(hidden, weight)], ((hidden,),)):
+        assert signature(hidden, unknown) is None
+
+
+def test_a_frozen_head_stays_as_it_is() -> None:
+    head = make()
+    assert head.detach().hidden is head.hidden and head.detach().extra[0][1] is head.extra[0][1]
+    learning = make(weight=torch.zeros(11, 4, dtype=torch.float64, requires_grad=True))
+    assert not learning.detach().weight.requires_grad and learning.detach().hidden is learning.hidden

@@ -146,6 +146,24 @@ def test_means_over_processes() -> None:
     assert Trainer().means_of({}) == {}
 
 
+def test_many_metrics_are_summed_as_each_alone() -> None:
+    g = torch.Generator().manual_seed(0)
+    metrics = {f"{kind}{k}": torch.randn(shape, generator=g) for kind, shape in KINDS.items() for k in range(5)}
+    counts = {name: torch.randint(3, value.shape, generator=g) for name, value in metrics.items() if name[0] in "ts"}
+    counts |= {name: torch.tensor([2, 0, 1]) for name in metrics if name[0] == "b"}  # of each column
+    metrics |= {"right": torch.tensor([True, False, True]), "wide": torch.tensor(2.0, dtype=torch.float64)}
+    out = LossOutput(torch.tensor(0.0), metrics, counts)
+    assert list(out.sums) == list(out.means) == list(metrics)
+    for name, value in metrics.items():
+        alone = LossOutput(out.loss, {name: value}, {name: counts[name]} if name in counts else None)
+        for found, expected in zip(out.sums[name], alone.sums[name], strict=True):
+            torch.testing.assert_close(found, expected, check_dtype=False)
+        torch.testing.assert_close(out.means[name], alone.means[name])
+
+
+KINDS: dict[str, tuple[int, ...]] = {"pairs": (7,), "tokens": (2, 3), "sums": (), "broad": (2, 3), "numbers": ()}
+
+
 def test_a_step_is_divided_by_the_tokens_of_all_processes() -> None:
     trainer = Trainer()
     for shared, expected in ((True, 5.0), (False, 10.0)):

@@ -27,6 +27,10 @@ from ._settings import Settings, conflicts, refuse, warn
 warn_untested("alignment.trl", trl, TESTED)
 
 
+UNREAD = 256
+"""Steps whose metrics may wait on the device."""
+
+
 class Chunked(HeadTrainer):
     """What the trainers share: a loss that runs inside the policy's forward, a check of the models, and metrics.
 
@@ -69,6 +73,7 @@ class Chunked(HeadTrainer):
         check_given_loss(loss, self._loss_base, loss_options)
         self.checks_logits = checks.flag("check", check)
         self._hashed = False
+        self._unread: list[tuple[str, tuple[str, ...], Tensor, Tensor | None]] = []
         call = inspect.signature(super().__init__).bind_partial(*args, **kw)
         config = call.arguments.get("args") or self._default_config()
         if config is not None:
@@ -153,14 +158,35 @@ class Chunked(HeadTrainer):
         with torch.no_grad(), checkpointing, adapters, causal_lm.evaluating(model), self.accelerator.autocast():
             yield
 
-    def _store(self, mode: str, means: Mapping[str, float], attention_mask: Tensor) -> None:
-        """Into what TRL's ``log`` averages."""
-        if mode == "train":
-            tokens = self.accelerator.gather_for_metrics(attention_mask.sum()).sum().item()
-            self._total_train_tokens += tokens // self._tp_size
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        for name, mean in means.items():
-            self._metrics[mode][name].append(mean)
+    def _store(self, mode: str, sums: Sums, attention_mask: Tensor) -> None:
+        """For what TRL's ``log`` averages. Nothing waits for the device here, between a forward and its backward."""
+        tokens = self.accelerator.gather_for_metrics(attention_mask.sum()).sum() if mode == "train" else None
+        self._unread.append((mode, tuple(sums), self.table_of(sums), tokens))
+        if len(self._unread) >= UNREAD:
+            self._read()
+
+    def _read(self) -> None:
+        """What was stored goes where TRL has it."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        tables = iter(torch.cat([table for _, _, table, _ in unread]).tolist())
+        counted = [tokens for *_, tokens in unread if tokens is not None]
+        seen = iter(torch.stack(counted).tolist() if counted else ())
+        for mode, names, _, tokens in unread:
+            if tokens is not None:
+                self._total_train_tokens += next(seen) // self._tp_size
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+            for name, mean in self._adjusted(self.means_in(names, [next(tables) for _ in names])).items():
+                self._metrics[mode][name].append(mean)
+
+    def _adjusted(self, means: dict[str, float]) -> dict[str, float]:
+        """What follows from a step's means."""
+        return means
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        self._read()
+        super().log(*args, **kwargs)  # type: ignore[misc]
 
     @property
     def aux_loss_weight(self) -> float:

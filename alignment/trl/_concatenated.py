@@ -42,8 +42,11 @@ class Concatenated(Chunked):
         sums = pair_sums(out)
         each = [name for name in sums if out.metrics[name].dim() == 1 and name not in (out.counts or {})]
         table = torch.stack([out.metrics[name].float() for name in each], 1)
-        pairs = dict(zip(each, self.accelerator.gather_for_metrics(table).mean(0).tolist(), strict=True))
-        means = self.means_of({name: pair for name, pair in sums.items() if name not in pairs}) | pairs
+        of_pairs = self.accelerator.gather_for_metrics(table).mean(0)
+        others = {name: pair for name, pair in sums.items() if name not in each}
+        found = torch.cat([of_pairs, self.table_of(others).flatten()]).tolist()  # in one transfer
+        pairs, rest = dict(zip(each, found)), found[len(each) :]
+        means = self.means_in(others, [rest[k : k + 2] for k in range(0, len(rest), 2)]) | pairs
         return {name: means[name] for name in sums if name in means}
 
     def get_batch_loss_metrics(

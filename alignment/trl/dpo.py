@@ -145,5 +145,5 @@ class ChunkedDPOTrainer(Chunked, DPOTrainer):
         sums = pair_sums(out)
         if not self.chunked_loss.takes_nll_target:
             del sums["nll_loss"]  # TRL has none there
-        self._store(mode, self.means_of(sums), inputs["attention_mask"])
+        self._store(mode, sums, inputs["attention_mask"])
         return self.with_outputs(model, arguments, out.loss, return_outputs)

@@ -105,11 +105,13 @@ class ChunkedKTOTrainer(Chunked, KTOTrainer):
         self.chunked_loss.train(mode == "train")
         given = {"preference_labels": desirable, "ref_logps": ref_logps, **self._keywords(batch, kl)}
         out = self.run_loss(model, arguments, target, self.chunked_loss, **given)
-        means = self.means_of(self._sums(out))
+        self._store(mode, self._sums(out), batch["attention_mask"])
+        return self.with_outputs(model, arguments, out.loss, return_outputs)
+
+    def _adjusted(self, means: dict[str, float]) -> dict[str, float]:
         if {"rewards/chosen", "rewards/rejected"} <= means.keys():
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
-        self._store(mode, means, batch["attention_mask"])
-        return self.with_outputs(model, arguments, out.loss, return_outputs)
+        return means
 
     @staticmethod
     def _sums(out: LossOutput) -> Sums:

@@ -41,6 +41,7 @@ from alignment import (  # noqa: E402
 )
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
     pytest.mark.filterwarnings("ignore::FutureWarning:trl"),
     pytest.mark.filterwarnings("ignore:.*truncation mode is deprecated:FutureWarning"),
