@@ -7,6 +7,7 @@ checked. None of them waits for a device, but for those that say so.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -277,6 +278,64 @@ def no_nan(name: str, value: Tensor) -> Tensor:
     if value.is_floating_point() and bool(value.isnan().any()):
         raise ValueError(f"expected {name} without NaN, got {int(value.isnan().sum())} of {value.numel()}")
     return value
+
+
+class NaNWatch:
+    """:func:`no_nan` of what is given call by call, which waits for no GPU.
+
+    The first tensor of a device is looked at there and then. Of a later one the largest number, NaN where there is one,
+    is copied to the host meanwhile, and the next call looks at it. A tensor that comes again at once, for another
+    width of the embeddings, is neither looked at nor waited for. A copy of a watch starts anew.
+    """
+
+    def __init__(self) -> None:
+        self._of: tuple[torch.device, torch.dtype] | None = None  # what the two below are for
+        self._number: Tensor  # () in pinned memory
+        self._there: torch.cuda.Event  # it has arrived
+        self._pending = False
+        self._last: tuple[weakref.ref[Tensor], int] | None = None  # and how often it had been written to
+
+    def __reduce__(self) -> tuple[type[NaNWatch], tuple[()]]:
+        return NaNWatch, ()
+
+    def no_nan(self, name: str, value: Tensor) -> Tensor:
+        if not value.is_cuda:
+            if not value.is_floating_point() or (value.is_cpu and not _may_have_nan(value)):
+                return value
+            return no_nan(name, value)
+        version = 0 if value.is_inference() else value._version
+        again = self._last is not None and self._last[0]() is value and self._last[1] == version
+        there = self._pending and self._there.query()
+        if there or (self._pending and not again):
+            self._pending = False
+            if not there:  # of a call ago: the device is past it, but for a host that is a whole step ahead
+                self._there.synchronize()
+            if math.isnan(self._number.item()):
+                self._last = None
+                raise ValueError(f"expected {name} without NaN, got some in an earlier batch")
+        if again or not (value.is_floating_point() and value.numel()):
+            return value
+        if self._of == (value.device, value.dtype):
+            self._number.copy_(value.detach().amax(), non_blocking=True)
+            self._there.record(torch.cuda.current_stream(value.device))
+            self._pending = True
+        else:
+            no_nan(name, value)
+            self._of = (value.device, value.dtype)
+            self._number, self._there = torch.empty((), dtype=value.dtype, pin_memory=True), torch.cuda.Event()
+        self._last = weakref.ref(value), version
+        return value
+
+
+def _may_have_nan(value: Tensor) -> bool:
+    """On the CPU, floating point; no, in most cases, for less than a mask costs."""
+    if value.numel() <= 64:
+        found = sum(value.flatten().tolist())  # a few numbers are added up sooner than torch is asked to
+    elif value.element_size() > 1:
+        found = value.amax().item()
+    else:
+        return True
+    return found != found
 
 
 # --- how things are told ---------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ class Around(ChunkedLoss):
     loss: nn.Module
     _own_options = OF_MINI_BATCHES
     _shown: tuple[str, ...] = ()
-    _defaults = {name: getattr(Options, name) for name in OPTIONS}  # of what the library's losses lack
+    _defaults: dict[str, tuple[Any]] = {}  # of what in ``_shown`` a wrapped loss may lack
 
     def __setattr__(self, name: str, value: Any) -> None:
         inner = self._inner_with(name)
@@ -29,11 +29,10 @@ class Around(ChunkedLoss):
             Options(**{**self._options(), name: value})
         setattr(inner, name, value)
 
-    def __getattr__(self, name: str) -> Any:  # of what is not found elsewhere
-        inner = self._inner_with(name)
-        if inner is None:
-            return super().__getattr__(name)
-        return getattr(inner, name, self._defaults[name]) if name in self._defaults else getattr(inner, name)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in vars(cls).get("_shown", ()):
+            setattr(cls, name, _of_the_loss_inside(name, *cls._defaults.get(name, ())))
 
     def _inner_with(self, name: str) -> nn.Module | None:
         """The wrapped loss, where that is what has the attribute; None as well before there is one."""
@@ -50,3 +49,17 @@ class Around(ChunkedLoss):
 
     def _targets(self, features: list[dict[str, Tensor]], labels: Any) -> Any:
         return self.loss._targets(features, labels) if isinstance(self.loss, ChunkedLoss) else labels
+
+
+def _of_the_loss_inside(name: str, *default: Any) -> property:
+    """What the wrapped loss has by this name, or else the default, where there is one."""
+
+    def read(self: Around) -> Any:
+        return getattr(self._modules.get("loss"), name, *default)
+
+    return property(read)
+
+
+for _name in OPTIONS:
+    if _name not in OF_MINI_BATCHES:
+        setattr(Around, _name, _of_the_loss_inside(_name, getattr(Options, _name)))  # which the library's losses lack

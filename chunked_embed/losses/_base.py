@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from itertools import repeat
+from operator import is_not
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from chunked_embed import checks
 from chunked_embed.chunking import Chunking
-from chunked_embed.losses._attach import attach
+from chunked_embed.functional.arguments import widened
+from chunked_embed.gather import is_distributed
+from chunked_embed.losses._attach import attach, gradients, leaves_behind
 from chunked_embed.losses._bags import bag_slice, is_bag, with_row_ends
 from chunked_embed.losses._card import sign_cards
-from chunked_embed.losses._compat import CachedLossMixin, RandContext, embed_columns
-from chunked_embed.losses._kinds import check_columns, check_model, replaced
+from chunked_embed.losses._compat import LEAVES_SMALL, CachedLossMixin, RandContext, embed_columns
+from chunked_embed.losses._kinds import check_columns, check_model, is_ordinary, replaced
 from chunked_embed.losses._tail import NO_TAIL, Tail, find_tail
 
 sign_cards()
@@ -44,8 +49,12 @@ class Options:
         float32_outputs: Products of half-precision embeddings write float32 similarities. False rounds them, for less
             time and memory, and at a cost in digits: see ``FlexChunkLoss``.
         fuse_projection: Run the model's trailing ``Dense`` and ``Normalize`` inside the chunk, not on the whole batch.
-            "auto" does so where it is known to be safe, True raises a ValueError with the reason where it is not.
-            With mini-batches they stay in the model, where a mini-batch bounds them already: True is refused there.
+            "auto" does so for many rows where it is known to be safe, True raises a ValueError with the reason where it
+            is not. With mini-batches they stay in the model, where a mini-batch bounds them already: True is refused
+            there.
+
+    Without ``chunk_size``, ``max_chunk_bytes``, ``compiled`` and ``float32_outputs=False`` small batches are left to
+    the library's own computation, where that is the faster one. Each of them asks for ours, whatever the size.
 
     All of them may be set on the loss afterwards, and are checked then as in the constructor.
     """
@@ -71,6 +80,42 @@ class Options:
                 "expected fuse_projection=True without mini-batches, which give the loss finished embeddings, got "
                 f"mini_batch_size={self.mini_batch_size}, mini_batch_num_tokens={self.mini_batch_num_tokens}"
             )
+
+
+@dataclass(frozen=True)
+class Small:
+    """The size up to which a batch is left to the library: numbers in the largest tensor that its computation makes,
+    or in several that it makes one after the other, four bytes each. It holds three to ten times as much, for
+    BatchSemiHard eighteen. Measured: up to there it is the faster one.
+
+    Args:
+        cpu, gpu: By where the embeddings are.
+        autocast: On a GPU under autocast, where the library multiplies in half precision, but not for us.
+    """
+
+    cpu: int
+    gpu: int
+    autocast: int
+
+    def on_gpu(self) -> int:
+        return self.autocast if torch.is_autocast_enabled("cuda") else self.gpu
+
+
+BY_ROWS = Small(cpu=1 << 20, gpu=1 << 22, autocast=1 << 22)
+"""Of embeddings of aligned rows: rows x width, times what each is compared with."""
+BY_SIMILARITIES = Small(cpu=1 << 21, gpu=1 << 22, autocast=1 << 20)
+"""Of similarities of all rows with all, of which logarithms of sums are taken: rows x rows."""
+BY_DISTANCES = Small(cpu=1 << 17, gpu=1 << 22, autocast=1 << 22)
+"""Of similarities or distances among which a few are looked for, or a few sums taken: rows x rows."""
+BY_TRIPLETS = Small(cpu=1 << 22, gpu=1 << 22, autocast=1 << 22)
+"""Of triplets: rows x rows x rows, if all have one label."""
+BY_PRODUCTS = Small(cpu=1 << 15, gpu=1 << 22, autocast=1 << 22)
+"""Of cosines that are summed up from products: rows x rows x width x candidates."""
+_LABELS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64}
+"""Of labels in ordinary batches: all of torch's operations know these."""
+_NOTHING = repeat(object())  # of which nothing is one
+FEW_ROWS = 4096
+"""Up to so many the model's last modules run in the model, unless the options say otherwise."""
 
 
 class _Parts(torch.autograd.Function):
@@ -101,7 +146,16 @@ class ChunkedLoss(CachedLossMixin):
     A subclass states ``_loss(embeddings, labels, **projection)``, and says in ``_fusable`` whether it can take a
     projection (weight, bias, activation, normalize) along. Without one the loss goes through
     ``compute_loss_from_embeddings``, cached or not, so that a user's own counts; with a user's own nothing is fused.
+
+    A small batch is left to the library: where ``_size`` of it is within ``_small``, no option of chunks is given, and
+    no other process takes part. Half-precision embeddings are widened for it, and autocast ends there, so that numbers
+    are no less exact than those of ``_loss``. ``_for_library`` refuses the labels that ``_loss`` refuses.
     """
+
+    _small: ClassVar[Small] = BY_ROWS
+    _library: ClassVar[Callable[..., Any] | None] = None  # the library's computation from embeddings
+    _watch: checks.NaNWatch | None = None
+    _settings: ClassVar[tuple[str, ...]] = ()  # attributes that some values are refused of
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         with warnings.catch_warnings():
@@ -110,6 +164,11 @@ class ChunkedLoss(CachedLossMixin):
             ):  # ours stay, where the library deprecates what they replace
                 warnings.simplefilter("ignore", DeprecationWarning)
             super().__init_subclass__(**kwargs)
+        behind = cls.__mro__[cls.__mro__.index(ChunkedLoss) + 1 :]
+        theirs = [vars(base) for base in behind if base.__module__.startswith("sentence_transformers.")]
+        if "_library" not in vars(cls):
+            name = "compute_loss_from_embeddings"
+            cls._library = next((members[name] for members in theirs if name in members), cls._library)
         # The options are written once, above; help() and inspect still see them one by one.
         own = list(inspect.signature(cls.__init__).parameters.values())[1:]
         if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
@@ -135,10 +194,9 @@ class ChunkedLoss(CachedLossMixin):
             Options(**{**self._options(), name: value})
         super().__setattr__(name, value)
 
-    def __getattr__(self, name: str) -> Any:  # of what is not found elsewhere
-        if name in OPTIONS:  # of a loss whose subclass did without our constructor
-            return getattr(Options, name)
-        return super().__getattr__(name)
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in OPTIONS}
@@ -173,17 +231,18 @@ class ChunkedLoss(CachedLossMixin):
         features = list(sentence_features)
         if self.uses_gradient_cache:
             return self._cached(features, labels)
-        tail = self._tail()
+        tail = self._tail(features)
         labels = self._targets(features, labels)
+        if tail is NO_TAIL:
+            return self.compute_loss_from_embeddings(embed_columns(self.model, features), labels)
         with tail.skipped():
             embeddings = embed_columns(self.model, features)
-        if tail is NO_TAIL:
-            return self.compute_loss_from_embeddings(embeddings, labels)
         return self._loss(check_columns(embeddings), labels, **tail.projection)
 
     def _cached(self, features: list[dict[str, Tensor]], labels: Any) -> Any:
-        Options(**self._options())  # a loss inside may have been given one that goes with none of ours
-        self._own_grads: list[tuple[nn.Parameter, Tensor]] = []
+        if self.fuse_projection is True:
+            Options(**self._options())  # refuses it, which a loss inside may have been given
+        self._own_grads: list[tuple[Tensor, Tensor]] = []
         labels = self._targets(features, labels)
         loss = self.forward_cached([with_row_ends(column) for column in features], labels)
         # These were taken along with the embeddings': backward scales both by what comes from above.
@@ -197,7 +256,67 @@ class ChunkedLoss(CachedLossMixin):
 
     def compute_loss_from_embeddings(self, embeddings: Iterable[Tensor], labels: Tensor | None = None) -> Tensor:
         """The loss of embeddings (one tensor (N, D) a column) and labels (N,): a scalar, differentiable once."""
-        return self._loss(check_columns(embeddings), labels)
+        if not is_ordinary(embeddings):
+            return self._loss(check_columns(embeddings), labels)
+        columns: list[Tensor] = embeddings  # type: ignore[assignment]
+        return self._left(columns, labels) if self._is_small(columns, labels) else self._loss(columns, labels)
+
+    # --- small batches, which are the library's ---
+
+    def _is_small(self, columns: list[Tensor], labels: Any) -> bool:
+        """Of ordinary columns: whether they are left to the library."""
+        if not LEAVES_SMALL or self._has_chunks or (self.gather_across_devices and is_distributed()):
+            return False
+        first, small = columns[0], self._small
+        if type(labels) is Tensor and not (labels.dtype in _LABELS and labels.device == first.device):
+            return False
+        bound = small.cpu if first.is_cpu else small.on_gpu() if first.is_cuda else -1  # of others none is known
+        rows, width = first.shape
+        return self._size(rows, width, len(columns)) <= bound
+
+    @property
+    def _has_chunks(self) -> bool:
+        """Whether an option asks for our computation."""
+        return not (
+            self.chunk_size is None
+            and self.max_chunk_bytes is None
+            and self.compiled is None
+            and self.float32_outputs is True
+            and self.fuse_projection is not True
+        )
+
+    def _left(self, columns: list[Tensor], labels: Any) -> Any:
+        """The loss of a small batch."""
+        if self._settings:
+            settings = [getattr(self, name) for name in self._settings]
+            if any(map(is_not, settings, vars(self).get("_settings_before", _NOTHING))):
+                self._check_settings()
+                self._settings_before = settings
+        labels = self._for_library(columns, labels)
+        device, dtype = "cpu" if columns[0].is_cpu else "cuda", columns[0].dtype
+        if dtype is torch.bfloat16 or dtype is torch.float16:
+            columns = [widened(column) for column in columns]
+        if not torch.is_autocast_enabled(device):
+            return self._by_library(columns, labels)
+        with torch.autocast(device, enabled=False):
+            return self._by_library(columns, labels)
+
+    def _size(self, rows: int, width: int, columns: int) -> float:
+        """Of a batch, what ``_small`` bounds. Infinity, where ours is another computation, or has something to
+        refuse."""
+        return math.inf
+
+    def _for_library(self, columns: list[Tensor], labels: Any) -> Any:
+        """The labels, checked, in the form that the library's computation takes."""
+        return labels
+
+    def _check_settings(self) -> None:
+        """Refuses the values of ``_settings`` that ``_loss`` refuses: they may have been set later."""
+
+    def _by_library(self, columns: list[Tensor], labels: Any) -> Any:
+        return (self._library or self._loss)(columns, labels)
+
+    # --- gradient caching ---
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -206,8 +325,9 @@ class ChunkedLoss(CachedLossMixin):
         loss = self._total(self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels))
         if not with_backward:
             return loss
-        leaves, own = [leaf for column in reps for leaf in column], self._own_parameters()
-        grads = torch.autograd.grad(loss, [*leaves, *own], allow_unused=True)
+        leaves = [leaf for column in reps for leaf in column]
+        own = leaves_behind(loss, leaves)
+        grads = gradients(loss, [*leaves, *own])
         parts = [(leaf, grad) for leaf, grad in zip(leaves, grads) if grad is not None]
         # A user's calculate_loss may hand in what it made of the embeddings, or have pulled at them before.
         further = [(leaf, grad) for leaf, grad in parts if not leaf.is_leaf or leaf.grad is not None]
@@ -226,11 +346,6 @@ class ChunkedLoss(CachedLossMixin):
             return loss
         self._terms = loss  # for _cached, which takes it away
         return torch.stack(list(loss.values())).sum()
-
-    def _own_parameters(self) -> list[nn.Parameter]:
-        """What a loss of embeddings may read apart from them: a temperature, a module that the user handed in. The
-        model may hold it, as CLIP does its scale."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def embed_minibatch(
         self,
@@ -254,8 +369,17 @@ class ChunkedLoss(CachedLossMixin):
         """What goes to the loss in the place of labels: what it knows from the texts themselves, say."""
         return labels
 
-    def _tail(self) -> Tail:
-        if self.fuse_projection is False:
+    def _without_nan(self, labels: Tensor) -> None:
+        if self._watch is None:
+            self._watch = checks.NaNWatch()
+        self._watch.no_nan("labels", labels)
+
+    def _tail(self, features: list[dict[str, Tensor]] | None = None) -> Tail:
+        """Of the model, for a batch."""
+        fuse = self.fuse_projection
+        if fuse is False:
+            return NO_TAIL
+        if fuse is not True and not (self._fusable and (features is None or self._has_chunks or _many(features))):
             return NO_TAIL
         found: Tail | str = "this score has no fused form"
         if replaced(self, "compute_loss_from_embeddings"):
@@ -264,7 +388,7 @@ class ChunkedLoss(CachedLossMixin):
             found = find_tail(self.model)
         if isinstance(found, Tail):
             return found
-        if self.fuse_projection is True:
+        if fuse is True:
             raise ValueError(f"fuse_projection=True, but the projection can't run in the loss: {found}")
         return NO_TAIL
 
@@ -279,3 +403,16 @@ class ChunkedLoss(CachedLossMixin):
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
         raise NotImplementedError
+
+
+for _option in fields(Options):  # of a loss whose subclass did without our constructor
+    setattr(ChunkedLoss, _option.name, _option.default)
+
+
+def _many(features: list[dict[str, Tensor]]) -> bool:
+    """Whether the batch has more than a few rows, as far as its first column shows."""
+    column = features[0] if features else {}
+    for name in ("offsets", "cu_seq_lens_q", "input_ids", "attention_mask"):
+        if name in column:
+            return len(column[name]) > FEW_ROWS
+    return any(isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] > FEW_ROWS for value in column.values())

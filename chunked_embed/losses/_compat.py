@@ -23,6 +23,9 @@ if tuple(int(part) for part in sentence_transformers.__version__.split(".")[:2])
         f"{NEED}, found {sentence_transformers.__version__}: pip install -U 'chunked-embed[sentence-transformers]'"
     )
 
+# Whose computations ours are compared with: small batches are left to them. Before, they differ from class to class.
+LEAVES_SMALL = tuple(int(part) for part in sentence_transformers.__version__.split(".")[:2]) >= (6, 2)
+
 from sentence_transformers import SentenceTransformer, util
 from sentence_transformers.base.losses import CachedLossMixin, RandContext, uses_gradient_cache
 from sentence_transformers.sentence_transformer import losses as library
@@ -52,10 +55,13 @@ def callable_name(function: object) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
+# By id: these live as long as the library does, and a user's callable need not have a hash.
+_MATRICES = {id(util.cos_sim): "cosine", id(util.pytorch_cos_sim): "cosine", id(util.dot_score): "dot"}
+
+
 def known_matrix(function: object) -> str | None:
     """The name of a similarity of all rows with all rows that the losses form by products; None for any other."""
-    known = ((util.cos_sim, "cosine"), (util.pytorch_cos_sim, "cosine"), (util.dot_score, "dot"))
-    return next((name for candidate, name in known if candidate is function), None)
+    return _MATRICES.get(id(function))
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from chunked_embed import checks
-from chunked_embed.functional.arguments import check_embeddings, check_trained  # noqa: F401  # for distill, too
+from chunked_embed.functional.arguments import TRAINED, check_embeddings, check_trained  # noqa: F401  # for distill, too
 from chunked_embed.losses._compat import Pooling, library, sentence_transformers
 
 _OTHERS = {
@@ -44,6 +45,25 @@ def check_columns(embeddings: Any) -> list[Tensor]:
         check_trained(f"embeddings[{i}]", column)
         checks.tensor(f"embeddings[{i}]", column, ("N", "D", ...))
     return columns
+
+
+def is_ordinary(columns: Any) -> bool:
+    """Whether these are what models put out in most steps: a list or tuple of dense embeddings, (N, D) and not empty,
+    of one shape, dtype and device. In them there is nothing to refuse, and little time goes into seeing that."""
+    if not (type(columns) is list or type(columns) is tuple) or not columns:
+        return False
+    shape = dtype = device = None
+    for column in columns:
+        kind = type(column)
+        if not (kind is Tensor or kind is nn.Parameter) or column.layout is not torch.strided or column.is_nested:
+            return False
+        if shape is None:
+            shape, dtype, device = column.shape, column.dtype, column.device
+            if len(shape) != 2 or 0 in shape or dtype not in TRAINED or column.is_meta:
+                return False
+        elif column.dtype is not dtype or column.shape != shape or column.device != device:
+            return False
+    return True
 
 
 def check_wrapped(loss: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,42 +15,39 @@ from chunked_embed.functional.arguments import widened
 from chunked_embed.losses._base import ChunkedLoss
 from chunked_embed.losses._compat import SiameseDistanceMetric, TripletDistanceMetric, util
 
-_SIMILARITIES = (
-    (util.pairwise_cos_sim, "cosine"),
-    (util.pairwise_angle_sim, "angle"),
-    (util.pairwise_dot_score, "dot"),
-    (util.pairwise_euclidean_sim, "euclidean"),
-    (util.pairwise_manhattan_sim, "manhattan"),
-)
-_TRIPLET_DISTANCES = (
-    (TripletDistanceMetric.EUCLIDEAN, "euclidean"),
-    (TripletDistanceMetric.COSINE, "cosine"),
-    (TripletDistanceMetric.MANHATTAN, "manhattan"),
-)
-_SIAMESE_DISTANCES = (
-    (SiameseDistanceMetric.EUCLIDEAN, "euclidean"),
-    (SiameseDistanceMetric.COSINE_DISTANCE, "cosine"),
-    (SiameseDistanceMetric.MANHATTAN, "manhattan"),
-)
+# By id: the library's own functions live as long as it does, and a user's callable need not have a hash.
+_SIMILARITIES = {
+    id(util.pairwise_cos_sim): "cosine",
+    id(util.pairwise_angle_sim): "angle",
+    id(util.pairwise_dot_score): "dot",
+    id(util.pairwise_euclidean_sim): "euclidean",
+    id(util.pairwise_manhattan_sim): "manhattan",
+}
+_TRIPLET_DISTANCES = {
+    id(TripletDistanceMetric.EUCLIDEAN): "euclidean",
+    id(TripletDistanceMetric.COSINE): "cosine",
+    id(TripletDistanceMetric.MANHATTAN): "manhattan",
+}
+_SIAMESE_DISTANCES = {
+    id(SiameseDistanceMetric.EUCLIDEAN): "euclidean",
+    id(SiameseDistanceMetric.COSINE_DISTANCE): "cosine",
+    id(SiameseDistanceMetric.MANHATTAN): "manhattan",
+}
 # The eps of torch.cosine_similarity and F.pairwise_distance, which SiameseDistanceMetric is made of.
 COSINE_EPS, DISTANCE_EPS = 1e-8, 1e-6
 
 
-def _known(function: object, table: Sequence[tuple[object, str]]) -> str | None:
-    return next((name for candidate, name in table if candidate is function), None)
-
-
 def known_similarity(function: object) -> str | None:
     """The name by which ``CF.pairwise_scores`` has a similarity of ``sentence_transformers.util``."""
-    return _known(function, _SIMILARITIES)
+    return _SIMILARITIES.get(id(function))
 
 
 def known_triplet_distance(function: object) -> str | None:
-    return _known(function, _TRIPLET_DISTANCES)
+    return _TRIPLET_DISTANCES.get(id(function))
 
 
 def known_siamese_distance(function: object) -> str | None:
-    return _known(function, _SIAMESE_DISTANCES)
+    return _SIAMESE_DISTANCES.get(id(function))
 
 
 def plain_scores(name: str, function: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:  # (N,)
@@ -70,9 +67,11 @@ class AlignedLoss(ChunkedLoss):
         if labels is None:
             raise ValueError(f"{type(self).__name__} requires labels, got None")
         checks.tensor("labels", labels, kind="real")
-        if labels.is_floating_point() and bool(labels.isnan().any()):
-            raise ValueError(f"{type(self).__name__} expects labels without NaN")
-        return labels.detach().int() if labels.dtype == torch.bool else labels.detach()
+        if labels.is_floating_point() or labels.is_cuda:
+            self._without_nan(labels)
+        elif labels.dtype is torch.bool:
+            labels = labels.int()
+        return labels.detach() if labels.requires_grad else labels
 
     def _row_labels(self, labels: Tensor | None, rows: int) -> Tensor:  # (N,)
         labels = self._labels(labels)
@@ -81,7 +80,7 @@ class AlignedLoss(ChunkedLoss):
                 f"{type(self).__name__} expects {rows} labels (one for each pair), got {labels.numel()} in a tensor "
                 f"of shape {tuple(labels.shape)}"
             )
-        return labels.reshape(-1)
+        return labels if labels.ndim == 1 else labels.reshape(-1)
 
     def _two_columns(self, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
         if len(embeddings) < 2:
@@ -108,11 +107,15 @@ class SimilarityLoss(AlignedLoss):
 
     @property
     def _similarity(self) -> str | None:
-        return known_similarity(self.similarity_fct)
+        return _SIMILARITIES.get(id(self.similarity_fct))
 
     @property
     def _fusable(self) -> bool:
         return self._similarity is not None
+
+    @property
+    def _normalizes(self) -> bool:
+        return self._similarity in ("cosine", "angle")
 
     def _candidate_scores(self, a: Tensor, candidates: list[Tensor], projection: dict[str, Any]) -> Tensor:  # (N, K)
         if self._similarity:
@@ -124,6 +127,7 @@ class SiameseLoss(AlignedLoss):
     """Such a loss on ``self.distance_metric``."""
 
     distance_metric: Callable[[Tensor, Tensor], Tensor]
+    _others: str  # what becomes of pairs with other labels than 0 and 1
 
     @property
     def _fusable(self) -> bool:
@@ -137,10 +141,15 @@ class SiameseLoss(AlignedLoss):
         scores = self._known_scores(a, b, name, projection, eps)
         return 1 - scores if name == "cosine" else -scores
 
-    def _warn_unless_binary(self, labels: Tensor, consequence: str) -> None:
+    def _for_library(self, columns: list[Tensor], labels: Tensor | None) -> Tensor:
+        labels = self._row_labels(labels, columns[0].shape[0])
+        self._warn_unless_binary(labels)
+        return labels
+
+    def _warn_unless_binary(self, labels: Tensor) -> None:
         """Once, since it waits for the device."""
         if vars(self).get("_checked_labels"):
             return
         self._checked_labels = True
         if bool(((labels != 0) & (labels != 1)).any()):
-            warnings.warn(f"{type(self).__name__} got labels other than 0 and 1: {consequence}", stacklevel=3)
+            warnings.warn(f"{type(self).__name__} got labels other than 0 and 1: {self._others}", stacklevel=4)

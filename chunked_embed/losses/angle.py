@@ -36,3 +36,9 @@ class AnglELoss(CoSENTLoss, library.AnglELoss):
             labels = torch.ones(len(anchor), device=anchor.device)
         labels = self._row_labels(labels, len(anchor))
         return anchor, others, torch.cat([labels, (1 - labels).repeat(len(others) - 1)])
+
+    def _size(self, rows: int, width: int, columns: int) -> float:
+        return super()._size(rows * max(columns - 1, 1), width, columns)
+
+    def _for_library(self, columns: list[Tensor], labels: Tensor | None) -> Any:
+        return None if labels is None and len(columns) > 2 else super()._for_library(columns, labels)

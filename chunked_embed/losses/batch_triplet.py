@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from chunked_embed import checks
-from chunked_embed.functional.arguments import check_embeddings, check_labels, widened
+from chunked_embed.functional.arguments import check_embeddings, widened
 from chunked_embed.functional.batch_triplets import Labelled, mean_over_triplets
 from chunked_embed.gather import Ranks, ranks
-from chunked_embed.losses._base import ChunkedLoss
+from chunked_embed.losses._base import BY_DISTANCES, BY_TRIPLETS, ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, library
 from chunked_embed.losses._kinds import replaced
 
@@ -34,6 +35,7 @@ class BatchTripletLoss(ChunkedLoss):
 
     distance_metric: Callable[[Tensor], Tensor]
     sentence_embedder: nn.Module
+    _small = BY_DISTANCES
     _step: str  # the library's method that has its computation
 
     # The trainer puts its wrapped model where a loss has a child "model". These of the library have it by another name,
@@ -57,6 +59,16 @@ class BatchTripletLoss(ChunkedLoss):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         return super().forward(list(sentence_features)[:1], labels)  # like the library, the first column alone
 
+    def _size(self, rows: int, width: int, columns: int) -> float:
+        return rows * rows if known_distance(self.distance_metric) else math.inf
+
+    def _check_settings(self) -> None:
+        for name in self._settings:
+            checks.number("margin", getattr(self, name))
+
+    def _for_library(self, columns: list[Tensor], labels: Tensor | None) -> Tensor:
+        return self._class_labels(columns[0], labels)
+
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
         embedding, labels = self._checked(embeddings, labels)
         dtype, embedding = embedding.dtype, widened(embedding)
@@ -69,26 +81,30 @@ class BatchTripletLoss(ChunkedLoss):
         return self._mined(Labelled(embedding, labels, *of_all), processes)
 
     def _checked(self, embeddings: list[Tensor], labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        name = type(self).__name__
         if not embeddings:
-            raise ValueError(f"{name} expects a column of embeddings, got none")
-        embedding = embeddings[0]
-        check_embeddings({"embeddings": embedding})
+            raise ValueError(f"{type(self).__name__} expects a column of embeddings, got none")
+        check_embeddings({"embeddings": embeddings[0]})
+        return embeddings[0], self._class_labels(embeddings[0], labels)
+
+    def _class_labels(self, embedding: Tensor, labels: Tensor | None) -> Tensor:  # (N,)
+        name = type(self).__name__
         if labels is None:
             raise ValueError(f"{name} requires labels, one per example, got None")
         checks.tensor("labels", labels)
-        if labels.numel() != len(embedding):
+        if labels.numel() != embedding.shape[0]:
             raise ValueError(
                 f"{name} expects {len(embedding)} labels (one per example), got {labels.numel()} in a tensor of shape "
                 f"{tuple(labels.shape)}"
             )
-        labels = labels.detach().reshape(-1)
-        check_labels(labels, embedding)
-        return embedding, labels
+        labels = labels if labels.ndim == 1 else labels.reshape(-1)
+        labels = labels.detach() if labels.requires_grad else labels
+        checks.tensor("labels", labels, device=embedding.device, kind="real")
+        self._without_nan(labels)
+        return labels
 
     def _plain(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The library's own computation, for a distance that we do not know and a step that a user replaces."""
-        return super(ChunkedLoss, self).compute_loss_from_embeddings([embeddings], labels)
+        return self._by_library([embeddings], labels)
 
     def _mined(self, batch: Labelled, processes: Ranks) -> Tensor:
         """What averages over processes to the loss."""
@@ -114,6 +130,7 @@ class BatchHardTripletLoss(BatchTripletLoss, library.BatchHardTripletLoss):
     """
 
     _step = "batch_hard_triplet_loss"
+    _settings = ("triplet_margin",)
 
     def __init__(
         self,
@@ -174,6 +191,7 @@ class BatchSemiHardTripletLoss(BatchTripletLoss, library.BatchSemiHardTripletLos
     """
 
     _step = "batch_semi_hard_triplet_loss"
+    _settings = ("margin",)
 
     def __init__(
         self,
@@ -206,7 +224,12 @@ class BatchAllTripletLoss(BatchTripletLoss, library.BatchAllTripletLoss):
     Reference: https://arxiv.org/abs/1703.07737
     """
 
+    _small = BY_TRIPLETS
     _step = "batch_all_triplet_loss"
+    _settings = ("triplet_margin",)
+
+    def _size(self, rows: int, width: int, columns: int) -> float:
+        return super()._size(rows, width, columns) * rows
 
     def __init__(
         self,

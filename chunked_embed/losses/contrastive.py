@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,8 @@ class ContrastiveLoss(SiameseLoss, library.ContrastiveLoss):
     Reference: Hadsell, Chopra and LeCun, "Dimensionality Reduction by Learning an Invariant Mapping" (2006)
     """
 
+    _others = "each weighs the positive term by y and the negative one by 1 - y"
+
     def __init__(
         self,
         model: SentenceTransformer,
@@ -42,12 +45,15 @@ class ContrastiveLoss(SiameseLoss, library.ContrastiveLoss):
         super().__init__(model, distance_metric, checks.number("margin", margin), size_average)
         self._set_options(**options)
 
+    def _size(self, rows: int, width: int, columns: int) -> float:
+        return rows * width if columns == 2 and self._fusable else math.inf
+
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
         if len(embeddings) != 2:
             raise ValueError(f"ContrastiveLoss expects two columns of embeddings, got {len(embeddings)}")
         a, b = embeddings
         labels = self._row_labels(labels, len(a))
-        self._warn_unless_binary(labels, "each weighs the positive term by y and the negative one by 1 - y")
+        self._warn_unless_binary(labels)
         distances = self._distances(a, b, projection)
         if self.gather_across_devices:
             distances, labels = gather_rows(distances, labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ from chunked_embed import checks
 from chunked_embed import functional as CF
 from chunked_embed.checks import POSITIVE
 from chunked_embed.gather import gather_rows
-from chunked_embed.losses._base import ChunkedLoss
+from chunked_embed.losses._base import BY_SIMILARITIES, ChunkedLoss
 from chunked_embed.losses._compat import (
     RandContext,
     SentenceTransformer,
@@ -87,6 +88,15 @@ class ContrastiveTensionLossInBatchNegatives(ChunkedLoss, library.ContrastiveTen
     def forward_cached(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         (column,) = sentence_features
         return _Encoders(self).forward_cached([_Column(column, self.model1), _Column(column, self.model2)], labels)
+
+    _small = BY_SIMILARITIES
+
+    def _size(self, rows: int, width: int, columns: int) -> float:
+        known = columns == 2 and self._similarity and is_mean_cross_entropy(self.cross_entropy_loss)
+        return rows * rows if known else math.inf
+
+    def _by_library(self, columns: list[Tensor], labels: Any) -> Tensor:
+        return self._whole(*columns)  # which the library's forward has in it
 
     @property
     def _similarity(self) -> str | None:

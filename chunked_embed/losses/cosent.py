@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,12 @@ class CoSENTLoss(SimilarityLoss, library.CoSENTLoss):
         """-> anchors, columns that are compared with them, and labels: those of one column after the other."""
         anchor, other = self._two_columns(embeddings)
         return anchor, [other], self._row_labels(labels, len(anchor))
+
+    def _size(self, rows: int, width: int, columns: int) -> float:
+        return max(width, rows) * rows if columns >= 2 and self._similarity else math.inf
+
+    def _for_library(self, columns: list[Tensor], labels: Tensor | None) -> Any:
+        return self._row_labels(labels, columns[0].shape[0])
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
         anchor, others, labels = self._pairs(embeddings, labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,6 +39,13 @@ class CosineSimilarityLoss(AlignedLoss, library.CosineSimilarityLoss):
     @property
     def _fusable(self) -> bool:
         return True
+
+    def _size(self, rows: int, width: int, columns: int) -> float:
+        known = type(self.loss_fct) is nn.MSELoss and type(self.cos_score_transformation) is nn.Identity
+        return rows * width if columns >= 2 and known else math.inf
+
+    def _for_library(self, columns: list[Tensor], labels: Tensor | None) -> Tensor:
+        return self._row_labels(labels, columns[0].shape[0])
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
         a, b = self._two_columns(embeddings)

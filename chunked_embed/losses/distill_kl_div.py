@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chunked_embed import checks
 from chunked_embed.checks import POSITIVE
+from chunked_embed.engine.types import accumulator_dtype
 from chunked_embed.functional.arguments import widened
 from chunked_embed.gather import gather_rows
 from chunked_embed.losses._compat import SentenceTransformer, callable_name, check_teacher_targets, library, util
@@ -58,13 +60,29 @@ class DistillKLDivLoss(SimilarityLoss, library.DistillKLDivLoss):
         student, teacher = (self.temperature if given is None else given for given in both)
         return student, teacher
 
-    def _teacher(self, labels: Tensor | None, rows: int, candidates: int) -> Tensor:  # (N, K)
+    def _size(self, rows: int, width: int, columns: int) -> float:
+        known = self._similarity and type(self.loss_fct) is nn.KLDivLoss
+        return rows * width * (columns - 2) if columns >= 3 and known else math.inf
+
+    def _for_library(self, columns: list[Tensor], labels: Tensor | None) -> Tensor:
+        labels = self._teacher_scores(labels, columns[0].shape[0], len(columns) - 1)
+        dtype = accumulator_dtype(columns[0].dtype)
+        if labels.dtype is torch.float64 and dtype is torch.float32:  # what they differ by is all that counts of them
+            largest = labels.amax(dim=1, keepdim=True)
+            labels = labels - largest.nan_to_num(posinf=0.0, neginf=0.0)
+        return labels if labels.dtype is dtype else labels.to(dtype)
+
+    def _teacher_scores(self, labels: Tensor | None, rows: int, candidates: int) -> Tensor:  # (N, K)
         labels = self._labels(labels)
         if labels.shape != (rows, candidates):
             raise ValueError(
                 f"{type(self).__name__} expects the teacher's scores of {candidates} candidates, "
                 f"{(rows, candidates)}, got {tuple(labels.shape)}"
             )
+        return labels
+
+    def _teacher(self, labels: Tensor | None, rows: int, candidates: int) -> Tensor:  # (N, K)
+        labels = self._teacher_scores(labels, rows, candidates)
         _, temperature = self._temperatures()
         probabilities = torch.softmax(widened(labels) / temperature, dim=1)
         if check_teacher_targets and not vars(self).get("_checked_teacher_scale"):

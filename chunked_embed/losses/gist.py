@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -10,9 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from chunked_embed import checks
 from chunked_embed import functional as CF
+from chunked_embed.checks import POSITIVE
+from chunked_embed.functional.arguments import widened
+from chunked_embed.functional.guided import MARGIN_STRATEGIES
 from chunked_embed.losses._bags import with_row_ends
-from chunked_embed.losses._base import ChunkedLoss
+from chunked_embed.losses._base import BY_PRODUCTS, ChunkedLoss
 from chunked_embed.losses._compat import (
     SentenceTransformer,
     embed_columns,
@@ -21,7 +26,7 @@ from chunked_embed.losses._compat import (
     library,
     util,
 )
-from chunked_embed.losses._kinds import check_columns, check_model, replaced
+from chunked_embed.losses._kinds import check_model, is_ordinary, replaced
 
 Guide = Sequence[Tensor | Sequence[Tensor]]  # for each column its embeddings, whole or in mini-batches
 
@@ -35,6 +40,8 @@ _READ = (
 class _Guided(ChunkedLoss):
     """The guide's embeddings go where other losses have their labels, so that every path hands them on."""
 
+    _small = BY_PRODUCTS
+    _settings = ("temperature", "margin_strategy", "margin")
     model: Any
     guide: Any
     must_retokenize: bool
@@ -49,7 +56,26 @@ class _Guided(ChunkedLoss):
 
     def compute_loss_from_embeddings(self, embeddings: Iterable[Tensor], guide_embeddings: Any = None) -> Tensor:
         """The loss of embeddings and the guide's embeddings, one tensor (N, D) a column each."""
-        return self._loss(check_columns(embeddings), guide_embeddings)
+        return super().compute_loss_from_embeddings(embeddings, guide_embeddings)
+
+    def _is_small(self, columns: list[Tensor], labels: Any) -> bool:
+        one_each = is_ordinary(labels) and len(labels) == len(columns) and len(labels[0]) == len(columns[0])
+        if not (one_each and labels[0].device == columns[0].device):
+            return False
+        wider = max(columns, labels, key=lambda side: side[0].shape[1])  # the guide's have a width of their own
+        return super()._is_small(wider, None)
+
+    def _size(self, rows: int, width: int, columns: int) -> float:
+        return rows * rows * width * (columns - 1) if columns >= 2 and self._known else math.inf
+
+    def _check_settings(self) -> None:
+        checks.number("temperature", self.temperature, POSITIVE)
+        checks.choice("margin_strategy", self.margin_strategy, MARGIN_STRATEGIES)
+        checks.number("margin", self.margin)
+
+    def _by_library(self, columns: list[Tensor], labels: list[Tensor]) -> Tensor:
+        reps, guide = ([[column] for column in side] for side in (columns, [widened(x.detach()) for x in labels]))
+        return self._plain(reps, guide, len(columns[0]))
 
     @property
     def _fusable(self) -> bool:

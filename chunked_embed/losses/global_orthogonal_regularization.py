@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -11,9 +12,9 @@ from torch import Tensor
 from chunked_embed.functional.arguments import check_embeddings
 from chunked_embed.functional.spread import Moments, moments, terms, terms_of_matrix
 from chunked_embed.gather import ranks
-from chunked_embed.losses._base import ChunkedLoss
+from chunked_embed.losses._base import BY_DISTANCES, ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, callable_name, known_matrix, library, util
-from chunked_embed.losses._kinds import check_columns
+from chunked_embed.losses._kinds import check_columns, is_ordinary
 
 
 class GlobalOrthogonalRegularizationLoss(ChunkedLoss, library.GlobalOrthogonalRegularizationLoss):
@@ -51,6 +52,8 @@ class GlobalOrthogonalRegularizationLoss(ChunkedLoss, library.GlobalOrthogonalRe
         super().__init__(model, similarity_fct, mean_weight, second_moment_weight, aggregation)
         self._set_options(**options)
 
+    _small = BY_DISTANCES
+
     @property
     def _fusable(self) -> bool:
         return False  # a tail applies to all rows before they are summed
@@ -59,15 +62,18 @@ class GlobalOrthogonalRegularizationLoss(ChunkedLoss, library.GlobalOrthogonalRe
         self, embeddings: Sequence[Tensor], labels: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The terms of embeddings, one tensor (N, D) a column: a dict of scalars, differentiable once."""
-        embeddings = check_columns(embeddings)
-        if not embeddings:
-            raise ValueError("GlobalOrthogonalRegularizationLoss expects a column of embeddings at least, got none")
-        for embedding in embeddings:
-            check_embeddings({"embeddings": embedding})
-        return super(ChunkedLoss, self).compute_loss_from_embeddings(embeddings, labels)
+        if not is_ordinary(embeddings):
+            embeddings = check_columns(embeddings)
+            if not embeddings:
+                raise ValueError("GlobalOrthogonalRegularizationLoss expects a column of embeddings at least, got none")
+            for embedding in embeddings:
+                check_embeddings({"embeddings": embedding})
+        return library.GlobalOrthogonalRegularizationLoss.compute_loss_from_embeddings(self, embeddings, labels)
 
     def compute_gor(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """The two terms of one column, (N, D), without their weights."""
+        if is_ordinary([embeddings]) and self._is_small([embeddings], None):
+            return self._left([embeddings], None)
         dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
         similarity = known_matrix(self.similarity_fct)
         processes = ranks(embeddings, self.gather_across_devices)
@@ -77,6 +83,12 @@ class GlobalOrthogonalRegularizationLoss(ChunkedLoss, library.GlobalOrthogonalRe
             return terms_of_matrix(self.similarity_fct(wide, wide), wide.shape[1], dtype)
         found = Moments(*processes.sum(*moments(embeddings, similarity)))
         return terms(found, sum(processes.sizes), dtype)
+
+    def _size(self, rows: int, width: int, columns: int) -> float:
+        return rows * rows if rows > 1 and known_matrix(self.similarity_fct) else math.inf
+
+    def _by_library(self, columns: list[Tensor], labels: Any) -> tuple[Tensor, Tensor]:
+        return library.GlobalOrthogonalRegularizationLoss.compute_gor(self, *columns)
 
     def get_config_dict(self) -> dict[str, Any]:
         return {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from chunked_embed.engine.types import accumulator_dtype
 from chunked_embed.gather import gather_rows
 from chunked_embed.losses._compat import SentenceTransformer, callable_name, library, util
 from chunked_embed.losses._pairwise import SimilarityLoss
@@ -37,17 +39,29 @@ class MarginMSELoss(SimilarityLoss, library.MarginMSELoss):
         self._set_options(**options)
 
     def _margins(self, labels: Tensor | None, rows: int, negatives: int) -> Tensor:  # (N, K)
-        labels = self._labels(labels)
-        if labels.shape == (rows, negatives + 1):
-            return labels[:, :1] - labels[:, 1:]
-        if labels.shape == (rows,) and negatives == 1:
+        labels = self._teacher(labels, rows, negatives)
+        if labels.ndim == 1:
             return labels[:, None]
-        if labels.shape != (rows, negatives):
+        return labels if labels.shape[1] == negatives else labels[:, :1] - labels[:, 1:]
+
+    def _teacher(self, labels: Tensor | None, rows: int, negatives: int) -> Tensor:  # (N, K), (N, K + 1) or (N,)
+        labels = self._labels(labels)
+        in_a_row = negatives == 1 and labels.shape == (rows,)
+        if not (in_a_row or labels.shape == (rows, negatives) or labels.shape == (rows, negatives + 1)):
             raise ValueError(
                 f"{type(self).__name__} expects labels of shape {(rows, negatives)} (margins between the positive and "
                 f"each negative) or {(rows, negatives + 1)} (scores of all of them), got {tuple(labels.shape)}"
             )
         return labels
+
+    def _size(self, rows: int, width: int, columns: int) -> float:
+        known = self._similarity and type(self.loss_fct) is nn.MSELoss
+        return rows * width * (columns - 2) if columns >= 3 and known else math.inf
+
+    def _for_library(self, columns: list[Tensor], labels: Tensor | None) -> Tensor:
+        rows, negatives, dtype = columns[0].shape[0], len(columns) - 2, accumulator_dtype(columns[0].dtype)
+        given = self._teacher(labels, rows, negatives)
+        return given if given.dtype is dtype else self._margins(given, rows, negatives).to(dtype)
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
         if len(embeddings) < 3:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from chunked_embed.functional.arguments import check_embeddings, widened
 from chunked_embed.losses._around import Around
-from chunked_embed.losses._attach import attach
+from chunked_embed.losses._attach import attach, gradients, leaves_behind
 from chunked_embed.losses._base import OF_MINI_BATCHES, OPTIONS, ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, is_plain, library, shrink, uses_gradient_cache
-from chunked_embed.losses._kinds import ForACall, check_model, check_wrapped, replaced
+from chunked_embed.losses._kinds import ForACall, check_model, check_wrapped, is_ordinary, replaced
 
 
 class MatryoshkaLoss(Around, library.MatryoshkaLoss):
@@ -106,22 +106,26 @@ class MatryoshkaLoss(Around, library.MatryoshkaLoss):
         return isinstance(self.loss, ChunkedLoss) and not own
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
-        return self._over_widths(self._inner, embeddings, labels)
+        inner = self.loss.compute_loss_from_embeddings if self._is_ours() else self._by_forward
+        return self._over_widths(inner, embeddings, labels)  # type: ignore[arg-type]
 
     def _over_widths(self, inner: Callable, embeddings: list[Tensor], labels: Any) -> Tensor:
-        for i, column in enumerate(embeddings):
-            check_embeddings({f"embeddings[{i}]": column})
+        ordinary = is_ordinary(embeddings)
+        if not ordinary:
+            for i, column in enumerate(embeddings):
+                check_embeddings({f"embeddings[{i}]": column})
 
         def at_width(columns: list[Tensor], dim: int) -> Tensor:
             return inner(columns, _cut(labels, embeddings, dim))
 
+        small = ordinary and isinstance(self.loss, ChunkedLoss) and self.loss._is_small(embeddings, labels)
+        if small and not replaced(self.loss, "compute_loss_from_embeddings"):
+            return self._plain_sum([widened(column) for column in embeddings], at_width)
         return self._one_by_one(embeddings, at_width)
 
-    def _inner(self, columns: list[Tensor], labels: Any) -> Tensor:
-        """The wrapped loss of embeddings."""
-        if self._is_ours():
-            return self.loss.compute_loss_from_embeddings(columns, labels)  # type: ignore[operator]
-        # Its forward knows what it does with labels. A model that hands its features on gives it the embeddings.
+    def _by_forward(self, columns: list[Tensor], labels: Any) -> Tensor:
+        """The wrapped loss of embeddings, whose forward knows what it does with labels. A model that hands its features
+        on gives it the embeddings."""
         with _set_on(self.loss, "model", nn.Identity()):
             return self.loss([{"sentence_embedding": column} for column in columns], labels)
 
@@ -146,17 +150,12 @@ class MatryoshkaLoss(Around, library.MatryoshkaLoss):
             loss.backward()
         return loss.detach() if with_backward else loss
 
-    def _narrow(self, column: Tensor, dim: int) -> Tensor:
-        """The first ``dim`` dimensions, as unit vectors."""
+    def _narrowed(self) -> Callable[[Tensor, int], Tensor]:
+        """From a column (N, D) and a width to its first dimensions, as unit vectors."""
         if not isinstance(self.loss, ChunkedLoss):
-            return shrink(column, dim)
-        if dim > column.shape[1]:
-            raise ValueError(
-                f"matryoshka_dims cannot be greater than the embeddings' width, {column.shape[1]}: got {dim}"
-            )
-        narrow = column[:, :dim]
+            return shrink
         seen = replaced(self.loss, "forward", "compute_loss_from_embeddings", "calculate_loss")
-        return narrow if self.loss._normalizes and not seen else F.normalize(widened(narrow), dim=1)
+        return _first if self.loss._normalizes and not seen else _first_of_unit_length
 
     def _widths(self) -> list[tuple[int, float]]:
         indices: Sequence[int] = range(len(self.matryoshka_dims))
@@ -165,30 +164,32 @@ class MatryoshkaLoss(Around, library.MatryoshkaLoss):
         return [(self.matryoshka_dims[i], self.matryoshka_weights[i]) for i in indices]
 
     def _plain_sum(self, columns: list[Tensor], at_width: Callable[[list[Tensor], int], Tensor]) -> Tensor:
-        terms = [w * at_width([self._narrow(column, dim) for column in columns], dim) for dim, w in self._widths()]
+        narrowed = self._narrowed()
+        terms = [w * at_width([narrowed(column, dim) for column in columns], dim) for dim, w in self._widths()]
         return torch.stack(terms).sum()
 
     def _one_by_one(self, columns: list[Tensor], at_width: Callable[[list[Tensor], int], Tensor]) -> Tensor:
         """The weighted sum over widths, holding the graph of one width at a time."""
         if not torch.is_grad_enabled() or not any(column.requires_grad for column in columns):
             return self._plain_sum(columns, at_width)
-        terms, own = [], self._own_parameters()
+        terms, narrowed = [], self._narrowed()
         grads = [torch.zeros_like(c, dtype=torch.promote_types(c.dtype, torch.float32)) for c in columns]
-        of_own: dict[int, Tensor] = {}
+        of_own: dict[Tensor, Tensor] = {}
         for dim, weight in self._widths():
             narrow = [column.detach()[:, :dim] for column in columns]
             # Float16 gradients would underflow: what a GradScaler scales comes in only at backward.
             narrow = [(x.float() if x.dtype == torch.float16 else x).requires_grad_() for x in narrow]
-            loss = weight * at_width([self._narrow(x, dim) for x in narrow], dim)
-            found = torch.autograd.grad(loss, [*narrow, *own], allow_unused=True)
+            loss = weight * at_width([narrowed(x, dim) for x in narrow], dim)
+            own = leaves_behind(loss, narrow)
+            found = gradients(loss, [*narrow, *own])
             for grad, part in zip(grads, found):
                 if part is not None:
                     grad[:, :dim] += part
-            for i, part in enumerate(found[len(narrow) :]):
+            for leaf, part in zip(own, found[len(narrow) :]):
                 if part is not None:
-                    of_own[i] = of_own[i] + part if i in of_own else part
+                    of_own[leaf] = of_own[leaf] + part if leaf in of_own else part
             terms.append(loss.detach())
-        return attach(torch.stack(terms).sum(), [*columns, *(own[i] for i in of_own)], [*grads, *of_own.values()])
+        return attach(torch.stack(terms).sum(), [*columns, *of_own], [*grads, *of_own.values()])
 
 
 class Matryoshka2dLoss(library.Matryoshka2dLoss):
@@ -243,6 +244,18 @@ class Matryoshka2dLoss(library.Matryoshka2dLoss):
 
     def __getattr__(self, name: str) -> Any:  # of what is not found elsewhere
         return getattr(self.loss, name) if name in OPTIONS else super().__getattr__(name)
+
+
+def _first(column: Tensor, dim: int) -> Tensor:
+    width = column.shape[1]
+    if dim > width:
+        raise ValueError(f"matryoshka_dims cannot be greater than the embeddings' width, {width}: got {dim}")
+    return column if dim == width else column[:, :dim]
+
+
+def _first_of_unit_length(column: Tensor, dim: int) -> Tensor:
+    narrow = _first(column, dim)
+    return F.normalize(narrow if narrow.dtype is torch.float32 else widened(narrow), dim=1)
 
 
 def _grad(leaf: Tensor) -> Tensor:

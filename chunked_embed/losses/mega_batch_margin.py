@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +13,7 @@ from chunked_embed import checks
 from chunked_embed.functional.arguments import check_embeddings, widened
 from chunked_embed.functional.mega_batch import margin_against
 from chunked_embed.gather import ranks
-from chunked_embed.losses._base import ChunkedLoss
+from chunked_embed.losses._base import BY_DISTANCES, ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, embed_columns, library
 
 
@@ -59,6 +61,21 @@ class MegaBatchMarginLoss(ChunkedLoss, library.MegaBatchMarginLoss):
             **options,
         )
         self.uses_gradient_cache = bool(use_mini_batched_version) and self._in_mini_batches
+
+    _small = BY_DISTANCES
+    _settings = ("positive_margin", "negative_margin")
+
+    def _size(self, rows: int, width: int, columns: int) -> float:
+        return rows * rows if columns == 2 else math.inf
+
+    def _check_settings(self) -> None:
+        checks.number("positive_margin", self.positive_margin)
+        checks.number("negative_margin", self.negative_margin)
+
+    def _by_library(self, columns: list[Tensor], labels: Any) -> Tensor:
+        of = SimpleNamespace(mini_batch_size=len(columns[0]))  # of the similarities, whole
+        of.positive_margin, of.negative_margin = self.positive_margin, self.negative_margin
+        return library.MegaBatchMarginLoss.calculate_loss(of, [[column] for column in columns])
 
     @property
     def _fusable(self) -> bool:

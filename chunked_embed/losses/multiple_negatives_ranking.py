@@ -15,7 +15,7 @@ from chunked_embed import functional as CF
 from chunked_embed.checks import NOT_NEGATIVE, POSITIVE
 from chunked_embed.functional.contrastive import HARDNESS_MODES, check_directions
 from chunked_embed.losses._around import Around
-from chunked_embed.losses._base import ChunkedLoss
+from chunked_embed.losses._base import BY_SIMILARITIES, ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, callable_name, known_matrix, library, util
 from chunked_embed.losses._learnable import averaged
 from chunked_embed.losses._texts import text_ids
@@ -61,6 +61,8 @@ class MultipleNegativesRankingLoss(ChunkedLoss, library.MultipleNegativesRanking
     Inputs: an anchor, a positive and any number of hard negatives. Labels are ignored, but for ``false_negatives``.
     """
 
+    _small = BY_SIMILARITIES
+    _settings = ("scale", "directions", "partition_mode", "hardness_mode", "hardness_strength")
     learnable_scale = False
     false_negatives: Literal["text", "labels"] | None = None
 
@@ -128,6 +130,18 @@ class MultipleNegativesRankingLoss(ChunkedLoss, library.MultipleNegativesRanking
 
     def _targets(self, features: list[dict[str, Tensor]], labels: Tensor | None) -> Tensor | None:
         return text_ids(features, self.model) if self.false_negatives == "text" else labels
+
+    def _size(self, rows: int, width: int, columns: int) -> float:
+        ours = self.learnable_scale or self.false_negatives is not None or isinstance(self.scale, Tensor)
+        if ours or columns < 2 or self._similarity is None:
+            return math.inf
+        return rows * rows * (columns - 1) * len(self.directions)
+
+    def _check_settings(self) -> None:
+        checks.scalar("scale", self.scale, POSITIVE)
+        check_directions(self.directions, self.partition_mode)
+        checks.choice("hardness_mode", self.hardness_mode, (None, *HARDNESS_MODES))
+        checks.number("hardness_strength", self.hardness_strength, NOT_NEGATIVE)
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
         if len(embeddings) < 2:
@@ -203,7 +217,7 @@ class CachedMultipleNegativesRankingLoss(Around, library.CachedMultipleNegatives
 
     loss: MultipleNegativesRankingLoss
     _shown = (*HYPERPARAMETERS, "temperature", "learnable_scale", "log_scale", "false_negatives")
-    _defaults = Around._defaults | {"learnable_scale": False, "false_negatives": None}
+    _defaults = {"learnable_scale": (False,), "false_negatives": (None,)}
 
     def __init__(
         self,
@@ -240,6 +254,11 @@ class CachedMultipleNegativesRankingLoss(Around, library.CachedMultipleNegatives
         )
 
     # Of what this class shows, so that a subclass's attributes count.
+    _small = BY_SIMILARITIES
+    _library = library.MultipleNegativesRankingLoss.compute_loss_from_embeddings
+    _settings = MultipleNegativesRankingLoss._settings
+    _check_settings = MultipleNegativesRankingLoss._check_settings
+    _size = MultipleNegativesRankingLoss._size
     _loss = MultipleNegativesRankingLoss._loss
     _ids = MultipleNegativesRankingLoss._ids
     _similarity = MultipleNegativesRankingLoss._similarity

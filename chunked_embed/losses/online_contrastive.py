@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -32,6 +33,8 @@ class OnlineContrastiveLoss(SiameseLoss, library.OnlineContrastiveLoss):
     out.
     """
 
+    _others = "those pairs are left out"
+
     def __init__(
         self,
         model: SentenceTransformer,
@@ -50,10 +53,13 @@ class OnlineContrastiveLoss(SiameseLoss, library.OnlineContrastiveLoss):
     ) -> Tensor:
         return super().forward(sentence_features, labels)
 
+    def _size(self, rows: int, width: int, columns: int) -> float:
+        return rows * width if columns >= 2 and self._fusable else math.inf
+
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
         a, b = self._two_columns(embeddings)
         labels = self._row_labels(labels, len(a))
-        self._warn_unless_binary(labels, "those pairs are left out")
+        self._warn_unless_binary(labels)
         distances = self._distances(a, b, projection)
         if self.gather_across_devices:
             distances, labels = gather_rows(distances, labels)

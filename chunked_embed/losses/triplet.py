@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,8 @@ class TripletLoss(ChunkedLoss, library.TripletLoss):
         checks.number("triplet_margin", triplet_margin)
         self._set_options(**options)
 
+    _settings = ("triplet_margin",)
+
     @property
     def _distance(self) -> str | None:
         return known_triplet_distance(self.distance_metric)
@@ -50,6 +53,12 @@ class TripletLoss(ChunkedLoss, library.TripletLoss):
     @property
     def _fusable(self) -> bool:
         return self._distance is not None
+
+    def _size(self, rows: int, width: int, columns: int) -> float:
+        return rows * width if columns == 3 and self._distance else math.inf
+
+    def _check_settings(self) -> None:
+        checks.number("margin", self.triplet_margin)
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
         if len(embeddings) != 3:

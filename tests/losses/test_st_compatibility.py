@@ -14,7 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer, util
 from sentence_transformers.sentence_transformer import losses as library
 from sentence_transformers.sentence_transformer.losses import SiameseDistanceMetric, TripletDistanceMetric
-from st_parts import HIDDEN, assert_same, build, features, labels_for
+from st_parts import EXACT, HIDDEN, assert_same, build, features, labels_for
 from torch import Tensor, nn
 
 from chunked_embed import losses
@@ -90,11 +90,20 @@ def guide(transformer_dir: str) -> SentenceTransformer:
     return guide
 
 
+ways = [{"compiled": False}, *([{}] if EXACT else [])]
+both_ways = pytest.mark.parametrize("make", ways, ids=["ours", "small"][: len(ways)], indirect=True)
+"""With our computation, and with that of small batches, which is the library's."""
+
+
 @pytest.fixture
-def make(model: SentenceTransformer, guide: SentenceTransformer) -> Callable[..., nn.Module]:
+def make(
+    request: pytest.FixtureRequest, model: SentenceTransformer, guide: SentenceTransformer
+) -> Callable[..., nn.Module]:
+    given = getattr(request, "param", {"compiled": False})
+
     def make(kind: type, name: str, **options: Any) -> nn.Module:
         """A loss of this class, a subclass of the one that the case is of, ours without compiling."""
-        ours = {"compiled": False} if issubclass(kind, ChunkedLoss) else {}
+        ours = given if issubclass(kind, ChunkedLoss) else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             return kind(model, *CASES[name].args(model, guide), **CASES[name].keywords, **ours, **options)
@@ -220,6 +229,8 @@ def overriding(kind: type, method: str) -> type:
 REFUSED = {"calculate_loss_and_cache_gradients"}
 
 
+@pytest.mark.slow
+@both_ways
 @pytest.mark.parametrize("name", CASES)
 def test_subclassed(name: str, make: Callable, model: SentenceTransformer) -> None:
     """Each method that the library's class goes through, in a subclass that changes what it gives."""
@@ -291,6 +302,7 @@ def is_called_twice(package: Any) -> type:
     return kind
 
 
+@both_ways
 @pytest.mark.parametrize("make_kind", [reads_the_encoder, measures_lengths, is_called_twice])
 def test_a_users_loss_in_all_wrappings(make_kind: Callable, make: Callable, model: SentenceTransformer) -> None:
     name = "MultipleNegativesRankingLoss"
@@ -360,6 +372,7 @@ def test_hooks_of_a_wrapped_loss(make: Callable, model: SentenceTransformer) -> 
     assert_same(found[1], found[2])
 
 
+@both_ways
 def test_a_method_put_into_a_class(make: Callable, model: SentenceTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, method in (
         ("CoSENTLoss", "compute_loss_from_embeddings"),
@@ -529,6 +542,8 @@ def data_of(name: str, make: Callable, model: SentenceTransformer) -> Iterator[s
             yield attribute
 
 
+@pytest.mark.slow
+@both_ways
 @pytest.mark.parametrize("name", CASES)
 def test_attributes_set_later(name: str, make: Callable, model: SentenceTransformer) -> None:
     """Each attribute that the library's class reads, set on a loss that is made already."""

@@ -56,6 +56,7 @@ OPTIONS: dict[str, dict] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("columns", [2, 3])
 def test_gist_is_the_librarys(model, guide, columns, options) -> None:
@@ -68,6 +69,7 @@ def test_gist_is_the_librarys(model, guide, columns, options) -> None:
         assert_same(value_and_grads(ours, model, batch, None, upstream=2.0), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("columns", [2, 4])
 def test_cached_gist_is_the_librarys(model, guide, columns, options) -> None:
