@@ -60,6 +60,7 @@ bench: $(VENV)/bench.installed
 	$(BIN)/python benchmarks/distillation.py
 	$(BIN)/python benchmarks/trainers.py
 	$(BIN)/python benchmarks/swap.py
+	$(BIN)/python benchmarks/small.py
 
 clean:
 	rm -rf $(VENV) runs build dist docs/_build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

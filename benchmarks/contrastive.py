@@ -14,6 +14,7 @@ vectors show in it. `mined` has errors at fewer rows than times, because the tru
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Annotated, Any
 
@@ -539,13 +540,40 @@ def run_near_duplicates(bench: Benchmark, rows: int, width: int, dtype: torch.dt
             bench.case(told, candidates, truth(formula, learns, raw=True), gradients=names, timed=False)
 
 
+def untrained(device: torch.device, layers: int, width: int, heads: int, autocast: bool) -> nn.Module:
+    """A SentenceTransformer: BERT from a config, without the tokenizer that a Transformer module brings (features are
+    token ids) and without dropout, the mean of the tokens, unit length. `autocast`: bfloat16 in BERT alone."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+    from transformers import BertConfig, BertModel
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            shape = dict(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width)
+            off = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+            self.bert = BertModel(BertConfig(num_hidden_layers=layers, **shape, **off), add_pooling_layer=False)
+
+        def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+            # Here, as the trainer does: gradient caching runs it once more in backward, where no context is left.
+            with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
+                hidden = self.bert(features["input_ids"], features["attention_mask"]).last_hidden_state
+            return {**features, "token_embeddings": hidden}
+
+    torch.manual_seed(0)
+    return SentenceTransformer(modules=[Encoder(), Pooling(width), Normalize()], device=str(device)).train()
+
+
+def random_tokens(rows: int, tokens: int, columns: int, device: torch.device) -> list[dict[str, Tensor]]:
+    """Features of as many columns."""
+    ids = [torch.randint(1000, 30000, (rows, tokens), device=device) for _ in range(columns)]
+    return [{"input_ids": column, "attention_mask": torch.ones_like(column)} for column in ids]
+
+
 def run_step(bench: Benchmark, rows: int, mini_batch: int, tokens: int, layers: int, options: dict[str, Any]) -> None:
     """Forward and backward of an encoder of BERT's size, gradients cached, and of the loss of all pairs at once."""
     try:
-        from sentence_transformers import SentenceTransformer
         from sentence_transformers.sentence_transformer import losses as library
-        from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
-        from transformers import BertConfig, BertModel
 
         from chunked_embed import losses
     except ImportError:
@@ -555,39 +583,16 @@ def run_step(bench: Benchmark, rows: int, mini_batch: int, tokens: int, layers: 
     if not bench.wants(name, [ours, theirs] if bench.peers else [ours]):
         return
 
-    class Encoder(nn.Module):
-        """A BERT from a config, without the tokenizer that a Transformer module brings: features are token ids."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            heads = 12 if layers == 12 else 2
-            shape = dict(hidden_size=64 * heads, num_attention_heads=heads, intermediate_size=256 * heads)
-            self.bert = BertModel(BertConfig(num_hidden_layers=layers, **shape), add_pooling_layer=False)
-
-        def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-            # Here, as the trainer does: gradient caching runs it once more in backward, where no context is left.
-            with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.device.type == "cuda"):
-                hidden = self.bert(features["input_ids"], features["attention_mask"]).last_hidden_state
-            return {**features, "token_embeddings": hidden}
-
-    torch.manual_seed(0)
-    encoder = Encoder()
-    width = encoder.bert.config.hidden_size
-    model = SentenceTransformer(modules=[encoder, Pooling(width), Normalize()], device=str(bench.device)).train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    batch = []
-    for _ in range(2):
-        ids = torch.randint(1000, 30000, (rows, tokens), device=bench.device)
-        batch.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    heads = 12 if layers == 12 else 2
+    model = untrained(bench.device, layers, 64 * heads, heads, autocast=bench.device.type == "cuda")
+    batch = random_tokens(rows, tokens, 2, bench.device)
     kinds = {
         ours: (OURS, losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch, **options)),
         theirs: (PEER, library.CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch)),
     }
     if not bench.peers:
         del kinds[theirs]
-    parameter = encoder.bert.encoder.layer[0].attention.self.query.weight
+    parameter = model[0].bert.encoder.layer[0].attention.self.query.weight
 
     def step(loss: nn.Module) -> list[Tensor]:
         model.zero_grad()

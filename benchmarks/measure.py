@@ -6,6 +6,10 @@ There are two: of the value, what a user reads of the call (a loss, margins, log
 |result - truth| beside the mean of |truth|; and of the gradients, |result - truth| / |truth| by Euclidean norms, the
 largest of them. Ours that keep half-precision outputs (`float32_outputs=False`) are lines of their own.
 
+Where calls take microseconds, or two losses are nearly as fast, candidates are timed in turn, a call of each, so that a
+host whose speed wavers does so for all of them (`Benchmark.compare`). Ratios and differences are then of medians, to
+other people's, and the ratios of four parts of the run say how far to trust them.
+
 Every run adds to `<out>/<family>-<device>.csv`, replacing the lines that it measured again, so that a long benchmark
 can be split over several calls, or over GPUs at once: by `--only` and `--match`, or by `--budget 500 --missing` until
 nothing is missing. `--out`, or BENCH_OUT in the environment, says where the files are.
@@ -26,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from importlib import import_module, metadata
 from pathlib import Path
@@ -46,6 +50,7 @@ GIB = 2**30
 HALF = "half-precision outputs"
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 SHORT_MS, MOST_REPEATS = 200, 60
+MOST_TURNS, PARTS = 400, 4  # of candidates that are timed in turn
 LONG_MS = 500  # calls that take longer are timed once: they do not waver
 RESULTS = Path(__file__).parent / "results"
 
@@ -64,6 +69,10 @@ class Timing:
     peak_gib: float | None = None  # above the inputs; the gradients that a call returns are counted
     first_s: float | None = None  # the first call, compilation included
     note: str = ""
+    # Of candidates that are timed in turn, beside the first of other people's:
+    more_us: float | None = None  # what the median takes more
+    least_ratio: float | None = None  # of medians, in parts of the run
+    most_ratio: float | None = None
 
 
 @dataclass
@@ -103,7 +112,10 @@ class Line:
     role: str
     ms: float | None
     min_ms: float | None
-    floor_ratio: float | None
+    floor_ratio: float | None  # where candidates are timed in turn: to the first of other people's
+    more_us: float | None
+    least_ratio: float | None
+    most_ratio: float | None
     peak_gib: float | None
     first_s: float | None
     value: str
@@ -125,6 +137,9 @@ class Line:
         return self.role == PEER or self.ms is not None or (has_error and "WRONG" not in self.note)
 
 
+IN_TURN = {"more_us", "least_ratio", "most_ratio"}  # columns that a file without such candidates may lack
+
+
 def measure(
     run: Callable[[], object], device: torch.device, warmups: int = 2, repeats: int = 5, first: float | None = None
 ) -> Timing:
@@ -133,7 +148,7 @@ def measure(
     came before."""
     _collect(device)
     if first is None:
-        first = _seconds(run, device)[0]
+        first = seconds_of(run, device)[0]
     times = [_time_ms(run, device)]
     if times[0] <= LONG_MS:
         for _ in range(warmups - 2):
@@ -145,12 +160,46 @@ def measure(
     return Timing(statistics.median(times), min(times), peak / GIB, first)
 
 
+def in_turn(
+    runs: Sequence[Callable[[], object]], device: torch.device, seconds: float, warmups: int = 3, least: int = 8
+) -> list[list[float]]:
+    """Milliseconds of synchronised calls of each, as many as `seconds` hold; one of each in turn, now in one order and
+    now in the other."""
+    _collect(device)
+    for _ in range(warmups):
+        for run in runs:
+            seconds_of(run, device)
+    times: list[list[float]] = [[] for _ in runs]
+    if not runs:
+        return times
+    order, began = list(range(len(runs))), time.perf_counter()
+    while len(times[0]) < least or (len(times[0]) < MOST_TURNS and time.perf_counter() - began < seconds):
+        for k in order:
+            times[k].append(1e3 * seconds_of(runs[k], device)[0])
+        order.reverse()
+    return times
+
+
+def beside(times: Sequence[float], others: Sequence[float] | None) -> tuple[Timing, float | None]:
+    """Of calls that were timed in turn with others, and the ratio to those; without others, of these alone."""
+    median = statistics.median(times)
+    timing = Timing(median, min(times))
+    if others is None:
+        return timing, None
+    theirs = statistics.median(others)
+    parts = min(PARTS, len(times))
+    spans = [slice(k * len(times) // parts, (k + 1) * len(times) // parts) for k in range(parts)]
+    ratios = [statistics.median(times[span]) / statistics.median(others[span]) for span in spans]
+    timing.more_us, timing.least_ratio, timing.most_ratio = 1e3 * (median - theirs), min(ratios), max(ratios)
+    return timing, median / theirs
+
+
 def once(run: Callable[[], T], device: torch.device) -> tuple[T, Timing]:
     """The result of a long call, and the time and the peak of a second one."""
-    first, result = _seconds(run, device)
+    first, result = seconds_of(run, device)
     _collect(device)
     if device.type == "cpu":
-        return result, Timing(1e3 * _seconds(run, device)[0], first_s=first)
+        return result, Timing(1e3 * seconds_of(run, device)[0], first_s=first)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     ms = _time_ms(run, device)
@@ -167,7 +216,7 @@ def failure(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {text.splitlines()[0] if text else ''}"[:100]
 
 
-def _seconds(run: Callable[[], T], device: torch.device) -> tuple[float, T]:
+def seconds_of(run: Callable[[], T], device: torch.device) -> tuple[float, T]:
     started = time.perf_counter()
     result = run()
     _synchronize(device)
@@ -176,7 +225,7 @@ def _seconds(run: Callable[[], T], device: torch.device) -> tuple[float, T]:
 
 def _time_ms(run: Callable[[], object], device: torch.device) -> float:
     if device.type == "cpu":
-        return 1e3 * _seconds(run, device)[0]
+        return 1e3 * seconds_of(run, device)[0]
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
@@ -425,24 +474,82 @@ class Benchmark:
             _collect(self.device)
             self.add(name, candidate.name, candidate.role, timing, errors, floor)
 
+    def compare(
+        self,
+        name: str,
+        candidates: Sequence[Candidate],
+        truth: Callable[[], Sequence[Tensor]],
+        value: str = "loss",
+        gradients: Sequence[str] = (),
+        seconds: float = 0.5,
+    ) -> None:
+        """As `case`, but the candidates whose results are right are timed in turn, for `seconds`, and stand beside the
+        first that is not ours."""
+        candidates = [c for c in candidates if self.peers or c.role == OURS]
+        if not self.wants(name, [c.name for c in candidates]):
+            return
+        expected = truth()
+        found: dict[str, tuple[Timing, Errors]] = {}
+        right = []
+        for c in candidates:
+            try:
+                found[c.name] = self._right(c, expected, value, gradients)
+            except Exception as problem:
+                found[c.name] = Timing(note=failure(problem)), Errors()
+            else:
+                if "WRONG" not in found[c.name][0].note:
+                    right.append(c)
+        del expected
+        times = in_turn([c.run for c in right], self.device, seconds, self.warmups, self.repeats)
+        by_name = {c.name: own for c, own in zip(right, times)}
+        others = next((by_name[c.name] for c in right if c.role != OURS), None)
+        for c in candidates:
+            timing, errors = found[c.name]
+            ratio = None
+            if own := by_name.get(c.name):
+                timed, ratio = beside(own, None if own is others else others)
+                peak = _peak_bytes(c.run, self.device) / GIB
+                timing = replace(timed, peak_gib=peak, first_s=timing.first_s, note=timing.note)
+            elif c.role == OURS:
+                self.wrong.append(f"{name}, {c.name}: {timing.note}")
+            self.add(name, c.name, c.role, timing, errors, ratio=ratio)
+        _collect(self.device)
+
     def _checked(
         self, candidate: Candidate, expected: Sequence[Tensor], value: str, gradients: Sequence[str], timed: bool
     ) -> tuple[Timing, Errors]:
-        """A time, once the result is right. A peer's stands beside its errors, ours only where they are small."""
-        first, result = _seconds(candidate.run, self.device)
+        """A time, once the result is right."""
+        found, errors = self._right(candidate, expected, value, gradients, ", not timed" * timed)
+        if "WRONG" in found.note:
+            return found, errors
+        timing = Timing()
+        if timed:
+            timing = measure(candidate.run, self.device, self.warmups, self.repeats, found.first_s)
+        timing.note = found.note
+        return timing, errors
+
+    def _right(
+        self,
+        candidate: Candidate,
+        expected: Sequence[Tensor],
+        value: str,
+        gradients: Sequence[str],
+        told: str = ", not timed",
+    ) -> tuple[Timing, Errors]:
+        """The first call's seconds, and what its errors say: a peer's stand beside its time, ours only where they are
+        small."""
+        first, result = seconds_of(candidate.run, self.device)
         if candidate.read is not None:
             result = [candidate.read().detach(), *result[1:]]
         errors = errors_of(result, expected, value, gradients)
         del result
         wrong = errors.worst > candidate.bound
+        note = ""
         if wrong and candidate.role == OURS:
-            note = f"WRONG: {errors.worst:.1e}, above {candidate.bound:.0e}" + ", not timed" * timed
-            return Timing(first_s=first, note=note), errors
-        timing = Timing()
-        if timed:
-            timing = measure(candidate.run, self.device, self.warmups, self.repeats, first)
-        timing.note = f"inaccurate: above {candidate.bound:.0e}" if wrong else ""
-        return timing, errors
+            note = f"WRONG: {errors.worst:.1e}, above {candidate.bound:.0e}{told}"
+        elif wrong:
+            note = f"inaccurate: above {candidate.bound:.0e}"
+        return Timing(first_s=first, note=note), errors
 
     def add(
         self,
@@ -528,9 +635,10 @@ def read_csv(path: Path) -> list[Line]:
     found = []
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if list(reader.fieldnames or ()) != [f.name for f in fields(Line)]:
+        lacking = dict.fromkeys(f.name for f in fields(Line) if f.name not in (reader.fieldnames or ()))
+        if set(reader.fieldnames or ()) - {f.name for f in fields(Line)} or set(lacking) - IN_TURN:
             raise SystemExit(f"expected the columns of today in {path}, got {reader.fieldnames}: move it away")
-        for row in reader:
+        for row in (lacking | row for row in reader):
             values = {key: (float(value) if value else None) if key in numbers else value for key, value in row.items()}
             found.append(Line(**values))  # type: ignore[arg-type]
     return found
@@ -545,11 +653,12 @@ def write_csv(path: Path, lines: Sequence[Line]) -> None:
             writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(line).items()})
 
 
-COLUMNS = ("", "ms", "x floor", "peak GiB", "first s", "of gradients", "of the value", "")
+COLUMNS = ("", "ms", "ratio", "us more", "peak GiB", "first s", "of gradients", "of the value", "")
 
 
 def _cells(line: Line) -> list[str]:
-    numbers = [(line.ms, ".3g" if (line.ms or 0) < 100 else ".0f"), (line.floor_ratio, ".2f"), (line.peak_gib, ".3g")]
+    numbers = [(line.ms, ".3g" if (line.ms or 0) < 100 else ".0f"), (line.floor_ratio, ".2f")]
+    numbers += [(line.more_us, "+.0f"), (line.peak_gib, ".3g")]
     numbers += [(line.first_s, ".1f"), (line.gradient_error, ".1e")]
     told = ["" if number is None else format(number, form) for number, form in numbers]
     of_value = "" if line.value_error is None else f"{line.value_error:.1e} of {line.value_mean:.3g}"

@@ -19,6 +19,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 MARK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.S)
 MISSING = "**TODO: not measured yet.**\n"
 DEVICE = "nvidia-h100-80gb-hbm3"
+CPU = "cpu-x86-64"
 
 
 # --- what a cell says ---
@@ -53,11 +54,24 @@ def value(line: Line) -> str:
     return f"{line.value_error:.1e} of {number(line.value_mean)}".replace("e-0", "e-")
 
 
+def beside(line: Line) -> str:
+    """A ratio of medians, and the microseconds between them."""
+    if line.floor_ratio is None or line.more_us is None:
+        return "" if line.ms else line.note
+    return f"{line.floor_ratio:.2f} ({line.more_us:+,.0f})"
+
+
+def span(line: Line) -> str:
+    return "" if line.least_ratio is None else f"{line.least_ratio:.2f} to {line.most_ratio:.2f}"
+
+
 QUANTITIES: dict[str, Callable[[Line], str]] = {
     "ms": ms,
     "ms (x floor)": ms_ratio,
     "x floor": ratio,
     "x spread": ratio,
+    "ratio (μs)": beside,
+    "ratios of its parts": span,
     "GiB": lambda line: number(line.peak_gib),
     "first s": lambda line: number(line.first_s),
     "error of gradients": gradients,
@@ -88,6 +102,7 @@ class Table:
     under: str = "{case}"
     row: str = "{name}"
     column: str = ""
+    device: str = ""  # where it is not the page's
 
     def render(self, lines: Sequence[Line]) -> str:
         rows: dict[tuple[str, str], dict[str, str]] = {}
@@ -123,6 +138,39 @@ def who(line: Line) -> str:
         return line.name
     kind = "ours" if line.role == OURS else "floor"
     return kind + next((f", {more}" for more in (HALF, "float32 outputs") if more in line.name), "")
+
+
+def small_tables(device: str) -> dict[str, Table]:
+    """Of ordinary sizes: on the page's device, and on a CPU."""
+    suffix = "-cpu" if device else ""
+    alone = r"alone, (?P<loss>.*), (?P<rows>\d+)x(?P<width>\d+), float32"
+    steps = r"step, (?P<loss>.*), (?P<pairs>\d+) pairs of .*"
+    times = ("ms", "ratio (μs)", "ratios of its parts")
+    like = {"row": "{loss}", "device": device}
+    return {
+        f"small-alone{suffix}": Table(
+            "small", alone, ("ratio (μs)",), "ours", "width {width}", column="{rows} rows", **like
+        ),
+        f"small-step{suffix}": Table("small", steps, times, under="{pairs} pairs", column="{name}", **like),
+        f"small-head{suffix}": Table(
+            "small", r"head, (?P<what>.*)", (*times, "GiB", "error of the value"), under="{what}", device=device
+        ),
+        f"small-engine{suffix}": Table(
+            "small",
+            r"engine, (?P<loss>.*), (?P<rows>\d+) rows",
+            ("ratio (μs)",),
+            "ours",
+            under="",
+            column="{rows} rows",
+            **like,
+        ),
+        f"small-chunks{suffix}": Table(
+            "small", r"engine, (?P<loss>.*), 16 rows", ("ms",), under="", column="{name}", **like
+        ),
+        f"small-first{suffix}": Table(
+            "small", r"first call, (?P<loss>.*), \d+ rows", ("first s",), under="", column="{name}", **like
+        ),
+    }
 
 
 TRAINING = r"(?P<loss>\w+, (full|LoRA), \w+(, FSDP2 on \d+)?)"
@@ -219,13 +267,15 @@ TABLES = {
         row="{loss}",
         column="{name}",
     ),
-    "host": Table("host", r"(?P<loss>.*), \d+ rows.*", ("ms (x floor)",), under="", row="{loss}", column="{name}"),
+    **{name: table for device in ("", CPU) for name, table in small_tables(device).items()},
 }
 
 
-def where(files: dict[str, list[Line]]) -> str:
+WHERE = {"where": "", "where-cpu": CPU}  # marks -> the device, where it is not the page's
+
+
+def where(lines: Sequence[Line]) -> str:
     """What was measured on, and when."""
-    lines = [line for found in files.values() for line in found]
     if not lines:
         return MISSING
     told = {key: sorted({getattr(line, key) for line in lines}) for key in ("device", "torch", "triton", "date")}
@@ -237,17 +287,18 @@ def where(files: dict[str, list[Line]]) -> str:
 
 def rendered(page: str, folder: Path = RESULTS, device: str = DEVICE) -> str:
     """The page with the tables that the files say."""
-    families = dict.fromkeys(table.family for table in TABLES.values())
-    files = {family: read_csv(folder / f"{family}-{device}.csv") for family in families}
+    files: dict[tuple[str, str], list[Line]] = {}  # family, device
+    for family, other in dict.fromkeys((table.family, table.device) for table in TABLES.values()):
+        files[family, other] = read_csv(folder / f"{family}-{other or device}.csv")
 
     def table(found: re.Match[str]) -> str:
         name = found["name"]
-        if name == "where":
-            body = where(files)
+        if name in WHERE:
+            body = where([line for (_, of), lines in files.items() if of == WHERE[name] for line in lines])
         elif name in TABLES:
-            body = TABLES[name].render(files[TABLES[name].family])
+            body = TABLES[name].render(files[TABLES[name].family, TABLES[name].device])
         else:
-            raise SystemExit(f"expected figures among {['where', *TABLES]}, got {name!r}")
+            raise SystemExit(f"expected figures among {[*WHERE, *TABLES]}, got {name!r}")
         return f"{found[1]}\n{body}\n{found[4]}"
 
     return MARK.sub(table, page)

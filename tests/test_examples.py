@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,10 @@ def test_training(tmp_path, loss, code):
     assert result.returncode == 0, result.stdout + result.stderr
     for heading in ("Evaluation", "Peak memory of a step", "alone, forward + backward"):
         assert heading in result.stdout
+    *_, last = result.stdout.strip().splitlines()
+    assert re.match(
+        r"A step at the library's default batch of 8 .*: [\d.]+ ms with chunked_embed.losses, [\d.]+ ms", last
+    )
     assert (tmp_path / "loss.png").stat().st_size > 10_000
     assert (tmp_path / "model" / "model.safetensors").exists()
 
