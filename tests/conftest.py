@@ -12,7 +12,7 @@ import corpus
 import pytest
 import torch
 
-SAMPLE = 3
+SAMPLE = 5
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--slow",
         choices=("sample", "all", "none"),
         default="sample",
-        help=f"which slow tests to run; sample: of each slow test, every {SAMPLE}rd case, the first included",
+        help=f"which slow tests to run; sample: of each slow test, one case in {SAMPLE}, the first included",
     )
 
     parser.addoption(

@@ -79,6 +79,7 @@ def assert_within(name: str, dtype: torch.dtype, device: str = "cpu", **options:
         pytest.fail(f"{name}, {dtype}, {options}:\n" + "\n".join(map(str, errors)), pytrace=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", CHUNKS)
 @HALF
 @pytest.mark.parametrize("name", CASES)
@@ -86,6 +87,7 @@ def test_half_precision_is_float64_of_the_same_inputs(name: str, dtype: torch.dt
     assert_within(name, dtype, compiled=False, **CHUNKS[chunks])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", OF_HALF)
 def test_the_truths_are_what_is_computed(name: str, dtype: torch.dtype) -> None:

@@ -302,6 +302,7 @@ def test_copies_and_pickles_know_of_no_calls() -> None:
             other(**given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_no_batch_is_kept_alive(name: str) -> None:
     make, arguments, *_ = CASES[name]

@@ -260,6 +260,7 @@ def masked_by(mask):
     return lambda outputs, rows: (outputs * mask).sum(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [None, False, True])
 def test_a_closure_does_not_keep_its_batch(compiled, steps_are_traced):
     """Made anew in each step, around that step's mask: some may stay compiled, and none keeps more than that."""
@@ -278,6 +279,7 @@ def test_a_closure_does_not_keep_its_batch(compiled, steps_are_traced):
     assert all("once, at module level" in str(warning.message) for warning in told)
 
 
+@pytest.mark.slow
 @ALL
 @pytest.mark.parametrize("compiled", [None, False])
 def test_a_loss_does_not_keep_its_batches(name, compiled):

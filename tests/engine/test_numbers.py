@@ -606,6 +606,7 @@ def having(loss, **attributes):
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_nothing_is_stale(name, quiet):
     make, changes = CHANGES[name]

@@ -188,6 +188,7 @@ def test_not_available_on_cpu(monkeypatch):
     assert not available(torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["", "_similarity", "_scale", "_norms", "_ranking", "_pairwise", "_linear"])
 def test_triton_in_the_interpreter(kernels):
     """Triton reads TRITON_INTERPRET once, when it is imported: a process of its own leaves the other tests alone."""

@@ -95,6 +95,7 @@ def parameters(card: str) -> list[dict[str, Any]]:
     return [json.loads(block) for block in re.findall(r"```json\n(.*?)```", card, re.DOTALL)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*LOSSES, *WRAPPED])
 def test_reads_as_the_librarys(
     case: str, transformer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

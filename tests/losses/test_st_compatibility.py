@@ -166,6 +166,7 @@ def test_plain_and_cached(name: str, make: Callable, model: SentenceTransformer)
     assert_same(run(later, model, name), theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_matryoshka_around(name: str, make: Callable, model: SentenceTransformer) -> None:
     inner = make(getattr(losses, name), name)

@@ -90,6 +90,7 @@ def model(transformer_dir: str) -> SentenceTransformer:
 # --- the library's numbers --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("columns", [2, 4])
 def test_is_the_librarys(options: str, columns: int, model: SentenceTransformer) -> None:
