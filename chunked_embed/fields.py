@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 from . import checks
 from .checks import FINITE, Range
 from .chunking import Chunking
+from .engine.values import PLAIN
 
 if sys.version_info >= (3, 11):
     from typing import dataclass_transform
@@ -142,7 +143,7 @@ class Fields:
 
 
 class _CheckedOptions:
-    """Options of an object when they were checked, to be told from others by identity: that takes a microsecond."""
+    """Options of an object when they were checked, to be told from others by identity."""
 
     # In a class of its own: a loss whose functions ask for its whole dictionary would count as reading all of it.
     unchanging: ClassVar[bool] = True
@@ -192,11 +193,8 @@ class _CheckedOptions:
         return _CheckedOptions, ()
 
 
-_ATOMS = frozenset((float, int, bool, str, type(None)))
-
-
 def _is_plain(value: Any) -> bool:
-    return type(value) in _ATOMS or (type(value) in (tuple, list) and _ATOMS.issuperset(map(type, value)))
+    return type(value) in PLAIN or (type(value) in (tuple, list) and PLAIN.issuperset(map(type, value)))
 
 
 def _looks_at_options(cls: type) -> bool:

@@ -15,7 +15,7 @@ from .engine.autograd import ChunkedLoss, ChunkedScores, ScoreName
 from .engine.call import Arguments, read, refuse_transforms, signature
 from .engine.compile import outside_compile
 from .engine.direct import Direct
-from .engine.formula import BASES, INTERNAL, Formula, attribute, keywords, view_of
+from .engine.formula import BASES, INTERNAL, Formula, attribute, keywords
 from .engine.functions import Form, FunctionStep, Totals
 from .engine.layout import Layout, Options, build, choose
 from .engine.losses import GroupLoss, RowLoss, as_metrics, mean_or_weighted, rows_of_segments
@@ -289,8 +289,10 @@ class FlexChunkLoss(nn.Module):
         layout = laid.kind.layout
         call = laid.call(laid.select(rows_are_groups=False), row_wise=False, together=True)
         self._look(laid, call, None)
+        with layout.no_autocast():
+            found = call.scores() if isinstance(call, Direct) else score_rows(call, laid.tensors)
         results = {}
-        for (label, name), value in call.scores() if isinstance(call, Direct) else score_rows(call, laid.tensors):
+        for (label, name), value in found:
             told = f"{label}/{name}" if label is not None and layout.options.separate_outputs else name
             by_row = label is not None and value.dim() == 1
             results[told] = value.view(layout.leading) if by_row else value.to(layout.dtype)
@@ -325,9 +327,7 @@ class FlexChunkLoss(nn.Module):
         if told is not None and standing is not None and standing.holds(self):
             kind = standing.kinds.found((wanted, told[0]))
             if kind is not None:
-                formula = Formula(
-                    view_of(self, kind.functions, self._checked_numbers(numbers)), kind.functions, kind.key
-                )
+                formula = kind.formula(self, self._checked_numbers(numbers))
                 if kind.steps is None or kind.steps == _keys(self._made(formula, kind.labels)):
                     return _Laid(kind, formula, kind.arguments(told[1]))
         else:
@@ -581,9 +581,8 @@ def score_rows(call: Call, tensors: list[Tensor]) -> list[tuple[ScoreName, Tenso
 
 def _check_roles(loss: str, layout: Layout, weights: Mapping[str, Tensor], grouped: bool) -> None:
     """Arguments that go with the kind of loss."""
-    given = [*(("groups",) if layout.groups else ()), *weights]
-    for name in given if not grouped else [name for name in given if name == "row_weight"]:
-        if grouped or name != "row_weight":
+    for name in (*(("groups",) if layout.groups else ()), *weights):
+        if (name == "row_weight") is grouped:
             raise ValueError(f"expected no {name}: {loss} is {'grouped' if grouped else 'row-wise'}")
     if not grouped or "segments" in weights:
         return

@@ -29,7 +29,10 @@ from .types import Named
 
 @dataclass
 class Direct:
-    """A call that goes the direct way: its layout, the rows that it uses, its functions, its tensors."""
+    """A call that goes the direct way: its layout, the rows that it uses, its functions, its tensors.
+
+    It runs outside of autocast (``Layout.no_autocast``).
+    """
 
     layout: Layout
     selection: Selection
@@ -64,15 +67,12 @@ class Direct:
     def scores(self) -> list[tuple[ScoreName, Tensor]]:
         """One a row ``(M,)``, sums of a segment ``(G, segments)``, column scores ``(V,)``."""
         given, found = self._given(), list[tuple[ScoreName, Tensor]]()
-        with self.layout.no_autocast():
-            for label, (values, totals) in self._values(given).items():
-                for name, value in given.own(values).items():
-                    by_row = self.selection.lengths is None
-                    told = (
-                        in_user_order(self, value, flat=True) if by_row else by_segment(value, self, self.block, label)
-                    )
-                    found.append(((label, name), told))
-                found += [((None, name), value) for name, value in totals.items()]
+        by_row = self.selection.lengths is None
+        for label, (values, totals) in self._values(given).items():
+            for name, v in given.own(values).items():
+                v = in_user_order(self, v, flat=True) if by_row else by_segment(v, self, self.block, label)
+                found.append(((label, name), v))
+            found += [((None, name), value) for name, value in totals.items()]
         return [(name, _with_gradients(v, given.gated) if v.is_floating_point() else v) for name, v in found]
 
     # --- on the way ---

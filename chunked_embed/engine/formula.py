@@ -114,12 +114,8 @@ def attribute(self: Any, name: str) -> Any:
     return nn.Module.__getattr__(self, name)
 
 
-def view_of(loss: Any, functions: Functions, extra: Mapping[str, Any] | None = None) -> Any:
-    """A snapshot of a loss whose functions are known."""
-    return _view(loss, functions.methods, extra)
-
-
-def _view(loss: Any, methods: tuple[tuple[str, Any], ...], extra: Mapping[str, Any] | None) -> Any:
+def view_of(loss: Any, methods: tuple[tuple[str, Any], ...], extra: Mapping[str, Any] | None = None) -> Any:
+    """A snapshot of a loss; ``methods``: those put on the instance, whose self is the snapshot."""
     kind = type(loss)
     view: Any = object.__new__(kind)
     own = view.__dict__
@@ -158,7 +154,7 @@ class Formula:
         kind = type(loss)
         # Whose self is the user's object, past any snapshot.
         methods = [(n, v.__func__) for n, v in loss.__dict__.items() if type(v) is MethodType and v.__self__ is loss]
-        view = _view(loss, tuple(methods), extra)
+        view = view_of(loss, tuple(methods), extra)
         own = view.__dict__
         given = own.get("_functions")
         plain: tuple = _NO_PLAIN

@@ -107,7 +107,6 @@ class Layout:
     shapes: tuple[torch.Size, ...]
     dtypes: tuple[torch.dtype, ...]
     wants_grad: tuple[bool, ...]
-    autocast: bool  # is on, and to be turned off inside
     rowlike: frozenset[int]
     normed: frozenset[int]  # those whose inverse norms are factors of outputs
     cast: dict[int, torch.dtype]  # operands that autocast converts
@@ -119,7 +118,7 @@ class Layout:
     direct: bool = False  # small, and of plain functions
     units: tuple[Unit, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)  # units whose own step does not serve, and why
-    # Of calls without segments: few numbers tell these apart.
+    # What follows from a few numbers: plans of calls without segments, rows of a chunk, places of outputs.
     plans: Recent[Hashable, Any] = field(default_factory=Recent)
 
     @cached_property
@@ -176,7 +175,9 @@ class Layout:
         return self.cast.get(i, self.dtypes[i])
 
     def no_autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, enabled=False) if self.autocast else nullcontext()
+        """Where it is on by now: a call may run elsewhere than it was prepared."""
+        on = autocast_dtype(self.device) is not None
+        return torch.autocast(self.device.type, enabled=False) if on else nullcontext()
 
     def flat(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Tensors as autograd sees them: row-aligned ones ``(M, ...)``."""
@@ -351,7 +352,6 @@ class _Builder:
             shapes=tuple(t.shape for t in tensors),
             dtypes=tuple(t.dtype for t in tensors),
             wants_grad=tuple(grad and t.requires_grad for t in tensors),
-            autocast=autocast_dtype(self.device) is not None,
             rowlike=frozenset(inputs | {i for _, i in structure.rows}),
             normed=frozenset(normed),
             cast=self.cast,

@@ -2,7 +2,7 @@
 
 A ``Standing`` is what the loss was when it was last called: its attributes, the functions of its classes. As long as
 that holds, a call whose ``signature`` was met before is of a known ``Kind``: nothing of it is read, checked or looked
-at again. All of it is compared by identity, in a few microseconds; numbers and data that take other values go along.
+at again. All of it is compared by identity; numbers and data that take other values go along.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .functions import Form
 from .layout import Layout, Options
 from .pack import Selection
 from .recent import Recent
+from .values import PLAIN
 
 KINDS = 32  # kept for each loss: ragged batches have one each
 
@@ -70,7 +71,7 @@ class Kind:
 
     def formula(self, loss: Any, numbers: Mapping[str, Tensor]) -> Formula:
         """The loss's functions on what it is now."""
-        return Formula(view_of(loss, self.functions, numbers), self.functions, self.key)
+        return Formula(view_of(loss, self.functions.methods, numbers), self.functions, self.key)
 
     def arguments(self, given: Sequence[Tensor]) -> Arguments:
         return Arguments(
@@ -167,10 +168,7 @@ def _is_data(value: Any) -> bool:
 
 def _is_plain(value: Any) -> bool:
     """What holds no tensor."""
-    return type(value) in _ATOMS or (type(value) is tuple and all(map(_is_plain, value)))
-
-
-_ATOMS = (int, float, bool, str, type(None))
+    return type(value) in PLAIN or (type(value) is tuple and all(map(_is_plain, value)))
 
 
 def _mapped(loss: Any) -> tuple:

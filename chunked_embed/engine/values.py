@@ -20,6 +20,10 @@ MISSING: Any = type("Missing", (), {"__repr__": lambda self: "missing"})()
 """The value of an attribute that was asked for (``hasattr``, ``getattr`` with a default) and is not there."""
 
 
+PLAIN = frozenset((bool, int, float, str, type(None)))
+"""Types of values that hold nothing."""
+
+
 class Same:
     """Equal to itself alone: what is compared by identity, whatever its own ``==``. Keeps it, so that no other takes
     its address."""

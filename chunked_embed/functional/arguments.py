@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from .. import FlexChunkLoss, Projection, checks
 from ..chunking import Chunking
 from ..engine.types import accumulator_dtype
+from ..engine.values import PLAIN
 
 Activation = Callable[[Tensor], Tensor]
 Rows = dict[str, Tensor]
 L = TypeVar("L", bound=FlexChunkLoss)
 
-PLAIN = (bool, int, float, str, type(None))
 TRAINED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 QUANTISED = re.compile(r"\bu?int8|float[48]_")  # in the name of a dtype, of torch or of NumPy
 

@@ -236,6 +236,20 @@ def test_an_input_changed_in_place_before_backward_is_refused(directly):
     assert directly
 
 
+def of_a_product(outputs, rows):
+    return F.linear(outputs, rows["mix"][0]).sum(1)
+
+
+@pytest.mark.parametrize("compiled", [None, False])
+def test_autocast_that_comes_after_prepare_changes_nothing(compiled):
+    hidden, weight, _ = head()
+    mix = torch.randn(1, 3, 7, generator=torch.Generator().manual_seed(1)).expand(6, 3, 7)
+    call = FlexChunkLoss(of_a_product, compiled=compiled).prepare(Projection(hidden, weight), {"mix": mix})
+    expected = call.run().loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(call.run().loss, expected, rtol=0, atol=0)
+
+
 # --- when ------------------------------------------------------------------------------------------------------------
 
 
