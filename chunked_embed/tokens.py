@@ -202,7 +202,7 @@ class TokenKernel(Step):
         return {"logit_scale": self.logit_scale, "softcap": self.softcap, "temperature": self.temperature}
 
     @property
-    def constants(self) -> tuple[str, ...]:  # type: ignore[override]
+    def constants(self) -> tuple[str, ...]:
         return tuple(name for name in self.names if name not in self.gradients_of or name not in DIFFERENTIABLE)
 
     def needs(self, shape: Shape) -> Needs:

@@ -107,9 +107,9 @@ class GroupLoss:
             return value, metrics, {}
         grads = grad_or_zero(value, leaves + list(wanted.values()))
         flat = iter(grads[: len(leaves)])
-        upstream = {label: {name: next(flat) for name in names} for label, names in trained.items()}
-        for label, named in upstream.items():
-            upstream[label] = to_rows(named, call, block, label)
+        upstream = {
+            label: to_rows({name: next(flat) for name in names}, call, block, label) for label, names in trained.items()
+        }
         sweep.pull(block.spans, scored, upstream, {})
         return value.detach(), metrics, dict(zip(wanted, grads[len(leaves) :]))
 

@@ -81,8 +81,10 @@ class Step:
     column_parts: Mapping[str, str] = {}
     """Parts ``(V,)`` that run over all rows: name -> how those of several chunks add up, "sum" or "logsumexp"."""
 
-    constants: Collection[str] = ()
-    """Scores without a gradient, such as metrics: a loss over groups is not asked for theirs."""
+    @property
+    def constants(self) -> Collection[str]:
+        """Scores without a gradient, such as metrics: a loss over groups is not asked for theirs."""
+        return ()
 
     def needs(self, shape: Shape) -> Needs:
         return Needs()

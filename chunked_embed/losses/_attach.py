@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,14 +33,15 @@ def leaves_behind(loss: Tensor, but: Iterable[Tensor]) -> list[Tensor]:
     given = list(but)
     known = {id(tensor) for tensor in given}
     seen = {tensor.grad_fn for tensor in given}  # what is behind them is not looked at
-    nodes, leaves = [loss.grad_fn], []
+    nodes: list[Any] = [loss.grad_fn]
+    leaves: list[Tensor] = []
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if type(node).__name__ == "AccumulateGrad":
-            leaf = node.variable  # type: ignore[attr-defined]
+            leaf = node.variable
             leaves += [] if id(leaf) in known else [leaf]
         nodes += [behind for behind, _ in node.next_functions]
     return leaves

@@ -258,8 +258,8 @@ class ChunkedLoss(CachedLossMixin):
         """The loss of embeddings (one tensor (N, D) a column) and labels (N,): a scalar, differentiable once."""
         if not is_ordinary(embeddings):
             return self._loss(check_columns(embeddings), labels)
-        columns: list[Tensor] = embeddings  # type: ignore[assignment]
-        return self._left(columns, labels) if self._is_small(columns, labels) else self._loss(columns, labels)
+        small = self._is_small(embeddings, labels)
+        return self._left(embeddings, labels) if small else self._loss(embeddings, labels)
 
     # --- small batches, which are the library's ---
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def check_columns(embeddings: Any) -> list[Tensor]:
     return columns
 
 
-def is_ordinary(columns: Any) -> bool:
+def is_ordinary(columns: Any) -> TypeGuard[list[Tensor]]:
     """Whether these are what models put out in most steps: a list or tuple of dense embeddings, (N, D) and not empty,
     of one shape, dtype and device. In them there is nothing to refuse, and little time goes into seeing that."""
     if not (type(columns) is list or type(columns) is tuple) or not columns:
