@@ -1,5 +1,5 @@
-"""Launching Triton kernels without what a launch costs the host: some 20 microseconds to find the compiled kernel that
-serves its arguments, of 5 in all. Here it is found by what Triton compiles a kernel for, and nothing else.
+"""Launching Triton kernels with less of the host's time than Triton takes to find the one that serves its arguments:
+here it is found by what Triton compiles a kernel for, and nothing else.
 """
 
 from __future__ import annotations
