@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .chunking import NAMES, Chunking
-from .engine.autograd import ChunkedLoss, ChunkedScores, ScoreName
+from .engine.autograd import ChunkedLoss, ChunkedScores, ScoreName, with_gradients
 from .engine.call import Arguments, read, refuse_transforms, signature
 from .engine.compile import outside_compile
 from .engine.direct import Direct
@@ -26,7 +26,8 @@ from .engine.sample import look_at
 from .engine.step import Step
 from .engine.sweep import Call
 from .engine.types import LossOutput, Named, Projections, Tensors
-from .engine.values import Alive
+from .engine.values import Alive, out_of_inference
+from .kernels import ELSEWHERE
 from .signatures import with_arguments_of
 
 OPTIONS = (
@@ -60,6 +61,8 @@ class FlexChunkLoss(nn.Module):
     keyword: ``my_loss_fn(outputs, rows, margin)``. Define them once, at module level: a new function compiles anew.
 
     Example:
+        >>> import torch
+        >>> from chunked_embed import FlexChunkLoss, Projection
         >>> class MarginLoss(FlexChunkLoss):
         ...     def __init__(self, margin=1.0, **options):
         ...         super().__init__(**options)
@@ -241,7 +244,7 @@ class FlexChunkLoss(nn.Module):
             loss = RowLoss(_row_weight(layout, selection, given.get("row_weight")))
         else:
             loss = GroupLoss(
-                loss_fn=laid.formula.bind().loss_fn,
+                loss_fn=laid.formula.bind(names=("loss_fn",)).loss_fn,
                 weight=_group_weight(layout, selection, given.get("group_weight"), "segments" not in given),
                 weighted="group_weight" in given,
                 of_rows="segments" not in given,
@@ -251,8 +254,8 @@ class FlexChunkLoss(nn.Module):
             )
         call = laid.call(selection, row_wise=row_wise, together=options.couples_batch)
         self._look(laid, call, loss)
-        watched = [(f"rows[{name!r}]", laid.tensors[layout.rows[name]]) for name in layout.targets] + [*given.items()]
-        versions = tuple([(name, t, t._version) for name, t in watched if not t.is_inference()])
+        watched = [(name, laid.tensors[i]) for name, i in layout.watched] + [*given.items()]
+        versions = [(name, t, t._version) for name, t in watched if not t.is_inference()]
         return Prepared(call, loss, laid.tensors, versions)
 
     @outside_compile
@@ -323,22 +326,24 @@ class FlexChunkLoss(nn.Module):
         """The kind of this call, its tensors, and the loss's functions as they are now."""
         refuse_transforms()
         standing = self._recall.standing
-        told = signature(projections, (rows, columns, groups, numbers), weights)
+        told = signature(wanted, projections, (rows, columns, groups, numbers), weights)
         if told is not None and standing is not None and standing.holds(self):
-            kind = standing.kinds.found((wanted, told[0]))
+            kind = standing.kinds.found(told[0])
             if kind is not None:
                 formula = kind.formula(self, self._checked_numbers(numbers))
                 if kind.steps is None or kind.steps == _keys(self._made(formula, kind.labels)):
-                    return _Laid(kind, formula, kind.arguments(told[1]))
+                    return _Laid(kind, formula, *kind.arguments(told[1]))
         else:
             standing = None
         self._check_attributes()
         formula = Formula.snapshot(self, self._checked_numbers(numbers))
         arguments = read(projections, rows, columns, groups, weights)
         laid = self._lay_out_anew(arguments, told[1] if told else None, formula, wanted)
+        if ELSEWHERE.get() is not None:
+            raise LaidOut(laid.kind, wanted, "segments" in laid.weights)
         if told is not None:
             standing = standing or Standing(self, formula, _OPTIONS)
-            standing.kinds.keep((wanted, told[0]), laid.kind, KINDS)
+            standing.kinds.keep(told[0], laid.kind, KINDS)
             self._recall.standing = standing
         return laid
 
@@ -366,10 +371,11 @@ class FlexChunkLoss(nn.Module):
         single = arguments.structure.single or options.separate_outputs
         form = Form("scores" if grouped else "loss", single, self._totals(formula))
         steps = _keys(made)
-        key = (arguments.key(), options, form, steps)
+        device = ELSEWHERE.get()
+        key = (arguments.key(), options, form, steps, device)
         layout = self._recall.layouts.found(key)
         if layout is None:
-            layout = build(arguments, options)
+            layout = build(arguments, options, device)
             plain = FunctionStep(formula, form, options.static_widths)
             choose(layout, labels, made, dict.fromkeys(labels, plain))
             self._recall.layouts.keep(key, layout, KINDS)
@@ -381,7 +387,7 @@ class FlexChunkLoss(nn.Module):
             _check_roles(type(self).__name__, layout, arguments.weights, grouped)
         has_steps = type(self).make_step is not FlexChunkLoss.make_step or "make_step" in vars(self)
         kind = Kind(arguments, given, formula, layout, form, labels, steps if has_steps else None)
-        return _Laid(kind, formula, arguments)
+        return _Laid(kind, formula, arguments.tensors, arguments.weights)
 
     def _made(self, formula: Formula, labels: Mapping[str, tuple[str, ...]]) -> dict[str, Step | None]:
         """The loss's own step for each unit."""
@@ -395,7 +401,7 @@ class FlexChunkLoss(nn.Module):
     def _checked_numbers(self, further: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
         for name, value in (further or {}).items():
             checks.tensor(f"numbers[{name!r}]", value, (), grad=False)
-        return further or {}
+        return {name: out_of_inference(value) for name, value in (further or {}).items()}
 
     def _totals(self, formula: Formula) -> Totals:
         found = {**self.row_totals, **self.column_totals}
@@ -449,29 +455,49 @@ def _keys(made: Mapping[str, Step | None]) -> tuple[Hashable, ...]:
     return tuple([step and step.key for step in made.values()])
 
 
+class LaidOut(Exception):
+    """Where a call that is laid out for a device elsewhere ends: no value of a tensor was read."""
+
+    def __init__(self, kind: Kind, wanted: Literal["loss", "scores"], in_segments: bool) -> None:
+        self.kind = kind
+        self.wanted = wanted
+        self.in_segments = in_segments
+
+
 class _Laid:
     """A call of a known kind."""
 
-    def __init__(self, kind: Kind, formula: Formula, arguments: Arguments) -> None:
+    def __init__(self, kind: Kind, formula: Formula, tensors: list[Tensor], weights: dict[str, Tensor]) -> None:
         self.kind = kind
         self.formula = formula
-        self.formulas = dict.fromkeys(kind.labels, formula)
         if kind.layout.options.separate_outputs:
             self.formulas = {label: formula.with_attributes({"projection": label}) for label in kind.labels}
-        self.tensors = kind.layout.flat(arguments.tensors)  # as autograd sees them
-        self.weights = arguments.weights
+        else:
+            self.formulas = dict.fromkeys(kind.labels, formula)
+        self.tensors = kind.layout.flat(tensors)  # as autograd sees them
+        self.weights = weights
 
     def select(self, rows_are_groups: bool) -> Selection:
         layout = self.kind.layout
-        if not (self.weights or layout.targets):
-            return self.kind.whole
-        weight, segments = (self.weights.get(name) for name in ("row_weight", "segments"))
-        if rows_are_groups and segments is None and layout.targets:  # a row that is dropped leaves its group empty
-            rows = torch.arange(layout.n_rows, device=layout.device)
-            return select(layout, self.tensors, None, rows, layout.n_rows)
+        weight, segments = self.weights.get("row_weight"), self.weights.get("segments")
+        if weight is None and segments is None:
+            if not layout.targets:
+                return self.kind.whole
+            if rows_are_groups:  # a row that is dropped leaves its group empty
+                rows = torch.arange(layout.n_rows, device=layout.device)
+                return select(layout, self.tensors, None, rows, layout.n_rows)
+            if layout.device.type == "cpu" and all([self.all_count(name) for name in layout.targets]):
+                return self.kind.whole
         weight = None if weight is None else weight.reshape(-1)
         segments = None if segments is None else segments.reshape(-1).long()
         return select(layout, self.tensors, weight, segments, layout.n_groups)
+
+    def all_count(self, target: str) -> bool:
+        """Whether every row's target is a column, and none that is ignored. On a CPU, where reading it is nothing."""
+        layout = self.kind.layout
+        low, high = torch.aminmax(self.tensors[layout.rows[target]])
+        columns = layout.columns_of(target)
+        return not 0 <= layout.options.ignore_index < columns and int(low) >= 0 and int(high) < columns
 
     def steps(self) -> dict[str, Step]:
         """Of each unit: its own, or plain functions."""
@@ -495,7 +521,7 @@ class Prepared(NamedTuple):
     call: Direct | Call
     loss: RowLoss | GroupLoss
     tensors: list[Tensor]
-    watched: tuple[tuple[str, Tensor, int], ...]  # what the plan was made from, and its versions
+    watched: list[tuple[str, Tensor, int]]  # what the plan was made from, and its versions
 
     @property
     def plan(self) -> ChunkPlan:
@@ -570,6 +596,10 @@ class Prepared(NamedTuple):
             groups = {name: self.tensors[i] for name, i in loss.groups.items()}
             value, metrics = loss.call(by_group, groups, rows_of_segments(call, block), of_columns)
             value = mean_or_weighted(value, loss.weight) if value.dim() else value
+            if call.layout.any_grad:  # though it may depend on no score: none of these, or an argument of groups alone
+                found = [v for named in (*by_group.values(), of_columns) for v in named.values() if v.requires_grad]
+                found = found or [t for t, wants in zip(self.tensors, call.layout.wants_grad) if wants]
+                value = with_gradients(value, found, always=any(t.requires_grad for t in groups.values()))
         return value.to(dtype), as_metrics(metrics, dtype)
 
 
@@ -595,28 +625,23 @@ def _check_roles(loss: str, layout: Layout, weights: Mapping[str, Tensor], group
 
 
 def _row_weight(layout: Layout, selection: Selection, given: Tensor | None) -> Tensor | None:
-    """-> (used rows,); None: all the same, of a direct call"""
+    """-> (used rows,); None: all the same"""
     if given is None:
-        if layout.direct:
-            return None
-        n = selection.n_rows
-        return torch.full((n,), 1 / max(n, 1), dtype=layout.dtype, device=layout.device)
-    weight = given.reshape(-1).to(layout.dtype)
+        return None
+    weight = out_of_inference(given.reshape(-1).to(layout.dtype))
     return weight if selection.order is None else weight.index_select(0, selection.order)
 
 
 def _group_weight(layout: Layout, selection: Selection, given: Tensor | None, of_rows: bool) -> Tensor | None:
-    """-> (G,); None: all the same, of a direct call"""
+    """-> (G,); None: all the same"""
     n = selection.n_groups
     if given is not None:
-        weight = given.detach().to(layout.dtype)
+        weight = out_of_inference(given.detach().to(layout.dtype))
         checks.all_finite("group_weight", weight)
     elif of_rows and selection.lengths is not None:  # rows that were dropped are groups that count for nothing
         weight = torch.tensor(selection.lengths, dtype=layout.dtype, device=layout.device) / max(selection.n_rows, 1)
-    elif layout.direct:
-        return None
     else:
-        weight = torch.full((n,), 1 / max(n, 1), dtype=layout.dtype, device=layout.device)
+        return None
     if len(weight) != n:
         raise ValueError(f"expected group arguments for {n} groups, got {len(weight)}")
     return weight

@@ -16,7 +16,20 @@ def with_arguments_of(
     prepare: Callable[Concatenate[Any, P], Any],
 ) -> Callable[[Callable[..., R]], Callable[Concatenate[Any, P], R]]:
     """A method that hands its arguments on: it has the signature of the one that takes them, and its documentation
-    where it has none of its own."""
+    where it has none of its own.
+
+    Example:
+        >>> from chunked_embed.signatures import with_arguments_of
+        >>> import inspect
+        >>> class Call:
+        ...     def prepare(self, hidden, weight=None):
+        ...         return hidden, weight
+        ...     @with_arguments_of(prepare)
+        ...     def run(self, *arguments, **keywords):
+        ...         return self.prepare(*arguments, **keywords)
+        >>> inspect.signature(Call.run)
+        <Signature (self, hidden, weight=None)>
+    """
 
     def decorate(method: Callable[..., R]) -> Callable[Concatenate[Any, P], R]:
         returns = inspect.signature(method).return_annotation
@@ -38,12 +51,12 @@ def signature(*given: Any) -> Hashable:
             inside: Iterable[Any] | None = None
             if kind is Tensor or kind is nn.Parameter:
                 found += (value.shape, value.dtype, value.device, value.layout)
-            elif value is None or kind is float or kind is int:
+            elif value is None or kind is float or kind is int or (kind is tuple and not value):
                 found.append(value)
-            elif isinstance(getattr(kind, "parts", None), property):  # a Head
-                inside = value.parts
             elif kind is tuple and all([type(term) is tuple and len(term) == 2 for term in value]):
                 inside = [part for term in value for part in term]
+            elif isinstance(getattr(kind, "parts", None), property):  # a Head
+                inside = value.parts
             else:
                 return None
             if inside is not None:

@@ -111,17 +111,17 @@ class ChunkedScores(torch.autograd.Function):
         with call.layout.no_autocast():
             scored = Sweep(call, tensors, holds=keep).score(block.spans, keep)
         results, rowlike = [], []
+        of_segments = by_segment(scored.rows, call, block)
         for label, named in scored.rows.items():
             for name, value in named.items():
                 names.append((label, name))
                 whole = call.layout.unit(label).needs.rows == "whole segments"
                 by_row = call.selection.lengths is None and (value.dim() == 1 or not whole)
                 rowlike.append(by_row)
-                # A copy: what is kept for backward must not hold a result, which holds what is kept.
-                found = (
-                    in_user_order(call, value.clone(), flat=True) if by_row else by_segment(value, call, block, label)
-                )
-                results.append(found.clone() if found is value else found)
+                found = value if by_row else of_segments[label][name]
+                if call.selection.lengths is None or whole:  # what is kept for backward must not hold a result
+                    found = found.clone()
+                results.append(in_user_order(call, found, flat=True) if by_row else found)
         for name, value in scored.columns.items():
             names.append((None, name))
             results.append(value.clone())
@@ -129,13 +129,17 @@ class ChunkedScores(torch.autograd.Function):
         ctx.watched = Watch(call) if call.layout.any_grad else None
         ctx.scored = Scored({}, scored.columns, scored.parts, scored.chunks)
         if call.layout.any_grad:
-            ctx.save_for_backward(*tensors)
+            # Autograd saves no tensor of inference mode; nobody can write to one outside of it either.
+            ctx.of_inference = {i: t for i, t in enumerate(tensors) if t.is_inference()}
+            ctx.save_for_backward(*[None if i in ctx.of_inference else t for i, t in enumerate(tensors)])
         return tuple(results)
 
     @staticmethod
     @once_only
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        call, scored, tensors = ctx.call, ctx.scored, ctx.saved_tensors  # saved tensors can be read once
+        call, scored = ctx.call, ctx.scored
+        saved = enumerate(ctx.saved_tensors)  # which can be read once
+        tensors = [ctx.of_inference.get(i) if t is None else t for i, t in saved]
         ctx.watched.check()
         layout, selection = call.layout, call.selection
         (block,) = call.plan.blocks
@@ -159,10 +163,33 @@ class ChunkedScores(torch.autograd.Function):
             # Gradients took the outputs' place: a second backward forms them again.
             ctx.scored = Scored({}, scored.columns, scored.parts, [{} for _ in scored.chunks])
             del scored
-            return (None, None, *_cast(sweep.finish(), scale, [t.dtype for t in tensors]))
+            found = sweep.finish()
+            for i in layout.groups.values():
+                if layout.wants_grad[i]:  # what the loss makes of it is added
+                    found[i] = torch.zeros_like(tensors[i])
+            return (None, None, *_cast(found, scale, [t.dtype for t in tensors]))
 
 
 def _cast(
     grads: Sequence[Tensor | None], factor: Tensor | None, dtypes: Sequence[torch.dtype]
 ) -> Iterator[Tensor | None]:
     return (None if g is None else scaled(g, factor, dtype) for g, dtype in zip(grads, dtypes))
+
+
+class _Beside(torch.autograd.Function):
+    """A value beside tensors that it need not depend on: they have gradients all the same, of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *others: Tensor) -> Tensor:
+        ctx.others = others
+        return value.clone()
+
+    @staticmethod
+    @once_only
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (grad, *[torch.zeros_like(t) for t in ctx.others])
+
+
+def with_gradients(value: Tensor, tensors: Sequence[Tensor], *, always: bool = False) -> Tensor:
+    """``always``: also where the value has a gradient, of something else."""
+    return value if not tensors or (value.requires_grad and not always) else _Beside.apply(value, *tensors)

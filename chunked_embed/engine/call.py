@@ -7,6 +7,7 @@ planned. The tensors are what autograd sees; everything else refers to them by t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -101,6 +102,7 @@ def read(
 
 
 def signature(
+    wanted: str,
     projections: Any,
     named: tuple[Tensors | None, ...],
     weights: Mapping[str, Tensor | None],
@@ -109,10 +111,11 @@ def signature(
     call out of the ordinary, for ``read``.
 
     Args:
+        wanted: what is called.
         named: rows, columns, groups, numbers.
     """
     tensors: list[Any] = []
-    told: list[Any] = []
+    told: list[Any] = [wanted]
     if type(projections) is Projection:
         of_projections: Any = ((None, projections),)
     elif type(projections) is dict:
@@ -120,9 +123,10 @@ def signature(
     else:
         return None
     for name, p in of_projections:
-        if type(p) is not Projection or type(p.extra) is not tuple:
+        if type(p) is not Projection or type(p.extra) is not tuple or type(p.dtype) not in _DTYPES:
             return None
-        told += (name, p.weight is None, p.bias is None, len(p.extra), p.cosine, p.dtype)
+        # What is neither True nor False is refused by ``read``, and may have no hash.
+        told += (name, p.weight is None, p.bias is None, len(p.extra), p.cosine is True, p.cosine is False, p.dtype)
         tensors.append(p.input)
         if p.weight is not None:
             tensors.append(p.weight)
@@ -142,16 +146,19 @@ def signature(
         if weight is not None:
             told.append(name)
             tensors.append(weight)
-    places = {id(t): n for n, t in enumerate(tensors)}
-    if len(places) < len(tensors):
+    if len(set(map(id, tensors))) < len(tensors):
+        places = {id(t): n for n, t in enumerate(tensors)}
         told.append(tuple([places[id(t)] for t in tensors]))
     try:
-        told += [(t.shape, t.dtype, t.device, t.requires_grad, t.layout, type(t)) for t in tensors]
-        key = (*told, torch.is_grad_enabled(), autocast_dtype(tensors[0].device))
-        hash(key)
-    except (AttributeError, TypeError, IndexError):
+        for t in tensors:
+            told += (t.shape, t.dtype, t.device, t.requires_grad, t.layout, type(t))
+        told += (torch.is_grad_enabled(), autocast_dtype(tensors[0].device))
+    except (AttributeError, IndexError):
         return None
-    return key, tensors
+    return tuple(told), tensors
+
+
+_DTYPES = (type(None), torch.dtype)
 
 
 class _Reader:
@@ -208,9 +215,11 @@ def _signatures(tensors: Any) -> tuple[Hashable, ...]:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if _has_autocast(kind) and torch.is_autocast_enabled(kind) else None
+
+
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
 
 
 def operand_dtype(given: torch.dtype, device: torch.device) -> torch.dtype:

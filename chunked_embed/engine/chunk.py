@@ -50,6 +50,20 @@ class Chunk:
         columns: column arguments by name, ``(V, ...)``.
         names: the projections.
         first_column: of a piece, where all pieces of a row are one after the other.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import Chunk, FlexChunkLoss, LOSS, Projection, Step
+        >>> class Largest(Step):
+        ...     def score(self, chunk: Chunk):
+        ...         outputs, target = chunk.outputs(), chunk.rows["target"]  # (size, V), (size,)
+        ...         return {LOSS: outputs.amax(1) - outputs.gather(1, target[:, None])[:, 0]}, None
+        >>> class LargestLoss(FlexChunkLoss):
+        ...     def make_step(self, projections):
+        ...         return Largest()
+        >>> call = Projection(torch.eye(4), torch.eye(4)), {"target": torch.tensor([0, 1, 2, 0])}
+        >>> LargestLoss(chunk_size=2)(*call).loss  # three of four targets are the largest
+        tensor(0.2500)
     """
 
     def __init__(self, visit: Visit, names: tuple[str, ...], first_column: int = 0) -> None:
@@ -148,7 +162,26 @@ class Chunk:
 
 
 class Into:
-    """Where a step hands its gradients. One that nobody wants is dropped here."""
+    """Where a step hands its gradients. One that nobody wants is dropped here.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import FlexChunkLoss, Into, LOSS, Projection, Step
+        >>> class Sums(Step):
+        ...     def score(self, chunk):
+        ...         return {LOSS: chunk.outputs().sum(1) * chunk.rows["scale"]}, None
+        ...     def pull(self, chunk, kept, parts, upstream, into: Into):
+        ...         g = upstream[LOSS]
+        ...         into.rows("scale", g * chunk.outputs().sum(1))
+        ...         into.outputs((g * chunk.rows["scale"])[:, None].expand(chunk.outputs().shape))
+        >>> class SumsLoss(FlexChunkLoss):
+        ...     def make_step(self, projections):
+        ...         return Sums()
+        >>> hidden, scale = torch.ones(4, 2, requires_grad=True), torch.full((4,), 2.0, requires_grad=True)
+        >>> SumsLoss(chunk_size=2)(Projection(hidden, torch.ones(3, 2)), rows={"scale": scale}).loss.backward()
+        >>> scale.grad, hidden.grad[0]
+        (tensor([1.5000, 1.5000, 1.5000, 1.5000]), tensor([1.5000, 1.5000]))
+    """
 
     def __init__(self, chunk: Chunk) -> None:
         self.chunk = chunk

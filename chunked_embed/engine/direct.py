@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autograd import ScoreName, once_only
+from .autograd import ScoreName, once_only, with_gradients
 from .formula import Formula
 from .functions import Form
 from .layout import Layout, Spec
@@ -25,6 +25,7 @@ from .losses import GroupLoss, RowLoss, as_metrics, by_segment, in_user_order, m
 from .pack import Block, Selection, Span
 from .step import LOSS, METRIC
 from .types import Named
+from .values import out_of_inference
 
 
 @dataclass
@@ -46,34 +47,36 @@ class Direct:
         """The loss of a row-wise call, and its metrics in the user's order."""
         given = self._given()
         ((values, _),) = self._values(given).values()
-        of_rows = {name.removeprefix(METRIC): v.detach() for name, v in values.items() if name != LOSS}
-        named = {name: in_user_order(self, v) for name, v in given.own(of_rows).items()}
-        value = mean_or_weighted(values[LOSS], loss.weight).to(self.layout.dtype)
-        return _with_gradients(value, given.gated), named
+        value = in_dtype(mean_or_weighted(values.pop(LOSS), loss.weight), self.layout.dtype)
+        of_rows = given.own({name.removeprefix(METRIC): v.detach() for name, v in values.items()})
+        named = {name: in_user_order(self, v) for name, v in of_rows.items()}
+        return with_gradients(value, given.gated), named
 
     def group_loss(self, loss: GroupLoss) -> tuple[Tensor, Named]:
         """The loss of a grouped call, and its metrics."""
         given, block, dtype = self._given(), self.block, self.layout.dtype
-        scores: dict[str, Named] = {}
-        of_columns: Named = {}
-        for label, (values, totals) in self._values(given).items():
-            scores[label] = {name: by_segment(v, self, block, label) for name, v in given.own(values).items()}
-            of_columns |= totals
+        found = self._values(given)
+        scores = by_segment({label: given.own(values) for label, (values, _) in found.items()}, self, block)
+        of_columns = {name: total for _, totals in found.values() for name, total in totals.items()}
         groups = {name: given.tensors[i] for name, i in loss.groups.items()}
         value, metrics = loss.call(scores, groups, rows_of_segments(self, block), of_columns)
         value = mean_or_weighted(value, loss.weight) if value.dim() else value
-        return _with_gradients(value.to(dtype), given.gated), as_metrics(metrics, dtype)
+        return with_gradients(in_dtype(value, dtype), given.gated), as_metrics(metrics, dtype)
 
     def scores(self) -> list[tuple[ScoreName, Tensor]]:
         """One a row ``(M,)``, sums of a segment ``(G, segments)``, column scores ``(V,)``."""
         given, found = self._given(), list[tuple[ScoreName, Tensor]]()
-        by_row = self.selection.lengths is None
-        for label, (values, totals) in self._values(given).items():
-            for name, v in given.own(values).items():
-                v = in_user_order(self, v, flat=True) if by_row else by_segment(v, self, self.block, label)
-                found.append(((label, name), v))
-            found += [((None, name), value) for name, value in totals.items()]
-        return [(name, _with_gradients(v, given.gated) if v.is_floating_point() else v) for name, v in found]
+        values = self._values(given)
+        own = {label: given.own(of_rows) for label, (of_rows, _) in values.items()}
+        if self.selection.lengths is None:
+            own = {
+                label: {n: in_user_order(self, v, flat=True) for n, v in named.items()} for label, named in own.items()
+            }
+        else:
+            own = by_segment(own, self, self.block)
+        found += [((label, name), v) for label, named in own.items() for name, v in named.items()]
+        found += [((None, name), v) for _, totals in values.values() for name, v in totals.items()]
+        return [(name, with_gradients(v, given.gated) if v.is_floating_point() else v) for name, v in found]
 
     # --- on the way ---
 
@@ -84,13 +87,14 @@ class Direct:
         return Block(*groups, (Span(0, self.selection.n_rows, groups),))
 
     def _given(self) -> _Given:
-        layout, order, tensors = self.layout, self.selection.order, list(self.tensors)
+        layout, order = self.layout, self.selection.order
+        tensors = [out_of_inference(t) for t in self.tensors] if layout.learning else list(self.tensors)
         gated: Sequence[Tensor] = ()
         if layout.learning:
             gated = _Gate.apply(layout, *[tensors[i] for i in layout.learning])
             for i, t in zip(layout.learning, gated):
                 tensors[i] = t
-        for i in layout.widened.difference(layout.learning):
+        for i in layout.frozen_but_widened:
             tensors[i] = layout.seen(i, tensors[i])
         if order is not None:
             for i in layout.rowlike:
@@ -105,8 +109,9 @@ class Direct:
         units: dict[int, Tensor] = {}
         found = {}
         for unit in layout.units:
+            bound = self.formulas[unit.label].bind(names=self.form.names)
             outputs = {name: _outputs(layout.specs[name], tensors, units) for name in unit.names}
-            found[unit.label] = self.form.whole(self.formulas[unit.label].bind(), outputs, rows, columns)
+            found[unit.label] = self.form.whole(bound, outputs, rows, columns)
         return found
 
 
@@ -119,8 +124,15 @@ class _Given:
 
     def own(self, values: Named) -> Named:
         """A value that is part of all outputs, which it would keep, or one of the user's tensors, is a copy."""
-        theirs = {t.untyped_storage()._cdata for t in self.tensors} if values else set()
+        if not values:
+            return values
+        theirs = {t.untyped_storage()._cdata for t in self.tensors}
         return {name: v.clone() if _is_shared(v, theirs) else v for name, v in values.items()}
+
+
+def in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Without a word to torch where it is so: as dear as a small operation."""
+    return value if value.dtype == dtype else value.to(dtype)
 
 
 def _is_shared(value: Tensor, storages: Set[int]) -> bool:
@@ -161,29 +173,15 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layout: Layout, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.dtypes = [t.dtype for t in tensors]
-        given = zip(layout.learning, tensors)
-        return tuple([layout.seen(i, t.detach()) if i in layout.widened else t.detach() for i, t in given])
+        ctx.dtypes = [t.dtype for t in tensors] if layout.widened else None
+        seen = [t.detach() for t in tensors]
+        if layout.widened:
+            seen = [layout.seen(i, t) if i in layout.widened else t for i, t in zip(layout.learning, seen)]
+        return tuple(seen)
 
     @staticmethod
     @once_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *[grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes)])
-
-
-class _Apart(torch.autograd.Function):
-    """A value beside tensors that it does not depend on: they have gradients all the same, of zero."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, *others: Tensor) -> Tensor:
-        ctx.others = others
-        return value.clone()
-
-    @staticmethod
-    @once_only
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *[torch.zeros_like(t) for t in ctx.others])
-
-
-def _with_gradients(value: Tensor, gated: Sequence[Tensor]) -> Tensor:
-    return value if value.requires_grad or not gated else _Apart.apply(value, *gated)
+        if ctx.dtypes is not None:
+            grads = tuple([grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes)])
+        return None, *grads

@@ -46,7 +46,8 @@ _WHOLE = frozenset(("__dict__", "vars", "dir"))  # names in code that reads an o
 
 
 class Bound(NamedTuple):
-    """The functions of a loss on one view, each ``(outputs, rows, columns=None)``; None where a loss has none."""
+    """The functions of a loss on one view, each ``(outputs, rows, columns=None)``; None where a loss has none, or none
+    was asked for."""
 
     loss_fn: Any
     score_fn: Any
@@ -62,10 +63,12 @@ class Functions(NamedTuple):
     of_class: tuple[bool, ...]  # for each of NAMES: an ordinary method of the class
 
 
-def bind(functions: Functions, view: Any) -> Bound:
-    calls = []
+def bind(functions: Functions, view: Any, names: tuple[str, ...] = NAMES) -> Bound:
+    calls: list[Any] = []
     for name, (function, keywords), of_class in zip(NAMES, functions.plain, functions.of_class, strict=True):
-        if function is not None:
+        if name not in names:
+            calls.append(None)
+        elif function is not None:
             calls.append(_call(function, (), keywords, view))
         elif of_class:  # a trace finds what a function closes over by way of its class, not of the view
             calls.append(_call(getattr(functions.cls, name), (view,), (), view))
@@ -114,16 +117,19 @@ def attribute(self: Any, name: str) -> Any:
     return nn.Module.__getattr__(self, name)
 
 
-def view_of(loss: Any, methods: tuple[tuple[str, Any], ...], extra: Mapping[str, Any] | None = None) -> Any:
-    """A snapshot of a loss; ``methods``: those put on the instance, whose self is the snapshot."""
+def view_of(
+    loss: Any, methods: tuple[tuple[str, Any], ...], extra: Mapping[str, Any] | None, of_class: list[tuple[str, Any]]
+) -> Any:
+    """A snapshot of a loss; ``methods``: those put on the instance, whose self is the snapshot; ``of_class``: the slots
+    of its class."""
     kind = type(loss)
     view: Any = object.__new__(kind)
-    own = view.__dict__
-    own.update(loss.__dict__)
+    own = loss.__dict__.copy()
+    object.__setattr__(view, "__dict__", own)
     for store in STORES:
         if store in own:
             own[store] = dict(own[store])
-    for _, slot in slots(kind):
+    for _, slot in of_class:
         with suppress(AttributeError):  # never set
             slot.__set__(view, slot.__get__(loss, kind))
     for name, function in methods:
@@ -154,7 +160,7 @@ class Formula:
         kind = type(loss)
         # Whose self is the user's object, past any snapshot.
         methods = [(n, v.__func__) for n, v in loss.__dict__.items() if type(v) is MethodType and v.__self__ is loss]
-        view = view_of(loss, tuple(methods), extra)
+        view = view_of(loss, tuple(methods), extra, slots(kind))
         own = view.__dict__
         given = own.get("_functions")
         plain: tuple = _NO_PLAIN
@@ -175,8 +181,8 @@ class Formula:
         """Whether the loss has this function."""
         return self.functions.plain[NAMES.index(name)][0] is not None or getattr(self.view, name, None) is not None
 
-    def bind(self, view: Any = None) -> Bound:
-        return bind(self.functions, self.view if view is None else view)
+    def bind(self, view: Any = None, names: tuple[str, ...] = NAMES) -> Bound:
+        return bind(self.functions, self.view if view is None else view, names)
 
     def all_functions(self) -> Iterator[Callable]:
         """Every function that may run, unwrapped: for messages, and to know the same code again."""

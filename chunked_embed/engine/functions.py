@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -43,12 +44,18 @@ class Form:
     single: bool  # outputs of one projection: pass the tensor, not a dict
     totals: Totals
 
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The functions that give values of rows."""
+        of_rows = "loss_fn" if self.kind == "loss" else "score_fn"
+        return (of_rows, "element_fn") if self.totals.names else (of_rows,)
+
     def values(self, bound: Bound, outputs: Named, rows: Named, columns: Named) -> Named:
-        size = len(next(iter(outputs.values())))
+        size = next(iter(outputs.values())).shape[0]
         if self.kind == "loss":
             loss, metrics = split_metrics(self._call(bound.loss_fn, outputs, rows, columns))
             check_per_row("loss_fn", loss, size)
-            return {LOSS: loss} | {METRIC + name: value for name, value in metrics.items()}
+            return {LOSS: loss, **{METRIC + name: value for name, value in metrics.items()}}
         scores = self._call(bound.score_fn, outputs, rows, columns)
         if not isinstance(scores, Mapping) or not scores:
             raise ValueError(f"expected score_fn to return a dict of scores by name, got {type(scores).__name__}")
@@ -57,7 +64,7 @@ class Form:
         return dict(scores)
 
     def elements(self, bound: Bound, outputs: Named, rows: Named, columns: Named) -> Named:
-        if not self.totals.names:
+        if not (self.totals.rows or self.totals.columns):
             return {}
         found = self._call(bound.element_fn, outputs, rows, columns)
         if set(found) != set(self.totals.names):
@@ -66,12 +73,13 @@ class Form:
 
     def whole(self, bound: Bound, outputs: Named, rows: Named, columns: Named) -> tuple[Named, Named]:
         """Values of rows, and of columns, where all rows are there."""
-        size = len(next(iter(outputs.values())))
+        size = next(iter(outputs.values())).shape[0]
         values = self.values(bound, outputs, rows, columns)
         elements = self.elements(bound, outputs, rows, columns)
         values |= {name: _reduce(how, elements[name], 1) for name, how in self.totals.rows}
         for name, value in values.items():
-            check_entries(name, value, size)
+            if name != LOSS:
+                check_entries(name, value, size)
         return values, {name: _reduce(how, elements[name], 0) for name, how in self.totals.columns}
 
     def _call(self, function: Callable, outputs: Named, rows: Named, columns: Named) -> Any:
@@ -86,7 +94,7 @@ def split_metrics(result: Any) -> tuple[Tensor, Named]:
 
 
 def check_per_row(what: str, value: Any, rows: int) -> None:
-    if not isinstance(value, Tensor) or tuple(value.shape) != (rows,):
+    if not isinstance(value, Tensor) or value.shape != (rows,):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         got = "None" if value is None else got
         and_metrics = ", or that and a dict of metrics" if what == "loss_fn" else ""
@@ -103,7 +111,7 @@ def check_is_tensor(name: str, value: Any) -> None:
 
 def check_entries(name: str, value: Any, rows: int) -> None:
     check_is_tensor(name, value)
-    if value.dim() == 0 or len(value) != rows:
+    if value.dim() == 0 or value.shape[0] != rows:
         got = "a scalar" if value.dim() == 0 else tuple(value.shape)
         raise ValueError(
             f"expected metric {name.removeprefix(METRIC)!r} of a row-wise loss to have one entry per row, ({rows},), "

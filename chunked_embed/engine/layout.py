@@ -24,6 +24,7 @@ from .call import Arguments, Positions, Structure, Term, autocast_dtype, label_o
 from .recent import Recent
 from .step import Needs, Shape, Step
 from .types import HALF, accumulator_dtype
+from .values import out_of_inference
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Unit:
     pulled: bool  # that, or the gradient of a row or column argument
     needs: Needs
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(name for piece in self.pieces for name in piece)
 
@@ -130,8 +131,11 @@ class Layout:
 
     def columns_of(self, target: str) -> int:
         """How many columns a target may point to: of its projection, or of each, or of all pieces of a row."""
-        if (projection := self.targets[target]) is not None:
-            return self.specs[projection].width
+        projection = self.targets[target]
+        return self._narrowest if projection is None else self.specs[projection].width
+
+    @cached_property
+    def _narrowest(self) -> int:
         widths = []
         for unit in self.units:
             of_unit = [self.specs[name].width for name in unit.names]
@@ -151,6 +155,16 @@ class Layout:
     def wanted(self) -> tuple[str, ...]:
         """Row and column arguments that want a gradient."""
         return tuple(n for named in (self.rows, self.columns) for n, i in named.items() if self.wants_grad[i])
+
+    @cached_property
+    def watched(self) -> tuple[tuple[str, int], ...]:
+        """Row arguments whose values say which rows count, by name as in a message, and their positions."""
+        return tuple((f"rows[{name!r}]", self.rows[name]) for name in self.targets)
+
+    @cached_property
+    def frozen_but_widened(self) -> tuple[int, ...]:
+        """Positions of what functions see in another dtype and that wants no gradient."""
+        return tuple(self.widened.difference(self.learning))
 
     @cached_property
     def formed(self) -> tuple[Spec, ...]:
@@ -179,12 +193,19 @@ class Layout:
         on = autocast_dtype(self.device) is not None
         return torch.autocast(self.device.type, enabled=False) if on else nullcontext()
 
-    def flat(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors as autograd sees them: row-aligned ones ``(M, ...)``."""
+    def flat(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Tensors as autograd sees them: row-aligned ones ``(M, ...)``, what functions read out of inference mode."""
         n = len(self.leading)
-        if n == 1:
-            return list(tensors)
-        return [t.flatten(0, n - 1) if i in self.rowlike else t for i, t in enumerate(tensors)]
+        if n > 1:
+            tensors = [t.flatten(0, n - 1) if i in self.rowlike else t for i, t in enumerate(tensors)]
+        if self.any_grad and any([tensors[i].is_inference() for i in self._read]):
+            tensors = [out_of_inference(t) if i in self._read else t for i, t in enumerate(tensors)]
+        return tensors
+
+    @cached_property
+    def _read(self) -> frozenset[int]:
+        """Arguments of functions beside the outputs."""
+        return frozenset(i for named in (self.rows, self.columns, self.groups) for i in named.values())
 
     def powers(self, tensors: Sequence[Tensor]) -> dict[int, Tensor]:
         """``(N,)``, what multiplies the rows of float16 operands of cosines: brought to a length of one, exactly,
@@ -267,14 +288,18 @@ DIRECT_BYTES = {"cuda": 32 << 20, "cpu": 16 << 20}
 KERNEL_BYTES = 8 << 20  # the same, where kernels do the steps: they start sooner than what has to be compiled
 
 
-def build(arguments: Arguments, options: Options) -> Layout:
+def build(arguments: Arguments, options: Options, runs_on: torch.device | None = None) -> Layout:
     """Check a call and lay it out; its units come with its steps.
+
+    Args:
+        runs_on: the device to lay out for, in place of the tensors' own. (Tensors without data are on the CPU: torch
+            has none with a gradient on a GPU that it was not built for.)
 
     Raises:
         TypeError: mixed or integer dtypes.
         ValueError: shapes or devices that do not fit, an empty batch.
     """
-    return _Builder(arguments, options).layout()
+    return _Builder(arguments, options).layout(runs_on)
 
 
 def choose(
@@ -321,8 +346,8 @@ class _Builder:
         if first.dim() < 2 or math.prod(self.leading) == 0:
             raise ValueError(f"expected an input of shape (..., H) with at least one row, got {tuple(first.shape)}")
 
-    def layout(self) -> Layout:
-        structure, tensors = self.structure, self.tensors
+    def layout(self, runs_on: torch.device | None) -> Layout:
+        structure, tensors, device = self.structure, self.tensors, runs_on or self.device
         specs = {positions.name: self.projection(positions) for positions in structure.projections}
         widths = sorted({spec.width for spec in specs.values()})
         for name, i in structure.rows:
@@ -337,11 +362,11 @@ class _Builder:
         normed = {i for spec in specs.values() if spec.cosine for term in spec.terms for i in term if i is not None}
         chunking = self.options.chunking
         at_once = self.bytes_at_once(specs)
-        small = not chunking.stated and at_once <= DIRECT_BYTES.get(self.device.type, 0)
+        small = not chunking.stated and at_once <= DIRECT_BYTES.get(device.type, 0)
         wide = any(spec.operand_dtype == torch.float64 for spec in specs.values())
         return Layout(
             leading=self.leading,
-            device=self.device,
+            device=device,
             dtype=torch.float64 if wide else torch.float32,
             single=structure.single,
             specs=specs,

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.segment_sums import segment_sums
 from .functions import grad_or_zero, split_metrics, weighted
 from .pack import Block, Packed
 from .step import LOSS, METRIC
 from .sweep import Call, Sweep, join
 from .types import HALF, Named
+from .values import out_of_inference
 
 Found = tuple[Tensor, Named, list[Tensor | None], Tensor | None]
 """Loss, metrics, gradients of the call's tensors, and the scale that those have in common."""
@@ -26,15 +28,13 @@ Found = tuple[Tensor, Named, list[Tensor | None], Tensor | None]
 class RowLoss:
     """A row-wise loss: the weight of each used row."""
 
-    weight: Tensor | None  # (used rows,); None, of a direct call: their mean
+    weight: Tensor | None  # (used rows,); None: their mean
 
     def run(self, call: Call, tensors: Sequence[Tensor], with_grad: bool) -> Found:
         """One pass over the chunks."""
-        assert self.weight is not None
         sweep = Sweep(call, tensors, with_grad)
         spans = [span for block in call.plan.blocks for span in block.spans]
-        scale = sweep.scale_for([self.weight]) if with_grad else None
-        weight = self.weight if scale is None else self.weight / scale
+        weight, scale = _weights(self.weight, call.selection.n_rows, sweep, with_grad)
         if with_grad:
             values, grads = sweep.both(spans, {LOSS: weight}), sweep.finish()
         else:
@@ -54,7 +54,7 @@ class GroupLoss:
     """A loss over the scores of groups, differentiated by ordinary autograd: its tensors are small."""
 
     loss_fn: Callable[[Any, Named], Any]  # (scores, groups)
-    weight: Tensor | None  # (G,); None, of a direct call: their mean
+    weight: Tensor | None  # (G,); None: their mean
     weighted: bool  # by the user
     of_rows: bool  # each row is a group of its own
     couples: bool
@@ -63,10 +63,8 @@ class GroupLoss:
 
     def run(self, call: Call, tensors: Sequence[Tensor], with_grad: bool) -> Found:
         """For each block of groups: scores, the small loss and its gradient, and the scores' gradient."""
-        assert self.weight is not None
         sweep = Sweep(call, tensors, with_grad)
-        scale = sweep.scale_for([self.weight]) if with_grad else None
-        weight = self.weight if scale is None else self.weight / scale
+        weight, scale = _weights(self.weight, call.selection.n_groups, sweep, with_grad)
         groups = {name: tensors[i] for name, i in self.groups.items()}
         results = [self._block(sweep, block, groups, weight, with_grad) for block in call.plan.blocks]
         metrics = join([named for _, named, _ in results])
@@ -82,10 +80,7 @@ class GroupLoss:
         """-> loss, metrics and gradients of group arguments of a block."""
         call, layout = sweep.call, sweep.layout
         scored = sweep.score(block.spans, keep=with_grad and len(block.spans) == 1)
-        scores = {
-            label: {name: by_segment(v, call, block, label) for name, v in named.items()}
-            for label, named in scored.rows.items()
-        }
+        scores = by_segment(scored.rows, call, block)
         trained = {
             unit.label: [
                 name
@@ -134,6 +129,14 @@ class GroupLoss:
         return loss, metrics
 
 
+def _weights(given: Tensor | None, n: int, sweep: Sweep, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """The weights of n rows or groups, divided by the scale that gradients have in common; and that."""
+    layout = sweep.layout
+    weight = torch.full((n,), 1 / max(n, 1), dtype=layout.dtype, device=layout.device) if given is None else given
+    scale = sweep.scale_for([weight]) if with_grad else None
+    return (weight if scale is None else weight / scale), scale
+
+
 def widened(groups: Named) -> Named:
     """In float32: gradients of groups add up, and take their scale, before they are rounded."""
     return {name: t.float() if t.dtype in HALF else t for name, t in groups.items()}
@@ -143,6 +146,8 @@ def mean_or_weighted(values: Tensor, weight: Tensor | None) -> Tensor:
     """One number of the values of rows or groups."""
     if weight is not None:
         return weighted(values, weight)
+    if not values.is_floating_point() or values.dtype in HALF:  # of counts torch has no mean, and rounds that of these
+        values = values.double()
     return values.mean() if len(values) else values.sum()
 
 
@@ -153,25 +158,64 @@ def as_metrics(metrics: Named, dtype: torch.dtype) -> Named:
         if v.is_floating_point() and v.dtype != dtype:
             alike.setdefault((v.shape, v.dtype, v.device), []).append(name)
     for names in alike.values():  # in one operation
-        found.update(zip(names, torch.stack([found[name] for name in names]).to(dtype)))
+        together = torch.stack([found[name] for name in names]) if len(names) > 1 else found[names[0]][None]
+        found.update(zip(names, together.to(dtype)))
     return found
 
 
 # --- rows and segments -----------------------------------------------------------------------------------------------
 
 
-def by_segment(values: Tensor, call: Packed, block: Block, label: str) -> Tensor:
-    """(rows of the block,) -> (groups, segments): rows of a segment added up; empty segments are zero.
+def by_segment(rows: Mapping[str, Named], call: Packed, block: Block) -> dict[str, Named]:
+    """By unit: (rows of the block,) -> (groups, segments): rows of a segment added up; empty segments are zero.
 
     Sums are float64, as is the small loss on them: it takes differences of log-probabilities of thousands of tokens.
     Values of whole segments come as such.
     """
     selection = call.selection
     per_group = selection.segments_per_group
-    if selection.lengths is None or call.layout.unit(label).needs.rows == "whole segments":
-        return values.reshape(-1, per_group, *values.shape[1:])
-    offsets = selection.offsets_of(block)
-    return torch.segment_reduce(values.double(), "sum", offsets=offsets, unsafe=True, initial=0).view(-1, per_group)
+    found: dict[str, Named] = {}
+    summed: dict[tuple[str, str], Tensor] = {}
+    for label, named in rows.items():
+        if selection.lengths is None or call.layout.unit(label).needs.rows == "whole segments":
+            found[label] = {name: v.reshape(-1, per_group, *v.shape[1:]) for name, v in named.items()}
+        else:
+            found[label] = {}
+            summed |= {(label, name): v for name, v in named.items()}
+    if summed:
+        offsets, values = selection.offsets_of(block), list(summed.values())
+        if call.layout.direct:
+            sums = _Sums.apply(offsets, selection.segment, *values)
+        else:
+            sums = segment_sums(_together(values), offsets).unbind(0)
+        for (label, name), value in zip(summed, sums):
+            found[label][name] = value.view(-1, per_group)
+    return found
+
+
+def _together(values: Sequence[Tensor]) -> Tensor:  # (K, rows)
+    """Of one dtype as they are, else in float64: an integer beside a float32 would be one."""
+    alike = len({v.dtype for v in values}) == 1
+    return torch.stack(tuple(values) if alike else [v.double() for v in values])
+
+
+class _Sums(torch.autograd.Function):
+    """The sums of the direct way, with gradients: of all rows, whose ``segment`` is given. It builds no kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, offsets: Tensor, segment: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(out_of_inference(segment))  # it may be the user's, who may write to it
+        ctx.dtypes = [v.dtype for v in values]
+        sums = segment_sums(_together(values), offsets, kernel=False).unbind(0)
+        ctx.mark_non_differentiable(*[s for s, needed in zip(sums, ctx.needs_input_grad[2:]) if not needed])
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (segment,), given = ctx.saved_tensors, zip(grads, ctx.dtypes)
+        of_rows = [None if g is None else g.to(dtype).index_select(0, segment) for g, dtype in given]
+        return None, None, *of_rows
 
 
 def to_rows(named: Named, call: Packed, block: Block, label: str) -> Named:

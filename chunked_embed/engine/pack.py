@@ -9,12 +9,14 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..kernels.selection import fetch, is_ignored, ranges_of, selected, serves
 from .layout import Layout
 
 
@@ -104,52 +106,47 @@ def select(
     Raises:
         ValueError: an index out of range, a weight that is not finite, segment ids that overrun or skip.
     """
-    targets = [tensors[layout.rows[name]] for name in layout.targets]
+    rows = _Rows(layout, [tensors[layout.rows[name]] for name in layout.targets], row_weight, segments)
     if segments is not None:
-        return _by_segment(layout, targets, segments, n_groups)
-    used = None if row_weight is None else row_weight != 0
-    for target in targets:
-        kept = _counts(target, layout.options.ignore_index)
-        used = kept if used is None else used & kept
-    if used is None:
+        return _by_segment(rows, segments, n_groups)
+    if row_weight is None and not rows.targets:
         return Selection(layout.n_rows, layout.n_rows)
+    if row_weight is None and not layout.direct and serves(None, rows.targets, 1):  # the direct way builds no kernel
+        found = selected(None, rows.targets, layout.options.ignore_index, 1)
+        rows.check_targets(found.ranges)
+        return Selection(found.bounds[-1], layout.n_rows, order=found.order)
+    unused = rows.unused()
     finite = [] if row_weight is None else [row_weight.sum(dtype=torch.float64)]  # a sum is finite if all are
-    ranges = _ranges(targets, used)
-    n, *found = _fetch([used.sum(), *finite, *ranges])
-    if finite and not math.isfinite(found.pop(0)):
+    n_unused, *fetched = fetch([unused.sum(), *finite, *ranges_of(rows.targets, unused)])
+    if finite and not math.isfinite(fetched.pop(0)):
         raise ValueError("expected finite row weights, got NaN or infinity")
-    _check_targets(layout, targets, found, used)
-    order = None if n == layout.n_rows else torch.nonzero_static(used, size=int(n))[:, 0]
-    return Selection(int(n), layout.n_rows, order=order)
+    rows.check_targets(fetched)
+    n = layout.n_rows - int(n_unused)
+    order = None if n == layout.n_rows else torch.nonzero_static(~unused, size=n)[:, 0]
+    return Selection(n, layout.n_rows, order=order)
 
 
-def _by_segment(layout: Layout, targets: Sequence[Tensor], segments: Tensor, known_groups: int | None) -> Selection:
+def _by_segment(rows: _Rows, segments: Tensor, known_groups: int | None) -> Selection:
+    layout = rows.layout
     per_group = layout.options.segments_per_group
-    for target in targets:
-        segments = torch.where(_counts(target, layout.options.ignore_index), segments, -1)
     n_groups = known_groups
     if n_groups is None:  # the largest id tells: the one case that costs a second transfer
-        n_groups = max(int(segments.max()) // per_group + 1, 0)
+        largest = int(segments.masked_fill(rows.unused(), -1).max())
+        n_groups = max(largest // per_group + 1, 0)
         if n_groups > layout.n_rows:
             raise ValueError(
-                f"expected segment ids without gaps, got id {int(segments.max())} among {layout.n_rows} rows; where a "
-                "group may be empty, say how many there are by group arguments or a group_weight"
+                f"expected segment ids without gaps, got id {largest} among {layout.n_rows} rows; where a group may be "
+                "empty, say how many there are by group arguments or a group_weight"
             )
     n_segments = n_groups * per_group
-    place = segments.clamp(-1, n_segments) + 1  # the first is of unused rows, the last of those that overrun
-    counts = torch.zeros(n_segments + 2, dtype=torch.int64, device=layout.device)
-    counts.scatter_add_(0, place, torch.ones_like(place))
-    in_order = (segments[1:] >= segments[:-1]).all()
-    used = segments >= 0 if targets else None
-    ranges = _ranges(targets, used)
-    ordered, *found = _fetch([in_order, *ranges, counts])
-    n_unused, *lengths, n_over = map(int, found[len(ranges) :])
-    if n_over:
+    found = selected(segments, rows.targets, layout.options.ignore_index, n_segments, kernel=not layout.direct)
+    if found.over:
         raise ValueError(
             f"expected segment ids below {n_segments} ({n_groups} groups of {per_group}), "
-            f"got {int(segments.max())} among others"
+            f"got {int(segments.masked_fill(rows.unused(), -1).max())} among others"
         )
-    _check_targets(layout, targets, found[: len(ranges)], used)
+    rows.check_targets(found.ranges)
+    lengths = [stop - start for start, stop in zip(found.bounds, found.bounds[1:])]
     if known_groups is None:
         for g in range(n_groups):
             if not any(lengths[g * per_group : (g + 1) * per_group]):
@@ -157,41 +154,36 @@ def _by_segment(layout: Layout, targets: Sequence[Tensor], segments: Tensor, kno
                     f"expected segment ids without gaps, got no row for group {g} of {n_groups}; where a group may be "
                     "empty, say how many there are by group arguments or a group_weight"
                 )
-    order = None if ordered and not n_unused else torch.argsort(place, stable=True)[n_unused:]
-    segment = segments if order is None else segments.index_select(0, order)
-    offsets = counts[:-1].cumsum(0) - n_unused
-    return Selection(layout.n_rows - n_unused, n_groups, per_group, order, segment, lengths, offsets)
+    return Selection(found.bounds[-1], n_groups, per_group, found.order, found.segment, lengths, found.offsets)
 
 
-def _counts(target: Tensor, ignored: int) -> Tensor:
-    """(M,) where a target is not the ignored one. One that the dtype cannot hold would wrap around."""
-    span = torch.iinfo(target.dtype)
-    return target != ignored if span.min <= ignored <= span.max else torch.ones_like(target, dtype=torch.bool)
+@dataclass
+class _Rows:
+    """What says which rows a call uses."""
 
+    layout: Layout
+    targets: list[Tensor]
+    weight: Tensor | None
+    segments: Tensor | None
 
-def _fetch(values: Sequence[Tensor]) -> list[float]:
-    """All of them on the host, in one transfer."""
-    return torch.cat([v.reshape(-1) for v in values]).tolist()
+    def unused(self) -> Tensor:  # (M,)
+        found = [is_ignored(target, self.layout.options.ignore_index) for target in self.targets]
+        found += [] if self.weight is None else [self.weight == 0]
+        found += [] if self.segments is None else [self.segments < 0]
+        return reduce(torch.logical_or, found)
 
-
-def _ranges(targets: Sequence[Tensor], used: Tensor | None) -> list[Tensor]:
-    """The least and the largest value of each on used rows (zero counts as there)."""
-    found: list[Tensor] = []
-    for target in targets:
-        found += torch.aminmax(target if used is None else torch.where(used, target, 0))
-    return found
-
-
-def _check_targets(layout: Layout, targets: Sequence[Tensor], ranges: Sequence[float], used: Tensor | None) -> None:
-    for n, (name, target) in enumerate(zip(layout.targets, targets)):
-        columns = layout.columns_of(name)
-        if ranges[2 * n] < 0 or ranges[2 * n + 1] >= columns:
-            given = target if used is None else target[used]
-            outside = int(((given < 0) | (given >= columns)).sum())
-            raise ValueError(
-                f"expected rows[{name!r}] in [0, {columns}) on used rows (or {layout.options.ignore_index}, which "
-                f"drops the row), got {outside} outside (values from {int(given.min())} to {int(given.max())})"
-            )
+    def check_targets(self, ranges: Sequence[float]) -> None:
+        """``ranges``: the least and the largest value of each on used rows."""
+        for n, (name, target) in enumerate(zip(self.layout.targets, self.targets)):
+            columns = self.layout.columns_of(name)
+            if ranges[2 * n] < 0 or ranges[2 * n + 1] >= columns:
+                given = target[~self.unused()]
+                outside = int(((given < 0) | (given >= columns)).sum())
+                raise ValueError(
+                    f"expected rows[{name!r}] in [0, {columns}) on used rows (or {self.layout.options.ignore_index}, "
+                    f"which drops the row), got {outside} outside (values from {int(given.min())} to "
+                    f"{int(given.max())})"
+                )
 
 
 # --- packing ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .layout import Layout, Spec
+from .layout import DIRECT_BYTES, Layout, Spec
 from .pack import Block, Selection, pack
 
 CUDA_CHUNK_BYTES = (1 << 29, 5 << 28)  # least and most; between them, as much as the gradients take anyway
@@ -36,6 +36,14 @@ class ChunkPlan:
     Byte counts are above the call's inputs: a chunk's outputs and workspace, the gradients as they are gathered (half
     precision in float32 sums), and as they are returned. ``peak_bytes`` is the largest moment of forward and backward.
     A plain compiled ``loss_fn`` may add what inductor keeps beside its inputs.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import FlexChunkLoss, Projection
+        >>> loss = FlexChunkLoss(lambda outputs, rows: outputs.logsumexp(1), chunk_size=256)
+        >>> plan = loss.plan(Projection(torch.randn(1000, 64, requires_grad=True), torch.randn(5000, 64)))
+        >>> plan.chunks, plan.chunk_rows, plan.products  # the weight is frozen: no gradient of it
+        (4, 256, 2)
     """
 
     used_rows: int
@@ -112,21 +120,22 @@ class ChunkPlan:
         return operands + max(chunk + gathered, gathered + copied)
 
     def __str__(self) -> str:
-        def size(n: int) -> str:
-            return f"{n / 2**30:.2f} GiB" if n >= 2**28 else f"{n / 2**20:.2f} MiB"
-
         lines = [
             f"rows          {self.used_rows} of {self.rows} used",
             f"chunks        {self.chunks} of up to {self.chunk_rows} rows",
             f"passes        {self.passes}",
             f"products      {self.products} matrix products per chunk",
             f"steps         {'direct' if self.direct else 'compiled' if self.compiled else 'uncompiled'}",
-            f"chunk         {size(self.chunk_bytes)}",
-            f"gathered      {size(self.gathered_bytes)}",
-            f"gradients     {size(self.gradient_bytes)}",
-            f"peak          {size(self.peak_bytes)}",
+            f"chunk         {size_text(self.chunk_bytes)}",
+            f"gathered      {size_text(self.gathered_bytes)}",
+            f"gradients     {size_text(self.gradient_bytes)}",
+            f"peak          {size_text(self.peak_bytes)}",
         ]
         return "\n".join(lines + [f"no kernel     {refusal}" for refusal in dict.fromkeys(self.refusals)])
+
+
+def size_text(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**28 else f"{n / 2**20:.2f} MiB"
 
 
 def make_plan(layout: Layout, selection: Selection, *, row_wise: bool, together: bool) -> ChunkPlan:
@@ -147,6 +156,8 @@ def _make_plan(layout: Layout, selection: Selection, row_wise: bool, together: b
         size = max(size, longest_group(layout, selection, per_row))
     blocks = pack(layout, selection, size, deferred)
     one = len(blocks) == 1 and len(blocks[0].spans) == 1
+    # A few groups' small loss is differentiated along with what comes behind it: each run of autograd takes a while.
+    deferred = deferred or (one and not row_wise and _few_outputs(layout, selection.n_rows))
     return ChunkPlan(
         used_rows=selection.n_rows,
         chunk_rows=size,
@@ -161,10 +172,18 @@ def _make_plan(layout: Layout, selection: Selection, row_wise: bool, together: b
 
 
 def _keeps(layout: Layout, rows: int) -> bool:
-    """A Dense layer's outputs are as many as its inputs: in one chunk they may as well stay for backward."""
+    """Outputs of one chunk stay for backward where they are few, or not many more than the inputs (a Dense layer)."""
     inputs = {term.input for spec in layout.formed for term in spec.terms}
     n_inputs = sum(layout.shapes[i].numel() for i in inputs)
-    return 0 < rows * sum(spec.width for spec in layout.formed) <= KEEP_RATIO * n_inputs
+    dense = 0 < rows * sum(spec.width for spec in layout.formed) <= KEEP_RATIO * n_inputs
+    return dense or _few_outputs(layout, rows)
+
+
+def _few_outputs(layout: Layout, rows: int) -> bool:
+    """Whether the outputs with a gradient are few enough to hold until backward, as the direct way does."""
+    learning = [spec for spec in layout.formed if spec.wants_grad]
+    n_bytes = rows * sum(spec.width * spec.output_dtype.itemsize for spec in learning)
+    return 0 < n_bytes <= DIRECT_BYTES.get(layout.device.type, 0)
 
 
 def _bytes(layout: Layout, dtypes: Sequence[torch.dtype | None]) -> int:

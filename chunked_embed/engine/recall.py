@@ -8,6 +8,7 @@ at again. All of it is compared by identity; numbers and data that take other va
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import chain
 from operator import is_
 from types import FunctionType, MethodType
 from typing import Any
@@ -15,13 +16,13 @@ from weakref import ref
 
 from torch import Tensor, nn
 
-from .call import Arguments, Structure
+from .call import Arguments
 from .formula import STORES, Formula, is_users, own_classes, view_of
 from .functions import Form
 from .layout import Layout, Options
 from .pack import Selection
 from .recent import Recent
-from .values import PLAIN
+from .values import PLAIN, slots
 
 KINDS = 32  # kept for each loss: ragged batches have one each
 
@@ -59,7 +60,7 @@ class Kind:
         given = [*arguments.tensors, *arguments.weights.values()] if given is None else given
         place = {id(t): n for n, t in enumerate(given)}
         self.functions, self.key = formula.functions, formula.key
-        self.structure: Structure = arguments.structure
+        self.slots = slots(formula.functions.cls)
         self.take = tuple(place[id(t)] for t in arguments.tensors)
         self.names = {name: place[id(t)] for name, t in arguments.weights.items()}
         self.layout = layout
@@ -71,12 +72,11 @@ class Kind:
 
     def formula(self, loss: Any, numbers: Mapping[str, Tensor]) -> Formula:
         """The loss's functions on what it is now."""
-        return Formula(view_of(loss, self.functions.methods, numbers), self.functions, self.key)
+        return Formula(view_of(loss, self.functions.methods, numbers, self.slots), self.functions, self.key)
 
-    def arguments(self, given: Sequence[Tensor]) -> Arguments:
-        return Arguments(
-            self.structure, [given[n] for n in self.take], {name: given[n] for name, n in self.names.items()}
-        )
+    def arguments(self, given: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Tensors and weights, as ``read`` has them."""
+        return [given[n] for n in self.take], {name: given[n] for name, n in self.names.items()}
 
 
 class Standing:
@@ -89,12 +89,14 @@ class Standing:
         self.options = options  # names of attributes that are
         self.names = tuple(loss.__dict__)
         self.values = [self._kept(name, value) for name, value in loss.__dict__.items()]
-        stores = [loss.__dict__[name] for name in (*STORES, "_functions")]
-        self.stores = [(store, list(store.values())) for store in stores]
-        self.classes = [(vars(c), list(vars(c).values())) for c in own_classes(self.cls)]
+        # Views of what may change in place: its parameters and the like, the bodies of its classes, options.
+        bodies = [loss.__dict__[name] for name in (*STORES, "_functions")] + [vars(c) for c in own_classes(self.cls)]
+        mapped = [m for m in (loss.row_totals, loss.column_totals, loss.targets) if isinstance(m, Mapping)]
+        self.views = [body.values() for body in (*bodies, *mapped)] + [option.keys() for option in mapped]
+        self.sizes = list(map(len, self.views))
+        self.inside = list(chain.from_iterable(self.views))
         self.functions = [f for f in formula.all_functions() if isinstance(f, FunctionType)]
         self.codes = [f.__code__ for f in self.functions]
-        self.mapped = _mapped(loss)
         own = [self._kept(name, value) for name, value in loss.__dict__.items() if _may_learn(value)]
         own += [function for function in loss._functions.values() if _may_learn(function)]
         self.owners = [*own, *(t for name in ("_parameters", "_modules") for t in loss.__dict__[name].values())]
@@ -108,10 +110,9 @@ class Standing:
             and self.cls.__mro__ is self.mro
             and tuple(own) == self.names
             and (all(map(is_, own.values(), self.values)) or self._goes_along(own))
-            and all(_unchanged(store, kept) for store, kept in self.stores)
-            and all(_unchanged(body, kept) for body, kept in self.classes)
+            and list(map(len, self.views)) == self.sizes
+            and all(map(is_, chain.from_iterable(self.views), self.inside))
             and [f.__code__ for f in self.functions] == self.codes
-            and self.mapped == _mapped(loss)
             and (not self.owners or self.learns == self._learns())
         )
 
@@ -128,18 +129,19 @@ class Standing:
 
     def _goes_along(self, own: Mapping[str, Any]) -> bool:
         """Whether what has changed is of no consequence but for the functions, which read it anew."""
-        for n, (name, value) in enumerate(own.items()):
-            before = self.values[n]
+        for n, (value, before) in enumerate(zip(own.values(), self.values)):
             if value is before:
                 continue
             if type(before) is _Alive:
                 if before() is not value:
                     return False
-                continue
-            kind = before.kind if type(before) is _Data else type(before)
-            if type(value) is not kind or name in self.options or not is_users(name) or not _is_data(value):
-                return False
-            if type(before) is not _Data:
+            elif type(before) is _Data:
+                if type(value) is not before.kind:
+                    return False
+            else:
+                name = self.names[n]
+                if type(value) is not type(before) or name in self.options or not is_users(name) or not _is_data(value):
+                    return False
                 self.values[n] = self._kept(name, value)
         return True
 
@@ -149,14 +151,10 @@ class _Alive(ref):
 
 
 class _Data:
-    """Any data of a type."""
+    """Any data of a type, which says that it is data; but for a number, which may be NaN, and is kept as such."""
 
     def __init__(self, kind: type) -> None:
         self.kind = kind
-
-
-def _unchanged(given: Mapping[str, Any], kept: Sequence[Any]) -> bool:
-    return len(given) == len(kept) and all(map(is_, given.values(), kept))
 
 
 def _is_data(value: Any) -> bool:
@@ -167,13 +165,8 @@ def _is_data(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """What holds no tensor."""
-    return type(value) in PLAIN or (type(value) is tuple and all(map(_is_plain, value)))
-
-
-def _mapped(loss: Any) -> tuple:
-    """Options that are dicts, by their contents."""
-    return tuple([tuple(m.items()) for m in (loss.row_totals, loss.column_totals, loss.targets) if hasattr(m, "items")])
+    """What holds no tensor; a float of NumPy's too."""
+    return type(value) in PLAIN or isinstance(value, float) or (type(value) is tuple and all(map(_is_plain, value)))
 
 
 def _may_learn(value: Any) -> bool:

@@ -16,7 +16,7 @@ class Recent(OrderedDict[K, V], Generic[K, V]):
 
     def found(self, key: K) -> V | None:
         value = self.get(key)
-        if value is not None:
+        if value is not None and len(self) > 1:
             with suppress(KeyError):  # gone since, by another thread's call
                 self.move_to_end(key)
         return value

@@ -17,12 +17,32 @@ from .types import Named
 if TYPE_CHECKING:
     from .chunk import Chunk, Into
 
-LOSS = "loss"  # the name of a row-wise loss among the values of its step
+LOSS = "loss"
+"""The name of a row-wise loss among the values of its step.
+
+Example:
+    >>> from chunked_embed import LOSS
+    >>> LOSS
+    'loss'
+"""
 METRIC = "metrics/"  # goes before the names of its metrics
 
 
 class Shape(NamedTuple):
-    """What a step is asked to serve."""
+    """What a step is asked to serve.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import FlexChunkLoss, Needs, Projection, Shape, Step
+        >>> class Halves(Step):
+        ...     def needs(self, shape: Shape) -> Needs:
+        ...         odd = [width for width in shape.widths if width % 2]
+        ...         return Needs(refusal=f"{odd[0]} columns are odd" if odd else None)
+        >>> loss = FlexChunkLoss(lambda outputs, rows: outputs.sum(1), chunk_size=4)
+        >>> loss.make_step = lambda projections: Halves()
+        >>> loss.plan(Projection(torch.randn(6, 4), torch.randn(9, 4))).refusals
+        ('Halves: 9 columns are odd',)
+    """
 
     rows: int  # of the call, dropped ones included
     widths: tuple[int, ...]  # the columns of each projection that the step sees
@@ -38,7 +58,13 @@ class Shape(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a step asks of the plan, from the shape alone."""
+    """What a step asks of the plan, from the shape alone.
+
+    Example:
+        >>> from chunked_embed import Needs
+        >>> Needs(multiple=64, scratch=4)  # chunks of whole blocks, four bytes an output beside the outputs
+        Needs(refusal=None, rows='any', multiple=64, scratch=4, forms_outputs=True, overwrites=False)
+    """
 
     refusal: str | None = None
     """Why it does not serve: a sentence, printed with the plan. The loss's plain functions run instead."""
@@ -61,6 +87,23 @@ class Step:
     ``score`` forms the chunk's parts; ``merge`` puts together parts of the same rows that came in pieces (of columns,
     of projections with one total, of ranks); ``values`` says what they amount to; ``pull`` takes the gradient of
     ``sum(values * upstream)``. Where the upstream is known beforehand, ``both`` does it all in one pass.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import FlexChunkLoss, LOSS, Projection, Step
+        >>> class Squares(Step):
+        ...     def score(self, chunk):
+        ...         return {LOSS: chunk.outputs().square().sum(1)}, None
+        ...     def pull(self, chunk, kept, parts, upstream, into):
+        ...         into.outputs(2 * chunk.outputs() * upstream[LOSS][:, None])
+        >>> class SquaresLoss(FlexChunkLoss):
+        ...     def make_step(self, projections):
+        ...         return Squares()
+        >>> hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4)
+        >>> loss = SquaresLoss(chunk_size=2)(Projection(hidden, weight)).loss
+        >>> loss.backward()
+        >>> torch.allclose(hidden.grad, 2 / 6 * hidden @ weight.T @ weight, atol=1e-5)
+        True
     """
 
     @property

@@ -29,6 +29,17 @@ class Projection:
 
     A tensor that does not require grad is frozen: its gradient product is skipped. The same tensor may serve several
     projections, or be input and weight at once; gradients add.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import FlexChunkLoss, Projection
+        >>> hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4)
+        >>> A, B = torch.randn(2, 4), torch.randn(9, 2)  # a LoRA adapter on the head
+        >>> projection = Projection(hidden, weight, extra=((hidden @ A.T, 0.5 * B),))
+        >>> loss = FlexChunkLoss(lambda outputs, rows: outputs.logsumexp(1))
+        >>> loss(projection).loss.backward()
+        >>> hidden.grad.shape
+        torch.Size([6, 4])
     """
 
     input: Tensor
@@ -49,6 +60,8 @@ class LossOutput(NamedTuple):
     A tuple, so that DDP and FSDP find the loss in what a forward returns, and all three come out of their wrappers.
 
     Example:
+        >>> import torch
+        >>> from chunked_embed import LossOutput
         >>> kl, valid = torch.tensor([3.0, 0.0]), torch.tensor([1, 0])
         >>> LossOutput(torch.tensor(2.0), {"kl": kl}, {"kl": valid}).means
         {'kl': tensor(3.)}

@@ -59,6 +59,11 @@ class Alive:
         return isinstance(other, Alive) and self.of() is not None and self.of() is other.of()
 
 
+def out_of_inference(t: Tensor) -> Tensor:
+    """A tensor that autograd may save: of one that was made in inference mode, a copy."""
+    return t.clone() if t.is_inference() and not torch.is_inference_mode_enabled() else t
+
+
 DEPTH = 8
 
 

@@ -16,6 +16,7 @@ from .. import FlexChunkLoss, Projection, checks
 from ..chunking import Chunking
 from ..engine.types import accumulator_dtype
 from ..engine.values import PLAIN
+from ..signatures import Seen, signature
 
 Activation = Callable[[Tensor], Tensor]
 Rows = dict[str, Tensor]
@@ -82,18 +83,19 @@ def frozen_activation(activation: Activation | None) -> Activation | None:
 def shared(kind: type[L], chunking: Chunking, **options: Any) -> L:
     """A loss has no state, so that one serves every call with the same options, and its plans with it. What may hold a
     batch alive is not kept: a function with a closure, say."""
-    if all(_holds_nothing(value) for value in options.values()):
+    if all([type(value) in PLAIN or _holds_nothing(value) for value in options.values()]):
         return cast(L, _kept(cast(Any, kind), chunking, **options))
     return kind(**options, **chunking.keywords)
 
 
 def _holds_nothing(value: Any) -> bool:
+    """Whether it is a function, and has no closure, object or default that may hold a batch alive."""
     if isinstance(value, FunctionType):
         defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
         return value.__closure__ is None and all(type(default) in PLAIN for default in defaults)
     if isinstance(value, BuiltinFunctionType):
         return value.__self__ is None or isinstance(value.__self__, ModuleType)  # else a method of an object
-    return type(value) in PLAIN
+    return False
 
 
 @lru_cache(maxsize=256, typed=True)  # making modules takes longer than using them
@@ -114,6 +116,10 @@ def project(sides: Mapping[str, Tensor], weight: Tensor | None, bias: Tensor | N
 
 def check_embeddings(sides: Mapping[str, Tensor], width: str = "D", one_dtype: bool = True) -> None:
     """Embeddings of one shape (N, D) that is not empty, on one device."""
+    told = signature(*sides.values())
+    key = None if told is None else (told, one_dtype)
+    if key in _SEEN.calls:
+        return
     device = None
     for name, side in sides.items():
         check_trained(name, side, device)
@@ -129,6 +135,10 @@ def check_embeddings(sides: Mapping[str, Tensor], width: str = "D", one_dtype: b
         raise ValueError(f"expected embeddings (N, {width}) with at least one row and one column, got {shape}")
     if one_dtype:
         checks.one_dtype("embeddings", {name: side.dtype for name, side in sides.items()})
+    _SEEN.keep(key)
+
+
+_SEEN = Seen()  # embeddings that were checked, by shapes and dtypes
 
 
 def check_trained(name: str, value: Any, device: torch.device | None = None) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import FlexChunkLoss, Projection, Step, checks
@@ -71,6 +72,8 @@ class Contrast(FlexChunkLoss):
     def logits(self, block: str, outputs: Tensor, rows: Rows, columns: Rows | None) -> Tensor:  # (R, V)
         """A block's scaled similarities, with what does not count at ``LOWEST``."""
         z = outputs * self.scale_of(rows)
+        if self.plain and block not in WITHOUT_OWN:
+            return z
         column, target = _index(outputs), rows["target"][:, None]
         positive = column == target
         own = column % (outputs.shape[1] // self.documents) == target if block.endswith("doc") else positive
@@ -97,6 +100,8 @@ class InfoNCE(Contrast):
         self.partition_mode = partition_mode
 
     def loss_fn(self, outputs: Mapping[str, Tensor], rows: Rows, columns: Rows | None = None) -> Tensor:
+        if self.plain and len(outputs) == 1:
+            return F.cross_entropy(outputs["query_to_doc"] * self.scale_of(rows), rows["target"], reduction="none")
         lses = [self.logits(name, o, rows, columns).logsumexp(1) for name, o in outputs.items()]
         total = lses[0] if len(lses) == 1 else _partition(torch.stack(lses), self.partition_mode)
         return total - self.positive(outputs["query_to_doc"], rows)
@@ -227,6 +232,18 @@ def info_nce(
     Raises:
         ValueError: shapes or devices that differ, unknown options, numbers or ids that do not fit.
         TypeError: mixed dtypes, ids that are not integers.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import functional as CF
+        >>> queries, documents = (torch.randn(8, 16, requires_grad=True) for _ in range(2))
+        >>> loss = CF.info_nce(queries, documents, scale=20.0)
+        >>> loss.backward()
+        >>> two = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+        >>> CF.info_nce(queries, documents, **two).backward()  # CLIP's symmetric loss
+        >>> ids = torch.tensor([0, 0, 1, 2, 3, 4, 5, 6])  # rows 0 and 1 are the same query: no negatives of each other
+        >>> CF.info_nce(queries, documents, query_ids=ids) < loss
+        tensor(True)
     """
     chunking = Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs)
     lists = [documents, *_negatives(hard_negatives)]

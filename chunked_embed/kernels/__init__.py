@@ -2,13 +2,18 @@
 
 import os
 import shutil
+from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-__all__ = ["available", "in_own_rows"]
+__all__ = ["ELSEWHERE", "available", "in_own_rows"]
+
+ELSEWHERE: ContextVar[torch.device | None] = ContextVar("ELSEWHERE", default=None)
+"""The device that calls are laid out for in place of their tensors' own. None of them runs. It need not be here, and is
+taken to have Triton then."""
 
 
 @cache
@@ -18,9 +23,13 @@ def _triton_works() -> bool:
     return find_spec("triton") is not None and compiler is not None
 
 
+def _is_elsewhere() -> bool:
+    return ELSEWHERE.get() is not None and not torch.cuda.is_available()
+
+
 def available(device: torch.device | str) -> bool:
     """Whether the Triton kernels run on `device`: CUDA or ROCm, or anywhere under `TRITON_INTERPRET=1` (for tests)."""
-    if torch.device(device).type == "cuda" and _triton_works():
+    if torch.device(device).type == "cuda" and (_triton_works() or _is_elsewhere()):
         return True
     return os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 

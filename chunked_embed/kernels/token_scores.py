@@ -164,7 +164,14 @@ def transform_logits(
     softcap: float | Tensor | None = None,
     temperature: float | Tensor = 1.0,
 ) -> Tensor:
-    """z = t(x): scale, soft cap, temperature."""
+    """z = t(x): scale, soft cap, temperature.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import transform_logits
+        >>> transform_logits(torch.tensor([-100.0, 0.0, 100.0]), logit_scale=0.5, softcap=30.0, temperature=2.0)
+        tensor([-13.9666,   0.0000,  13.9666])
+    """
     if softcap is None:
         scale = logit_scale / temperature
         return x if type(scale) is float and scale == 1.0 else x * scale  # a tensor may be any number

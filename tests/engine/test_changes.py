@@ -182,8 +182,10 @@ def test_values_that_are_no_floats_have_a_mean(head, count):
             return scores["s"][:, 0]
 
     expected = count(outputs).double().mean()
-    torch.testing.assert_close(FlexChunkLoss(lambda o, rows: count(o), compiled=False)(projection).loss, expected)
-    torch.testing.assert_close(OfGroups(compiled=False)(projection).loss, expected)
+    for options in ({}, {"compiled": False}, {"chunk_size": 3, "compiled": False}):
+        of_rows = FlexChunkLoss(lambda o, rows: count(o), **options)
+        for loss in (of_rows, OfGroups(**options)):
+            torch.testing.assert_close(loss(projection).loss, expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"couples_batch": True}])

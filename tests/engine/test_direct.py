@@ -6,6 +6,7 @@ import contextlib
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -310,9 +311,12 @@ def test_what_is_set_between_calls_counts(compiled):
     for scale in (1.0, 1.0, 2.0, 3, 0.5):
         loss.scale = scale
         assert value_of(loss) == pytest.approx(plain_value(scale))
-    loss.scale = float("nan")
-    with pytest.raises(ValueError, match=r"Scaled.scale to be a number, got NaN"):
+    for kind in (float, np.float64):
+        loss.scale = kind(2.0)
         value_of(loss)
+        loss.scale = kind("nan")
+        with pytest.raises(ValueError, match=r"Scaled.scale to be a number, got NaN"):
+            value_of(loss)
     loss.scale = 1.0
     loss.ignore_index = 0  # the first row's target
     assert value_of(loss) != pytest.approx(plain_value(1.0))

@@ -8,6 +8,7 @@ from engine_zoo import CASES, CrossEntropy, make
 
 from chunked_embed import FlexChunkLoss, Projection, TokenStatistics
 from chunked_embed import functional as CF
+from chunked_embed.engine import plan as plans
 from chunked_embed.engine.plan import ladder, tiles
 
 
@@ -110,19 +111,22 @@ def test_a_plan_can_be_printed_before_running():
 
 
 @pytest.mark.parametrize(
-    ("name", "learns", "products"),
+    ("name", "learns", "products", "with_few_outputs"),
     [
-        ("cross_entropy", ["hidden", "weight"], 3),
-        ("cross_entropy", ["hidden"], 2),
-        ("cross_entropy", ["weight"], 2),
-        ("cross_entropy", [], 1),
-        ("two_sided", ["hidden", "positive"], 4),
-        ("ranked", ["hidden", "positive", "weight"], 8),
-        ("ranked_dense", ["hidden", "positive", "weight"], 6),
-        ("identity", ["hidden", "positive"], 0),
+        ("cross_entropy", ["hidden", "weight"], 3, 3),
+        ("cross_entropy", ["hidden"], 2, 2),
+        ("cross_entropy", ["weight"], 2, 2),
+        ("cross_entropy", [], 1, 1),
+        ("two_sided", ["hidden", "positive"], 4, 3),
+        ("ranked", ["hidden", "positive", "weight"], 8, 6),
+        ("ranked_dense", ["hidden", "positive", "weight"], 6, 6),
+        ("identity", ["hidden", "positive"], 0, 0),
     ],
 )
-def test_products_per_chunk(name, learns, products):
+@pytest.mark.parametrize("few", [False, True])
+def test_products_per_chunk(name, learns, products, with_few_outputs, few, monkeypatch):
+    if not few:
+        monkeypatch.setattr(plans, "DIRECT_BYTES", {})
     x = {key: t.detach() for key, t in make(name).items()}
     for key in learns:
         x[key].requires_grad_()
@@ -134,7 +138,7 @@ def test_products_per_chunk(name, learns, products):
             return super().forward(*args, **kwargs)
 
     CASES[name].call(Spy(compiled=False), x)
-    assert seen[0].products == products
+    assert seen[0].products == (with_few_outputs if few else products)
 
 
 def test_chunk_rows_follow_the_budget():
