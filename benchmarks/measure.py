@@ -1,4 +1,4 @@
-"""Timing, peak memory, errors and a results file (csv and plot), shared by the benchmarks beside it.
+"""Timing, peak memory, errors and a results file, shared by the benchmarks beside it.
 
 A benchmark is a list of candidates for one case: floors (the bare work), ours and peers. Each is compared with the
 truth, in float64 and of the same inputs, in the same process before its time is printed; its errors stand in its line.
@@ -12,9 +12,8 @@ other people's, and the ratios of four parts of the run say how far to trust the
 
 Every run adds to `<out>/<family>-<device>.csv`, replacing the lines that it measured again, so that a long benchmark
 can be split over several calls, or over GPUs at once: by `--only` and `--match`, or by `--budget 500 --missing` until
-nothing is missing. `--out`, or BENCH_OUT in the environment, says where the files are.
-
-    python benchmarks/measure.py FILE.csv ...    # plots, without measuring
+nothing is missing. `--out`, or BENCH_OUT in the environment, says where the files are. Tables are made from them by
+tables.py, figures by plots.py.
 """
 
 import csv
@@ -59,7 +58,7 @@ Match = Annotated[str, typer.Option(help="only cases whose title contains this")
 Peers = Annotated[bool, typer.Option("--peers/--no-peers", help="other people's, beside the floor and ours")]
 Missing = Annotated[bool, typer.Option("--missing", help="only cases that the file does not have yet")]
 Budget = Annotated[float, typer.Option(help="seconds after which no further case is begun; 0: no limit")]
-Out = Annotated[Path, typer.Option(envvar="BENCH_OUT", help="folder of the csv and the plot")]
+Out = Annotated[Path, typer.Option(envvar="BENCH_OUT", help="folder of the csv")]
 
 
 @dataclass
@@ -590,15 +589,14 @@ class Benchmark:
         }
 
     def finish(self) -> None:
-        """Print the table and plot. Exits with an error if something of ours was wrong."""
+        """Print the table. Exits with an error if something of ours was wrong."""
         for case in self.left:
             print(f"no time: {case}")
         if not self.lines and not self.left and not self.missing:
             raise SystemExit("no case was chosen")
         if self.lines:
             print_table(self.lines)
-            plot(self.path.with_suffix(".png"), read_csv(self.path))
-            print(f"written to {self.path} and {self.path.with_suffix('.png').name}")
+            print(f"written to {self.path}")
         print(f"{time.perf_counter() - self.began:.0f} s, {len(self.left)} cases left")
         if self.wrong:
             raise SystemExit("WRONG: " + "; ".join(self.wrong))
@@ -688,52 +686,3 @@ def print_table(lines: Sequence[Line]) -> None:
     console = Console(width=170)
     console.print(table)
     console.print(f"\n{where.device}, torch {where.torch}, triton {where.triton or '-'}")
-
-
-def plot(path: Path, lines: Sequence[Line]) -> None:
-    """Time and peak memory, a bar for each line, on a log scale. Skipped without matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        print("no matplotlib: no plot")
-        return
-    timed = {line.case for line in lines if line.ms}
-    lines = [line for line in lines if line.case in timed]  # not the cases that are about errors alone
-    if not lines:
-        return
-    shades = {OURS: "#1b6ca8", PEER: "#e08e45", FLOOR: "#b8b8b8"}
-    position, y = [], 0.0
-    for n, line in enumerate(lines):
-        y += 1.8 if n and lines[n - 1].case != line.case else 1.0
-        position.append(y)
-    labels = [f"{line.case} · {line.name}" for line in lines]
-    figure, axes = pyplot.subplots(1, 2, sharey=True, figsize=(13, 1.2 + 0.22 * y), layout="constrained")
-    for axis, key, unit in zip(axes, ("ms", "peak_gib"), ("time [ms]", "peak above the inputs [GiB]"), strict=True):
-        values = [getattr(line, key) or float("nan") for line in lines]
-        axis.barh(position, values, color=[shades[line.role] for line in lines], height=0.85)
-        known = [value for value in values if value == value]
-        axis.set_xscale("log")
-        left = min(known, default=1.0) / 3
-        axis.set_xlim(left, max(known, default=1.0) * 4)
-        for place, value, line in zip(position, values, lines, strict=True):
-            text = f" {value:.3g}" if value == value else f" {line.note or '-'}"
-            axis.text(value if value == value else left, place, text, va="center", fontsize=7)
-        axis.set_xlabel(unit)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(position, labels, fontsize=7)
-    axes[0].margins(y=0.01)
-    axes[0].invert_yaxis()
-    where = lines[-1]
-    figure.suptitle(
-        f"{where.device}, torch {where.torch}, {where.date}; blue: ours, orange: peers, grey: floor", fontsize=9
-    )
-    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
-    pyplot.close(figure)
-
-
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        plot(Path(name).with_suffix(".png"), read_csv(Path(name)))

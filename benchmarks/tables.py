@@ -1,21 +1,39 @@
-"""The tables of docs/benchmarks.md, from the csv files beside this script: no figure there is written by hand.
+"""The tables of docs/benchmarks.md, and figures in the text of README and docs, from the csv files beside this script.
 
-    python benchmarks/tables.py            # writes them between their marks
+    python benchmarks/tables.py            # writes them
     python benchmarks/tables.py --check    # says whether they are what the files say
+    python benchmarks/tables.py --untied   # lists times and sizes in a text that name no source
 
-A mark is `<!-- figures: NAME -->`, and `<!-- end -->` behind the table.
+A table's mark is `<!-- figures: NAME -->`, and `<!-- end -->` behind it. Figures in a text have their sources in a
+comment below, one a line and in the text's order:
+
+    <!-- sources:
+    takes 52 ms | contrastive | InfoNCE 65536x1024, bfloat16 | CF.info_nce | ms
+    1.4 GiB     |             |                              |             | peak_gib
+    by 25%      | contrastive | near duplicates, *100*       | Liger*      | most gradient_error
+    costs 26%   | contrastive | InfoNCE 65536x1024, bfloat16 | ours over theirs | ms
+    -->
+
+That is: words of the text, whose last number is the figure; family, case and name of a line of a csv, empty where they
+are those of the line above; and a column, or a quotient of two (`value_error / value_mean`). Two names are compared, in
+each case that has both: `ours / theirs`, `ours - theirs`, or `ours over theirs`, what ours takes more as a share. `*`
+stands for anything: with it "least" or "most" says which. A family is followed by `@ cpu-x86-64` where the device is
+not the page's. The figure keeps its form: as many decimals as it has, `%` for a share, `1e-4` for a power of ten.
 """
 
+import fnmatch
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from measure import FLOOR, HALF, OURS, PEER, RESULTS, Line, read_csv
 
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
 MARK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.S)
 MISSING = "**TODO: not measured yet.**\n"
 DEVICE = "nvidia-h100-80gb-hbm3"
@@ -286,35 +304,167 @@ def where(lines: Sequence[Line]) -> str:
 
 
 def rendered(page: str, folder: Path = RESULTS, device: str = DEVICE) -> str:
-    """The page with the tables that the files say."""
-    files: dict[tuple[str, str], list[Line]] = {}  # family, device
-    for family, other in dict.fromkeys((table.family, table.device) for table in TABLES.values()):
-        files[family, other] = read_csv(folder / f"{family}-{other or device}.csv")
+    """The page with the tables that the files say, and with their figures in its text."""
+    read = cache(lambda family, other: read_csv(folder / f"{family}-{other or device}.csv"))
 
     def table(found: re.Match[str]) -> str:
         name = found["name"]
         if name in WHERE:
-            body = where([line for (_, of), lines in files.items() if of == WHERE[name] for line in lines])
+            files = {(spec.family, spec.device) for spec in TABLES.values() if spec.device == WHERE[name]}
+            body = where([line for file in sorted(files) for line in read(*file)])
         elif name in TABLES:
-            body = TABLES[name].render(files[TABLES[name].family, TABLES[name].device])
+            body = TABLES[name].render(read(TABLES[name].family, TABLES[name].device))
         else:
             raise SystemExit(f"expected figures among {[*WHERE, *TABLES]}, got {name!r}")
         return f"{found[1]}\n{body}\n{found[4]}"
 
-    return MARK.sub(table, page)
+    return tied(MARK.sub(table, page), read)
+
+
+# --- figures in a text ---
+
+
+SOURCES = re.compile(r"<!-- sources:\n(?P<lines>.*?)-->", re.S)
+FIGURE = re.compile(r"\d[\d,]*(\.\d+)?(e[+-]?\d+)?")
+SHARE = re.compile(rf"%|\s+to\s+{FIGURE.pattern}%")  # 4%, and 4 of "4 to 77%"
+NOT_TEXT = re.compile(rf"{MARK.pattern}|<!--.*?-->|```.*?```|^(?: {{4}}|\t).*?$|`[^`\n]+`", re.S | re.M)
+MEASURED = re.compile(r"\d[\d,.]*\s+(?:ms|GiB)\b")  # what a text claims
+Read = Callable[[str, str], list[Line]]
+COMPARED: dict[str, Callable[[float, float], float]] = {
+    " / ": lambda ours, theirs: ours / theirs,
+    " - ": lambda ours, theirs: ours - theirs,
+    " over ": lambda ours, theirs: ours / theirs - 1,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A line of a comment: words of the text above it, and where their figure is from."""
+
+    words: str
+    family: str
+    case: str
+    name: str
+    column: str
+
+    def value(self, read: Read) -> float:
+        family, _, device = self.family.partition(" @ ")
+        first, _, rest = self.column.partition(" ")
+        which, column = (first, rest) if first in ("least", "most") else ("", self.column)
+        name, *other = re.split(rf"({'|'.join(map(re.escape, COMPARED))})", self.name)
+
+        def of(name: str) -> Iterator[tuple[str, float]]:
+            for line in read(family, device):
+                if fnmatch.fnmatchcase(line.case, self.case) and fnmatch.fnmatchcase(line.name, name):
+                    value = quantity(line, column)
+                    if value is not None:
+                        yield line.case, value
+
+        values = [value for _, value in of(name)]
+        if other:
+            compare, others = COMPARED[other[0]], dict(of(other[1]))
+            values = [compare(value, others[case]) for case, value in of(name) if case in others]
+        if not values or (len(values) > 1 and not which):
+            expected = "one line or more" if which else "one line"
+            raise SystemExit(f"expected {expected} of a csv for {self}, got {len(values)}")
+        return min(values) if which == "least" else max(values)
+
+    def written(self, read: Read, behind: str) -> str:
+        """Its words, with what the csv says. `behind`: how the text goes on."""
+        *_, figure = FIGURE.finditer(self.words)
+        value = self.value(read) * (100 if SHARE.match(self.words[figure.end() :] + behind) else 1)
+        decimals, comma = len(figure[1] or ".") - 1, "," if "," in figure[0] else ""
+        told = f"{value:.{decimals}e}".replace("e-0", "e-") if figure[2] else f"{value:{comma}.{decimals}f}"
+        return self.words[: figure.start()] + told + self.words[figure.end() :]
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """Its words wherever a line ends, and not as a part of a longer number."""
+        words = r"\s+".join(map(re.escape, self.words.split()))
+        return re.compile(rf"(?<![\d.,]){words}(?!\d|[.,]\d)")
+
+
+def sources(lines: str) -> list[Source]:
+    found: list[Source] = []
+    for line in lines.strip().splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) != 5 or not FIGURE.search(cells[0]):
+            raise SystemExit(f"expected `words with a figure | family | case | name | column`, got {line!r}")
+        above = [found[-1].family, found[-1].case, found[-1].name] if found else cells[1:4]
+        found.append(Source(cells[0], *(cell or old for cell, old in zip(cells[1:4], above)), cells[4]))
+    return found
+
+
+def quantity(line: Line, column: str) -> float | None:
+    """Of a column, or of a quotient of two."""
+    names = column.split(" / ")
+    if not set(names) <= {field.name for field in fields(Line)} or len(names) > 2:
+        raise SystemExit(f"expected a column of the csv, or a quotient of two, got {column!r}")
+    values = [getattr(line, name) for name in names]
+    return None if None in values else values[0] if len(values) == 1 else values[0] / values[1]
+
+
+def text_of(page: str) -> str:
+    """The page with blanks for its tables, comments and code: as long as the page is."""
+    return NOT_TEXT.sub(lambda found: re.sub(r"\S", " ", found[0]), page)
+
+
+def places(page: str) -> Iterator[tuple[Source, int, int]]:
+    """Where the words of each source are in the text between the comment before and its own."""
+    text, start = text_of(page), 0
+    for comment in SOURCES.finditer(page):
+        for source in sources(comment["lines"]):
+            found = source.pattern.search(text, start, comment.start())
+            if found is None:
+                raise SystemExit(f"expected {source.words!r} in the text above its source, behind the one before")
+            yield source, *found.span()
+            start = found.end()
+        start = comment.end()
+
+
+def tied(page: str, read: Read) -> str:
+    """The page with figures as the files say, in its text and in the comments."""
+    edits = []
+    for source, start, end in places(page):
+        old, new = source.words, source.written(read, page[end:])
+        if old != new:
+            entry = page.index(f"\n{old}", page.index("<!-- sources:", end)) + 1
+            figure, told = list(FIGURE.finditer(page[start:end]))[-1], list(FIGURE.finditer(new))[-1][0]
+            edits += [(start + figure.start(), start + figure.end(), told), (entry, entry + len(old), new)]
+    for start, end, new in sorted(edits, reverse=True):
+        page = page[:start] + new + page[end:]
+    return page
+
+
+def untied(page: str) -> list[str]:
+    """Times and sizes in the text that name no source."""
+    spans = [range(start, end) for _, start, end in places(page)]
+    found = MEASURED.finditer(text_of(page))
+    return [" ".join(figure[0].split()) for figure in found if not any(figure.start() in span for span in spans)]
+
+
+def pages() -> list[Path]:
+    """README and docs."""
+    docs = (ROOT / "docs").rglob("*.md")
+    return [ROOT / "README.md", *sorted(page for page in docs if "_build" not in page.parts)]
 
 
 def main(
     check: Annotated[bool, typer.Option("--check", help="write nothing; exit with 1 where they differ")] = False,
+    loose: Annotated[bool, typer.Option("--untied", help="list times and sizes in a text that name no source")] = False,
     device: Annotated[str, typer.Option(help="as in the names of the files")] = DEVICE,
     folder: Annotated[Path, typer.Option("--out", envvar="BENCH_OUT", help="folder of the csv files")] = RESULTS,
 ) -> None:
-    old = PAGE.read_text()
-    new = rendered(old, folder, device)
-    if check and new != old:
-        raise SystemExit(f"{PAGE.name} does not say what the files say: python benchmarks/tables.py")
-    if not check:
-        PAGE.write_text(new)
+    for page in pages():
+        name, old = page.relative_to(ROOT), page.read_text()
+        if loose:
+            print("".join(f"{name}: {figure}\n" for figure in untied(old)), end="")
+            continue
+        new = rendered(old, folder, device)
+        if check and new != old:
+            raise SystemExit(f"{name} does not say what the files say: python benchmarks/tables.py")
+        if new != old:
+            page.write_text(new)
 
 
 if __name__ == "__main__":

@@ -425,12 +425,110 @@ def test_two_runs_at_once_share_a_file(tmp_path, monkeypatch):
     ]
 
 
-def test_tables_of_the_page_are_what_the_files_say(monkeypatch):
+def test_tables_and_figures_of_the_pages_are_what_the_files_say(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     tables = pytest.importorskip("tables")
+    for path in tables.pages():
+        page = path.read_text()
+        assert tables.rendered(page) == page, f"python benchmarks/tables.py, of {path.name}"
     page = tables.PAGE.read_text()
-    assert tables.rendered(page) == page, "python benchmarks/tables.py"
     assert {found["name"] for found in tables.MARK.finditer(page)} == {*tables.WHERE, *tables.TABLES}
+    for text in (page, (ROOT / "README.md").read_text()):
+        assert len(list(tables.places(text))) >= 15 and tables.untied(text) == []
+
+
+def few_lines(measure, folder, family="preference"):
+    """A csv -> the device in its name"""
+    bench = measure.Benchmark(family, torch.device("cpu"), folder, repeats=1)
+    for case, times in {"short": (2.0, 4.0), "long": (50.0, 1250.0)}.items():
+        for (name, role), ms in zip({"ours": measure.OURS, "theirs": measure.PEER}.items(), times):
+            errors = measure.Errors("margins", 0.5, ms * 1e-5, 2.3e-3)
+            bench.add(case, name, role, measure.Timing(ms=ms, min_ms=ms, peak_gib=ms / 10), errors)
+    return bench.path.stem.removeprefix(f"{family}-")
+
+
+TIED = """It takes {long} ms and {gib}
+GiB. `9 ms` is code.
+
+<!-- sources:
+takes {long} ms | preference | long | ours | ms
+{gib} GiB | | | | peak_gib
+-->
+
+| 7 ms |
+
+Others take {least} to {most}% more, or {theirs} ms, {apart} ms
+more, and are off by {error}; 3 ms is untold.
+
+<!-- sources:
+take {least} | preference | * | theirs over ours | least ms
+{most}% | | | | most ms
+{theirs} ms | preference @ {device} | long | theirs | ms
+{apart} ms more | | | theirs - ours | ms
+{error} | | | theirs | value_error / value_mean
+-->
+"""
+
+
+def test_figures_in_a_text_follow_their_files(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measure, tables = pytest.importorskip("measure"), pytest.importorskip("tables")
+    device = few_lines(measure, tmp_path)
+    old = dict(long=1, gib="1.00", least=2, most=3, theirs="1,000", apart="1,111", error="1.0e-1", device=device)
+    new = dict(long=50, gib="5.00", least=100, most=2400, theirs="1,250", apart="1,200", error="2.5e-2", device=device)
+    page = TIED.format(**old)
+    assert tables.rendered(page, tmp_path, device) == TIED.format(**new)
+    assert tables.rendered(TIED.format(**new), tmp_path, device) == TIED.format(**new)
+    assert tables.untied(page) == ["7 ms", "3 ms"]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("3 ms | preference | long | ours | ms", "expected '3 ms' in the text above"),
+        ("1 ms | preference | lang | ours | ms", "expected one line of a csv.*got 0"),
+        ("1 ms | preference | * | ours | ms", "expected one line of a csv.*got 2"),
+        ("1 ms | preference | * | nobody | most ms", "expected one line or more of a csv.*got 0"),
+        ("1 ms | preference | long | ours | seconds", "expected a column of the csv.*'seconds'"),
+        ("1 ms | preference | long | ours", "expected `words with a figure"),
+        ("much | preference | long | ours | ms", "expected `words with a figure"),
+    ],
+)
+def test_sources_that_say_nothing_are_refused(tmp_path, monkeypatch, line, told):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measure, tables = pytest.importorskip("measure"), pytest.importorskip("tables")
+    device = few_lines(measure, tmp_path)
+    with pytest.raises(SystemExit, match=told):
+        tables.rendered(f"It takes 1 ms, not 13 ms, much.\n\n<!-- sources:\n{line}\n-->\n", tmp_path, device)
+
+
+def test_each_family_has_a_figure(tmp_path, monkeypatch):
+    """Of lines that its file has, with a time for each bar; one family is drawn."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measure, plots = pytest.importorskip("measure"), pytest.importorskip("plots")
+    files = {path.name for path in measure.RESULTS.glob(f"*-{plots.DEVICE}.csv") if "curves" not in path.name}
+    files -= {f"swap-ranks-{plots.DEVICE}.csv"}
+    assert files == {f"{family.replace('_', '-')}-{plots.DEVICE}.csv" for family in plots.FIGURES}
+    for family, spec in plots.FIGURES.items():
+        lines = measure.read_csv(measure.RESULTS / f"{family.replace('_', '-')}-{plots.DEVICE}.csv")
+        for case in spec.cases:
+            for panel in spec.panels:
+                missing = [name for name in spec.names if len(panel.values(lines, case, name)) != 1]
+                assert not missing, (family, case, panel)
+            assert not spec.floor or len(plots.TIME.values(lines, case, spec.floor)) == 1, (family, case)
+    monkeypatch.setattr(plots, "FIGURES", {family: plots.FIGURES[family] for family in ("preference", "trainers")})
+    plots.main(tmp_path, "svg", plots.DEVICE, measure.RESULTS)
+    for family in plots.FIGURES:
+        drawn = (tmp_path / f"{family}.svg").read_text()
+        assert "fill: #ffffff" in drawn and drawn.rstrip().endswith("</svg>")
+
+
+def test_a_family_without_a_file_has_no_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    plots = pytest.importorskip("plots")
+    plots.main(tmp_path / "out", "svg", "another", tmp_path)
+    assert capsys.readouterr().out.count("no figure, expected its cases in") == len(plots.FIGURES)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_table_of_lines(tmp_path, monkeypatch):
