@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from types import EllipsisType
+from types import EllipsisType, ModuleType
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -39,7 +39,15 @@ PADDING = 0.05
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option may be: finite ones from ``low`` to ``high``, an open end left out."""
+    """The numbers that an option may be: finite ones from ``low`` to ``high``, an open end left out.
+
+    Example:
+        >>> from chunked_embed.checks import Range
+        >>> 0.5 in Range(0, 1), float("nan") in Range(0, 1)
+        (True, False)
+        >>> print(Range(0, 1, low_open=True))
+        a number in (0, 1]
+    """
 
     low: float = -math.inf
     high: float = math.inf
@@ -77,7 +85,18 @@ def is_number(value: object) -> bool:
 
 
 def number(name: str, value: Any, allowed: Range = FINITE) -> float:
-    """A number that stays one: what learns, or lives on a device, is an argument and not an option."""
+    """A number that stays one: what learns, or lives on a device, is an argument and not an option.
+
+    Example:
+        >>> from chunked_embed import checks
+        >>> checks.number("beta", 0.1, checks.POSITIVE)
+        0.1
+        >>> try:
+        ...     checks.number("beta", -0.1, checks.POSITIVE)
+        ... except ValueError as error:
+        ...     print(error)
+        expected beta to be a positive, finite number, got -0.1
+    """
     return _number(name, value, allowed, "")
 
 
@@ -86,6 +105,13 @@ def number_or_none(name: str, value: Any, allowed: Range = FINITE) -> float | No
 
 
 def integer(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """An integer from ``low`` to ``high``, of Python or NumPy; no boolean.
+
+    Example:
+        >>> from chunked_embed import checks
+        >>> checks.integer("chunk_size", 64, low=1)
+        64
+    """
     return _integer(name, value, low, high, "")
 
 
@@ -119,6 +145,14 @@ def scalar(name: str, value: Any, allowed: Range = FINITE) -> float | Tensor:  #
 
     A tensor on the CPU that does not learn is a number. One on another device is not looked at: a value outside of
     ``allowed`` goes on to the loss.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import checks
+        >>> checks.scalar("scale", 20.0, checks.POSITIVE)
+        20.0
+        >>> checks.scalar("scale", torch.tensor([20.0], requires_grad=True)).shape  # one that learns stays a tensor
+        torch.Size([])
     """
     if not isinstance(value, Tensor):
         return number(name, value, allowed)
@@ -147,12 +181,26 @@ def scalar_tensor(  # -> ()
 
 
 def choice(name: str, value: Any, choices: Collection[str | None]) -> Any:
+    """One of ``choices``.
+
+    Example:
+        >>> from chunked_embed import checks
+        >>> checks.choice("tail", "bucket", ("bucket", "renorm"))
+        'bucket'
+    """
     if not (value is None or isinstance(value, str)) or value not in choices:
         raise ValueError(f"expected {name} to be one of {_listed(choices)}, got {_told(value)}")
     return value
 
 
 def flag(name: str, value: Any) -> bool:
+    """True or False, and not what counts as such.
+
+    Example:
+        >>> from chunked_embed import checks
+        >>> checks.flag("normalize", True)
+        True
+    """
     if not isinstance(value, bool):
         raise TypeError(f"expected {name} to be True or False, got {_told(value)}")
     return value
@@ -218,7 +266,18 @@ def tensor(
     kind: Kind | None = None,
     grad: bool | None = None,
 ) -> Tensor:
-    """A dense tensor in memory. ``grad=False``: one that does not learn."""
+    """A dense tensor in memory. ``grad=False``: one that does not learn.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import checks
+        >>> x = checks.tensor("hidden", torch.zeros(2, 3, 8), (..., "features"), kind="floating")
+        >>> try:
+        ...     checks.tensor("weight", torch.zeros(4, 7), ("vocabulary", 8))
+        ... except ValueError as error:
+        ...     print(error)
+        expected weight of shape (vocabulary, 8), got (4, 7)
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"expected {name} to be a tensor, got {kind_of(value)}")
     if device is not None and value.device != device:
@@ -403,3 +462,18 @@ def _fits(shape: Shape, found: tuple[int, ...]) -> bool:
 def _shape_text(shape: Shape) -> str:
     text = ", ".join("..." if size is ... else str(size) for size in shape)
     return f"({text},)" if len(shape) == 1 and shape[0] is not ... else f"({text})"
+
+
+def own_package(found: ModuleType, own: str) -> ModuleType:
+    """A package of this distribution, and not another one of that name: it has ``own``, which no other has.
+
+    Raises:
+        ImportError: it is another one; says where its file is.
+    """
+    if hasattr(found, own):
+        return found
+    where = found.__file__ or ", ".join(found.__path__)
+    raise ImportError(
+        f"expected the package {found.__name__} of chunked-embed, got another one of that name, {where}: rename or "
+        "uninstall it, and see python -m chunked_embed doctor"
+    )

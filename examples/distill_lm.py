@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import common
 import docstrings
 import teacher_topk
 import typer
@@ -126,7 +127,7 @@ def main(
             teacher_topk.check(big, k, temperature)
         small = load_lm(student) if student else llama(*sizes[1], tokenizer, block, seed + 1)
     except ValueError as error:
-        console.print(f"[red]Error:[/] {error}")
+        common.show_error(error)
         raise typer.Exit(2) from error
 
     setting = Setting(batch_size, 0.1, compiled, bf16, seed, output)
@@ -458,4 +459,4 @@ def plot(history: list[dict[str, Any]], names: list[str], title: str, file: Path
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    common.run(main)

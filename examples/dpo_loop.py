@@ -13,46 +13,30 @@ datasets, transformers, rich and typer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import preferences
-import torch
+import common
 import typer
-from accelerate.utils import set_seed
-from datasets import Dataset, disable_progress_bars
-from loop_parts import (
-    for_each_row,
-    inputs,
-    logps,
-    make_accelerator,
-    micro_batch,
-    save,
-    show_pretraining,
-    take_step,
-    whole_steps,
-)
-from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import get_linear_schedule_with_warmup
-from transformers.utils import logging
 
-import alignment
-from chunked_embed import Head, LossOutput, causal_lm
+if TYPE_CHECKING:  # imported below where they are used: --help and a wrong option answer at once
+    from datasets import Dataset
+    from torch import Tensor
 
-LOSSES: dict[str, Callable[..., Any]] = {
-    "dpo": alignment.DPOLoss,
-    "ipo": partial(alignment.DPOLoss, loss_type="ipo"),
-    "mpo": partial(alignment.DPOLoss, loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]),
-    "irpo": alignment.IRPOLoss,
-    "dpop": alignment.DPOPLoss,
-    "fpo": alignment.FPOLoss,
-    "cpo": alignment.CPOLoss,
-    "simpo": alignment.SimPOLoss,
-    "orpo": alignment.ORPOLoss,
+    from chunked_embed import Head, LossOutput
+
+LOSSES: dict[str, tuple[str, dict[str, Any]]] = {  # classes of alignment, and their options
+    "dpo": ("DPOLoss", {}),
+    "ipo": ("DPOLoss", {"loss_type": "ipo"}),
+    "mpo": ("DPOLoss", {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}),
+    "irpo": ("IRPOLoss", {}),
+    "dpop": ("DPOPLoss", {}),
+    "fpo": ("FPOLoss", {}),
+    "cpo": ("CPOLoss", {}),
+    "simpo": ("SimPOLoss", {}),
+    "orpo": ("ORPOLoss", {}),
 }
 LOGGED = ("step", "loss", "margin", "accuracy")
 
@@ -83,6 +67,18 @@ def main(
     seed: int = 0,
 ) -> None:
     """Train, logging every step, and evaluate before and after."""
+    import preferences
+    import torch
+    from accelerate.utils import set_seed
+    from datasets import disable_progress_bars
+    from loop_parts import inputs, logps, make_accelerator, micro_batch, save, show_pretraining, take_step, whole_steps
+    from torch.utils.data import DataLoader
+    from transformers import get_linear_schedule_with_warmup
+    from transformers.utils import logging
+
+    import alignment
+    from chunked_embed import causal_lm
+
     accelerator = make_accelerator(bf16, accumulate, seed)
     set_seed(seed)
     disable_progress_bars()
@@ -90,7 +86,8 @@ def main(
     try:
         if loss not in LOSSES:
             raise ValueError(f"--loss {loss}: expected one of {', '.join(LOSSES)}")
-        loss_fn = LOSSES[loss](compiled=compiled, **({"beta": beta} if beta else {}))
+        name, options = LOSSES[loss]
+        loss_fn = getattr(alignment, name)(compiled=compiled, **options, **({"beta": beta} if beta else {}))
         micro = micro_batch(batch_size, accelerator, accumulate)
         train, test = preferences.load_pairs(dataset, subset, pairs, held_out, seed)
         policy, tokenizer = preferences.load_model(
@@ -172,6 +169,9 @@ def main(
 
 def collate(rows: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
     """2B sequences, chosen ones first."""
+    import preferences
+    import torch
+
     batch: dict[str, Any] = preferences.collate(rows, pad_token_id)
     if "ref_logps" in rows[0]:
         batch["ref_logps"] = torch.tensor([row["ref_logps"] for row in rows]).T.flatten()
@@ -182,6 +182,7 @@ def with_reference(
     split: Dataset, model: Any, accelerator: Any, size: int, collator: Any, compiled: bool | None
 ) -> Dataset:
     """A column more: the log-probabilities of both completions by the model as it is before training."""
+    from loop_parts import for_each_row, logps
 
     def of_pairs(batch: dict[str, Any]) -> Tensor:  # (B, 2)
         return logps(accelerator, model, batch, compiled).view(2, -1).T.contiguous()
@@ -191,10 +192,12 @@ def with_reference(
 
 def per_pair(metrics: dict[str, Tensor]) -> Tensor:  # (B, 3)
     """Margin of rewards, whether it is positive, and whether the chosen completion is the likelier one."""
+    import torch
+
     chosen, rejected = metrics["rewards/chosen"], metrics["rewards/rejected"]
     logps = metrics["logps/chosen"], metrics["logps/rejected"]
     return torch.stack([chosen - rejected, chosen > rejected, logps[0] > logps[1]], 1)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    common.run(main)

@@ -13,44 +13,28 @@ datasets, matplotlib, transformers, rich and typer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import preferences
-import torch
+import common
 import typer
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 from common import console
-from datasets import Dataset, disable_progress_bars
-from loop_parts import (
-    for_each_row,
-    inputs,
-    logps,
-    make_accelerator,
-    micro_batch,
-    save,
-    show_pretraining,
-    take_step,
-    whole_steps,
-)
 from rich.table import Table
-from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import get_linear_schedule_with_warmup
-from transformers.utils import logging
 
-import alignment
-from alignment.functional import kto_kl
-from chunked_embed import Head, LossOutput, causal_lm
+if TYPE_CHECKING:  # imported below where they are used: --help and a wrong option answer at once
+    from accelerate import Accelerator
+    from datasets import Dataset
+    from torch import Tensor
 
-LOSSES: dict[str, Callable[..., Any]] = {
-    "kto": alignment.KTOLoss,
-    "apo_zero_unpaired": partial(alignment.KTOLoss, loss_type="apo_zero_unpaired"),
-    "bco": alignment.BCOLoss,
+    from chunked_embed import Head, LossOutput
+
+LOSSES: dict[str, tuple[str, dict[str, Any]]] = {  # classes of alignment, and their options
+    "kto": ("KTOLoss", {}),
+    "apo_zero_unpaired": ("KTOLoss", {"loss_type": "apo_zero_unpaired"}),
+    "bco": ("BCOLoss", {}),
 }
 LOGGED = ("step", "loss", "desirable", "undesirable", "point")
 
@@ -86,6 +70,18 @@ def main(
     seed: int = 0,
 ) -> None:
     """Train, logging every step, and evaluate before and after."""
+    import preferences
+    import torch
+    from accelerate.utils import set_seed
+    from datasets import disable_progress_bars
+    from loop_parts import inputs, logps, make_accelerator, micro_batch, save, show_pretraining, take_step, whole_steps
+    from torch.utils.data import DataLoader
+    from transformers import get_linear_schedule_with_warmup
+    from transformers.utils import logging
+
+    from alignment.functional import kto_kl
+    from chunked_embed import causal_lm
+
     accelerator = make_accelerator(bf16, accumulate, seed)
     set_seed(seed)
     disable_progress_bars()
@@ -258,6 +254,9 @@ def with_mismatched(split: Dataset, size: int, max_length: int) -> Dataset:
 
 def collate(rows: list[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
     """A batch of B sequences, and under ``mismatched`` B more where the rows have completions for it."""
+    import preferences
+    import torch
+
     batch: dict[str, Any] = preferences.collate(rows, pad_token_id, ["completion_ids"])
     if "mismatched_ids" in rows[0]:
         batch["mismatched"] = preferences.collate(rows, pad_token_id, ["mismatched_ids"])
@@ -273,6 +272,7 @@ def with_reference(
     split: Dataset, model: Any, accelerator: Accelerator, size: int, collator: Any, compiled: bool | None
 ) -> Dataset:
     """Columns more: the log-probabilities of completions, and of mismatched ones, by the model before training."""
+    from loop_parts import for_each_row, logps
 
     def score(batch: dict[str, Any], part: str) -> Tensor:  # (B,)
         return logps(accelerator, model, batch[part] if part else batch, compiled)
@@ -291,8 +291,11 @@ def with_reference(
 
 
 def make_loss(name: str, beta: float, weights: tuple[float, float], compiled: bool | None) -> Any:
+    import alignment
+
     of_class = {} if name == "bco" else dict(zip(("desirable_weight", "undesirable_weight"), weights))
-    return LOSSES[name](beta=beta, compiled=compiled, **of_class)
+    kind, options = LOSSES[name]
+    return getattr(alignment, kind)(beta=beta, compiled=compiled, **options, **of_class)
 
 
 class Log(list):
@@ -307,7 +310,7 @@ class Log(list):
 
 def point_of(out: LossOutput | dict[str, Tensor], beta: float) -> Tensor:
     """The reward from which on the loss holds a completion to be desirable: delta, or beta times kl."""
-    metrics = out.metrics if isinstance(out, LossOutput) else out
+    metrics = out if isinstance(out, dict) else out.metrics
     found = metrics["delta"] if "delta" in metrics else beta * metrics["kl"]
     return found.flatten()[0]
 
@@ -315,6 +318,8 @@ def point_of(out: LossOutput | dict[str, Tensor], beta: float) -> Tensor:
 def means_of(found: Sequence[LossOutput], beta: float, accelerator: Accelerator) -> list[float]:
     """Of a step: the loss, rewards of desirable and undesirable sequences, and the reference point at its end. A class
     counts by its sequences, of which a process may have none."""
+    import torch
+
     sums = []
     for out in found:
         one = torch.ones_like(out.loss)
@@ -376,6 +381,7 @@ def rich_table(rows: list[dict[str, Any]], loss: str) -> Table:
 
 def plot(log: Sequence[Sequence[float]], after: dict[str, Tensor], title: str, path: Path) -> None:
     import matplotlib
+    import torch
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -400,4 +406,4 @@ def plot(log: Sequence[Sequence[float]], after: dict[str, Tensor], title: str, p
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    common.run(main)

@@ -19,7 +19,7 @@ from typing import Any
 
 import docstrings
 import torch
-from common import load_splits
+from common import load_splits, one_line
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -141,11 +141,17 @@ def load_model(
     """(model, tokenizer): of a folder or the hub, or made on the spot and pre-trained for some steps."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"--dtype {dtype}: expected a dtype of torch, such as float32 or bfloat16")
     if name:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        except (OSError, ValueError) as error:  # no such folder, no such name, no network, no model in it
+            raise ValueError(f"--model {name}: {one_line(error)}") from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device), tokenizer
+        return model.to(device), tokenizer
     texts = [column for column in ("prompt", *SIDES) if column in train.column_names]
     if not all(isinstance(train[0][column], str) for column in texts):
         raise ValueError("conversations need a model with a chat template: name one with --model")

@@ -25,6 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import common
 import docstrings
 import typer
 from common import console, quiet_and_offline
@@ -100,7 +101,7 @@ def main(
             told={"model": teacher},
         )
     except (ValueError, TypeError) as error:
-        console.print(f"[red]Error:[/] {error}")
+        common.show_error(error)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on.")
@@ -403,4 +404,4 @@ def fingerprint(model: nn.Module) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    common.run(main)

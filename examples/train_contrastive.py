@@ -24,6 +24,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
+import common
 import docstrings
 import typer
 from common import (
@@ -158,7 +159,7 @@ def main(
         }
         checkpoint = begin(output, run, resume)
     except ValueError as error:
-        console.print(f"[red]Error:[/] {error}")
+        common.show_error(error)
         raise typer.Exit(2) from error
     held_out = held_out.select(range(min(len(held_out), POOL if not quick else 100)))
     show_rows(train, held_out)
@@ -376,4 +377,4 @@ def callbacks(loss: nn.Module, model: nn.Module, stop_after: int) -> list[Any]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    common.run(main)

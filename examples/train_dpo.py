@@ -20,6 +20,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import common
 import typer
 from common import console, has_fast_bf16, quiet_and_offline
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -92,7 +93,7 @@ def main(
             if not len(encoded):
                 raise ValueError(f"nothing of the held-out completions is left at --max-length {max_length}")
         except ValueError as error:
-            console.print(f"[red]Error:[/] {error}")
+            common.show_error(error)
             raise typer.Exit(2) from error
         show(train, test)
 
@@ -294,4 +295,4 @@ def running_mean(values: list[float], window: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    common.run(main)

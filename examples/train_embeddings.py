@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import common
 import docstrings
 import typer
 from common import (
@@ -83,7 +84,7 @@ def main(
             raise ValueError(f"--batch-size {batch_size} is more than the {len(train)} training rows that there are")
         network = load_model(model, max_seq_length)
     except ValueError as error:
-        console.print(f"[red]Error:[/] {error}")
+        common.show_error(error)
         raise typer.Exit(2) from error
     held_out = held_out.select(range(min(len(held_out), EVALUATED // (8 if quick else 1))))
     dim = network.get_embedding_dimension()
@@ -314,4 +315,4 @@ def loss_table(measurements: list, name: str) -> Table:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    common.run(main)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +44,112 @@ def run(example: str, *arguments: str | Path, launcher: tuple[str, ...] = ()) ->
 
 def train(tmp_path: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
     return run("train_embeddings.py", "--output", tmp_path, *arguments)
+
+
+# ---- a careless user
+
+PROGRAMS = sorted(f.name for f in EXAMPLES.glob("*.py") if "__main__" in f.read_text())
+TRAINING = [name for name in PROGRAMS if name != "custom_loss.py"]
+NEEDED = {"teacher_topk.py": ("--teacher", "no/such")}  # options without a default
+MISNAMED = {"distill_embeddings.py": "--teacher", "distill_lm.py": "--teacher", "teacher_topk.py": "--teacher"}
+HEAVY = ("transformers", "datasets", "accelerate", "sentence_transformers", "trl")
+
+
+def refused(example: str, *arguments: str | Path, launcher: tuple[str, ...] = ()) -> str:
+    """What it says where it does not run, in a line or two."""
+    result = run(example, *NEEDED.get(example, ()), *arguments, launcher=launcher)
+    said = " ".join((result.stdout + result.stderr).replace("│", " ").split())
+    assert result.returncode == 2, said
+    assert "Traceback" not in said
+    return said
+
+
+def test_programs_are_those_that_there_are():
+    assert len(PROGRAMS) == 10
+
+
+@pytest.mark.parametrize("example", PROGRAMS)
+def test_help_does_no_work(example, tmp_path):
+    """Nor imports the libraries that take seconds; torch comes where a loss is defined at the top."""
+    result = run(example, "--help", launcher=("-X", "importtime"))
+    assert result.returncode == 0 and "sage:" in result.stdout
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
+    heavy = HEAVY if example == "custom_loss.py" else (*HEAVY, "torch")
+    assert not imported & {*heavy} and len(imported) > 50
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "expected a folder to write to" in refused("train_embeddings.py", "--output", tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("example", TRAINING)
+def test_a_data_set_that_is_not_there_is_named(example, tmp_path):
+    """By each: all begin by way of ``common.run``, which looks at what the options name."""
+    assert "--dataset no/such.csv: no such file" in refused(
+        example, "--dataset", "no/such.csv", "--output", tmp_path / "out"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", TRAINING)
+def test_a_model_that_is_not_there_is_named(example, tmp_path, code):
+    option = MISNAMED.get(example, "--model")
+    given = () if example in NEEDED else (option, "no/such")
+    small = ("--batch-size", "64") if example == "train_contrastive.py" else ()
+    said = refused(example, *given, *small, "--dataset", code, "--output", tmp_path / "out")
+    assert "no/such" in said and len(said) < 1500
+
+
+FAILING = """
+import common, errno, sys, pathlib
+sys.argv = ["example"]
+def main(output: pathlib.Path = pathlib.Path("runs")):
+    {statement}
+common.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("raise OSError(errno.ENOSPC, 'No space left on device', 'model.bin')", "No space left on device: 'model.bin'"),
+        ("raise RuntimeError('PytorchStreamWriter failed writing file data/0')", "PytorchStreamWriter failed writing"),
+        ("raise RuntimeError('I/O error: No space left on device (os error 28)')", "No space left on device"),
+        ("import no_such_library", "needs no_such_library: pip install 'chunked-embed[demo]'"),
+        ("raise ModuleNotFoundError(name='trl.trainer')", "needs trl: pip install 'chunked-embed[demo,trl]'"),
+        ("open('no/such')", "No such file or directory: 'no/such'"),
+        ("raise RuntimeError('a mistake of ours')", None),
+    ],
+)
+def test_what_goes_wrong_on_the_way_is_told_in_a_line(statement, message):
+    command = [sys.executable, "-c", FAILING.format(statement=statement)]
+    result = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, timeout=300, env=ENV)
+    if message is None:  # of which a traceback says more
+        assert result.returncode == 1 and "a mistake of ours" in result.stderr
+        return
+    assert result.returncode == 2 and not result.stderr
+    assert message in result.stdout and result.stdout.startswith("Error: ") and result.stdout.count("\n") == 1
+
+
+def test_without_the_extra_an_example_names_it(tmp_path):
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(\"No module named 'typer'\", name='typer')")
+    env = {**ENV, "PYTHONPATH": f"{tmp_path}{os.pathsep}{EXAMPLES.parent}"}
+    command = [sys.executable, str(EXAMPLES / "dpo_loop.py"), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert result.returncode == 1
+    assert result.stderr == "Error: the examples need typer: pip install 'chunked-embed[demo]'\n"
+
+
+def test_a_full_disk_is_told_before_any_work(monkeypatch, tmp_path, capsys):
+    import common
+
+    common.check_writable("--output", tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 << 20))
+    with pytest.raises(SystemExit) as left:
+        common.check_writable("--output", tmp_path)
+    assert left.value.code == 2 and "expected 100 MiB free, got 5" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -37,14 +37,19 @@ Each trainer is imported when it is asked for, so that one which TRL no longer h
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from chunked_embed import checks
+
 from .. import functional as AF
 from ..losses import DPOPLoss, FPOLoss, IRPOLoss, RDPOLoss, TDPOLoss
 from ..pairs import PairLoss
+
+checks.own_package(sys.modules["alignment"], "PreferenceLoss")
 
 if TYPE_CHECKING:
     from .cpo import ChunkedCPOTrainer
@@ -71,7 +76,13 @@ LOSS_TYPES: dict[str, Callable[..., PairLoss]] = {
     **{f"fpo_{name}": partial(FPOLoss, divergence=name) for name in AF.FPO_DIVERGENCES},
 }
 """What ``DPOConfig(loss_type=...)`` may name, alone, besides TRL's own and "cdpo", conservative DPO. For numbers other
-than beta give ``loss=``."""
+than beta give ``loss=``.
+
+Example:
+    >>> from alignment.trl import LOSS_TYPES
+    >>> sorted(LOSS_TYPES)[:4]
+    ['dpop', 'fpo_alpha', 'fpo_chi_squared', 'fpo_dpo']
+"""
 
 TESTED = "1.16."
 HOMES = {
