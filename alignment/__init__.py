@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from chunked_embed import __version__ as __version__
+
 from . import functional
 from .losses import (
     AlphaPOLoss,

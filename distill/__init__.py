@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from chunked_embed import __version__ as __version__
+
 from .divergences import DIVERGENCES, Divergence
 from .losses import (
     AdaptiveKLLoss,

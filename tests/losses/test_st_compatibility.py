@@ -157,7 +157,12 @@ def test_a_name_of_a_later_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_plain_and_cached(name: str, make: Callable, model: SentenceTransformer) -> None:
-    theirs = run(make(getattr(library, name), name), model, name)
+    try:
+        theirs = run(make(getattr(library, name), name), model, name)
+    except RuntimeError as error:  # labels that it casts to float32, in a float64 model under torch 2.11
+        if "Found dtype Float but expected Double" not in str(error):
+            raise
+        pytest.skip(f"the library's own: {error}")
     assert theirs[1]
     assert_same(run(make(getattr(losses, name), name), model, name), theirs)
     later = make(getattr(losses, name), name)
