@@ -33,7 +33,14 @@ def mean_logps(
     logps: Tensor,  # (B,)
     count: Tensor,  # (B,)
 ) -> Tensor:
-    """Log-probability per token; zero for an empty completion."""
+    """Log-probability per token; zero for an empty completion.
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> AF.mean_logps(torch.tensor([-6.0, 0.0]), torch.tensor([3, 0]))
+        tensor([-2.,  0.])
+    """
     return logps / count.clamp_min(1)
 
 
@@ -41,12 +48,26 @@ def token_mean_nll(
     logps: Tensor,  # (B,)
     count: Tensor,  # (B,)
 ) -> Tensor:
-    """Each sequence's share of the negative log-likelihood per token: the mean over the batch is the token mean."""
+    """Each sequence's share of the negative log-likelihood per token: the mean over the batch is the token mean.
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> AF.token_mean_nll(torch.tensor([-6.0, -2.0]), torch.tensor([3, 1])).mean()  # 8 nats over 4 tokens
+        tensor(2.)
+    """
     return -logps * (len(logps) / count.sum().clamp_min(1))
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """``log(1 - exp(x))`` for ``x <= 0``, without cancellation; x is kept below zero, so that the result is finite."""
+    """``log(1 - exp(x))`` for ``x <= 0``, without cancellation; x is kept below zero, so that the result is finite.
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> AF.log1mexp(torch.tensor([-1e-6, -1.0, -50.0]))
+        tensor([-1.3816e+01, -4.5868e-01, -1.9287e-22])
+    """
     x = x.clamp(max=-1e-12)
     near = x > -math.log(2)
     # Each branch sees arguments of its own side only: a gradient through the other would be 0 * inf.
@@ -55,7 +76,14 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def capped_exp(x: Tensor) -> Tensor:
-    """``exp(x)``, constant beyond 80, where float32 would soon overflow; infinite where x is."""
+    """``exp(x)``, constant beyond 80, where float32 would soon overflow; infinite where x is.
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> AF.capped_exp(torch.tensor([0.0, 200.0])).isfinite()
+        tensor([True, True])
+    """
     return torch.where(x == math.inf, x, torch.exp(x.clamp(max=80.0)))
 
 
@@ -63,7 +91,14 @@ def smoothed_logistic(
     z: Tensor,  # (B,)
     label_smoothing: float,
 ) -> Tensor:
-    """``-(1 - e) logsigmoid(z) - e logsigmoid(-z)``: the preference is right with probability 1 - e."""
+    """``-(1 - e) logsigmoid(z) - e logsigmoid(-z)``: the preference is right with probability 1 - e.
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> AF.smoothed_logistic(torch.tensor([2.0, -2.0]), 0.1)
+        tensor([0.3269, 1.9269])
+    """
     loss = -F.logsigmoid(z)
     if label_smoothing == 0:
         return loss
@@ -85,7 +120,14 @@ F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "js": lambda ratio, f_alpha: math.log(2) + F.logsigmoid(ratio),
     "alpha": _alpha,
 }
-"""``f'(u)`` by name, as a function of ``log u`` (the log-ratio of policy and reference) and of the order alpha."""
+"""``f'(u)`` by name, as a function of ``log u`` (the log-ratio of policy and reference) and of the order alpha.
+
+Example:
+    >>> import torch
+    >>> from alignment import functional as AF
+    >>> AF.F_DIVERGENCES["js"](torch.tensor([0.0, 2.0]), 0.5)
+    tensor([0.0000, 0.5662])
+"""
 
 
 # --- DPO -------------------------------------------------------------------------------------------------------------
@@ -93,7 +135,17 @@ F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 @dataclass(frozen=True)
 class Ratios:
-    """What the DPO losses look at, each ``(B,)``. What none of them asks for is not formed."""
+    """What the DPO losses look at, each ``(B,)``. What none of them asks for is not formed.
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> chosen, rejected = torch.tensor([-10.0, -8.0]), torch.tensor([-12.0, -7.0])
+        >>> given = chosen, rejected, chosen - 1.0, rejected + 1.0, torch.tensor([4, 4]), torch.tensor([5, 2])
+        >>> x = AF.ratios(*given, f_divergence="reverse_kl", f_alpha=0.5)
+        >>> x.delta, x.policy
+        (tensor([2., 2.]), tensor([ 2., -1.]))
+    """
 
     chosen: Tensor  # lc
     rejected: Tensor  # lr
@@ -244,7 +296,13 @@ DPO_LOSSES: dict[str, Callable[[Ratios, DPONumbers], Tensor]] = {
     "discopop": _discopop,
     "sft": _sft,
 }
-"""The ``loss_type`` of ``DPOLoss`` by name."""
+"""The ``loss_type`` of ``DPOLoss`` by name.
+
+Example:
+    >>> from alignment import functional as AF
+    >>> len(AF.DPO_LOSSES), sorted(AF.DPO_LOSSES)[:3]
+    (16, ['aot', 'aot_unpaired', 'apo_down'])
+"""
 
 SORTING = frozenset({"aot", "aot_unpaired"})
 """Loss types whose rows are no pairs any more: they sort the batch."""
@@ -266,7 +324,18 @@ def ratios(
     f_alpha: float,
     nll: Tensor | None = None,
 ) -> Ratios:
-    """The vectors that ``DPO_LOSSES`` take; ``nll`` defaults to the token mean of these pairs."""
+    """The vectors that ``DPO_LOSSES`` take; ``nll`` defaults to the token mean of these pairs.
+
+    Example:
+        >>> import torch
+        >>> from alignment import DPOLoss
+        >>> from alignment import functional as AF
+        >>> chosen, rejected = torch.tensor([-10.0, -8.0]), torch.tensor([-12.0, -7.0])
+        >>> given = chosen, rejected, chosen - 1.0, rejected + 1.0, torch.tensor([4, 4]), torch.tensor([5, 2])
+        >>> x = AF.ratios(*given, f_divergence="reverse_kl", f_alpha=0.5)
+        >>> AF.DPO_LOSSES["sigmoid"](x, DPOLoss(beta=0.1))
+        tensor([0.5981, 0.5981])
+    """
     return Ratios(
         chosen - ref_chosen,
         rejected - ref_rejected,
@@ -287,7 +356,16 @@ def wpo_weight(
     chosen_tokens: Tensor,
     rejected_tokens: Tensor,
 ) -> Tensor:
-    """``w_c w_r`` with ``w = exp(mean_t(logp_t - log sum_v p_v^2))``, detached (https://arxiv.org/abs/2406.11827)."""
+    """``w_c w_r`` with ``w = exp(mean_t(logp_t - log sum_v p_v^2))``, detached (https://arxiv.org/abs/2406.11827).
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> chosen, rejected = torch.tensor([-10.0, -8.0]), torch.tensor([-12.0, -7.0])
+        >>> squares, tokens = torch.tensor([-4.0, -3.0]), torch.tensor([4, 4])
+        >>> AF.wpo_weight(chosen, rejected, squares, squares, tokens, tokens)
+        tensor([0.0302, 0.1054])
+    """
     of_chosen = mean_logps(chosen - chosen_squares, chosen_tokens)
     return torch.exp(of_chosen + mean_logps(rejected - rejected_squares, rejected_tokens)).detach()
 
@@ -296,12 +374,28 @@ def wpo_weight(
 
 
 def irpo(chosen_ratio: Tensor, rejected_ratio: Tensor, chosen_mean: Tensor, *, beta: float, alpha: float) -> Tensor:
-    """``-logsigmoid(b(lc - lr)) - alpha c / nc``"""
+    """``-logsigmoid(b(lc - lr)) - alpha c / nc``
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> chosen, rejected = torch.tensor([1.0, 0.5]), torch.tensor([-1.0, 0.5])  # log-ratios to the reference
+        >>> AF.irpo(chosen, rejected, torch.tensor([-2.0, -1.0]), beta=0.1, alpha=1.0)
+        tensor([2.5981, 1.6931])
+    """
     return -F.logsigmoid(beta * (chosen_ratio - rejected_ratio)) - alpha * chosen_mean
 
 
 def dpop(chosen_ratio: Tensor, rejected_ratio: Tensor, *, beta: float, dpop_lambda: float) -> Tensor:
-    """``-logsigmoid(b(lc - lr - lambda relu(-lc)))``"""
+    """``-logsigmoid(b(lc - lr - lambda relu(-lc)))``
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> chosen, rejected = torch.tensor([1.0, 0.5]), torch.tensor([-1.0, 0.5])  # log-ratios to the reference
+        >>> AF.dpop(chosen, rejected, beta=0.1, dpop_lambda=50.0)
+        tensor([0.5981, 0.6931])
+    """
     return -F.logsigmoid(beta * (chosen_ratio - rejected_ratio - dpop_lambda * F.relu(-chosen_ratio)))
 
 
@@ -314,7 +408,15 @@ def rdpo(
     beta: float,
     length_weight: float,
 ) -> Tensor:
-    """``-logsigmoid(b(lc - lr) + w(nc - nr))``"""
+    """``-logsigmoid(b(lc - lr) + w(nc - nr))``
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> chosen, rejected = torch.tensor([1.0, 0.5]), torch.tensor([-1.0, 0.5])  # log-ratios to the reference
+        >>> AF.rdpo(chosen, rejected, torch.tensor([4, 4]), torch.tensor([5, 2]), beta=0.1, length_weight=0.01)
+        tensor([0.6027, 0.6832])
+    """
     longer = chosen_tokens - rejected_tokens
     return -F.logsigmoid(beta * (chosen_ratio - rejected_ratio) + length_weight * longer)
 
@@ -329,7 +431,16 @@ def tdpo(
     loss_type: str,
     kl_weight: float,
 ) -> Tensor:
-    """``-logsigmoid(b(lc - lr - d))``: ``d = kr - kc`` (tdpo1) or ``w(kr - stop_gradient(kc))`` (tdpo2), k the KLs"""
+    """``-logsigmoid(b(lc - lr - d))``: ``d = kr - kc`` (tdpo1) or ``w(kr - stop_gradient(kc))`` (tdpo2), k the KLs
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> chosen, rejected = torch.tensor([1.0, 0.5]), torch.tensor([-1.0, 0.5])  # log-ratios to the reference
+        >>> kl = torch.tensor([0.5, 0.2]), torch.tensor([0.1, 0.4])
+        >>> AF.tdpo(chosen, rejected, *kl, beta=0.1, loss_type="tdpo2", kl_weight=0.5)
+        tensor([0.5892, 0.6982])
+    """
     delta = rejected_kl - chosen_kl if loss_type == "tdpo1" else kl_weight * (rejected_kl - chosen_kl.detach())
     return -F.logsigmoid(beta * (chosen_ratio - rejected_ratio - delta))
 
@@ -338,7 +449,15 @@ def tdpo(
 
 
 def cpo(chosen: Tensor, rejected: Tensor, *, loss_type: str, beta: float, label_smoothing: float) -> Tensor:
-    """The preference term of CPO: ``sigmoid``, ``hinge``, or ``ipo``, which takes log-probabilities per token"""
+    """The preference term of CPO: ``sigmoid``, ``hinge``, or ``ipo``, which takes log-probabilities per token
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> chosen, rejected = torch.tensor([-10.0, -8.0]), torch.tensor([-12.0, -7.0])
+        >>> AF.cpo(chosen, rejected, loss_type="sigmoid", beta=0.1, label_smoothing=0.0)
+        tensor([0.5981, 0.7444])
+    """
     if loss_type == "ipo":
         return (chosen - rejected - 1 / (2 * beta)).square()
     if loss_type == "hinge":
@@ -347,7 +466,15 @@ def cpo(chosen: Tensor, rejected: Tensor, *, loss_type: str, beta: float, label_
 
 
 def simpo(chosen_mean: Tensor, rejected_mean: Tensor, *, beta: float, gamma: float, label_smoothing: float) -> Tensor:
-    """``-logsigmoid(b(c / nc - r / nr) - gamma)``"""
+    """``-logsigmoid(b(c / nc - r / nr) - gamma)``
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> chosen_mean, rejected_mean = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.5])
+        >>> AF.simpo(chosen_mean, rejected_mean, beta=2.0, gamma=0.5, label_smoothing=0.0)
+        tensor([0.4741, 1.7014])
+    """
     return smoothed_logistic(beta * (chosen_mean - rejected_mean) - gamma, label_smoothing)
 
 
@@ -355,23 +482,53 @@ def alphapo_reward(
     x: Tensor,  # (B,), log-probability per token
     reward_alpha: float,
 ) -> Tensor:
-    """``(1 - exp(-a x)) / a``, and x itself for a = 0: SimPO of these is AlphaPO"""
+    """``(1 - exp(-a x)) / a``, and x itself for a = 0: SimPO of these is AlphaPO
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> AF.alphapo_reward(torch.tensor([-1.0, -2.0]), 0.25)
+        tensor([-1.1361, -2.5949])
+        >>> AF.alphapo_reward(torch.tensor([-1.0, -2.0]), 0.0)
+        tensor([-1., -2.])
+    """
     return x if reward_alpha == 0 else (1 - capped_exp(-reward_alpha * x)) / reward_alpha
 
 
 def log_odds(chosen_mean: Tensor, rejected_mean: Tensor) -> Tensor:
-    """``log(odds(chosen) / odds(rejected))`` with ``odds = p / (1 - p)``, p per token"""
+    """``log(odds(chosen) / odds(rejected))`` with ``odds = p / (1 - p)``, p per token
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> AF.log_odds(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.5]))
+        tensor([ 0.7062, -0.6071])
+    """
     chosen, rejected = log1mexp(torch.stack([chosen_mean, rejected_mean])).unbind(0)
     return (chosen_mean - rejected_mean) - (chosen - rejected)
 
 
 def orpo(chosen_mean: Tensor, rejected_mean: Tensor, *, beta: float) -> Tensor:
-    """``-b logsigmoid(log odds ratio)``: the preference term of ORPO"""
+    """``-b logsigmoid(log odds ratio)``: the preference term of ORPO
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> AF.orpo(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.5]), beta=0.1)
+        tensor([0.0401, 0.1042])
+    """
     return of_odds(log_odds(chosen_mean, rejected_mean), beta=beta)
 
 
 def of_odds(log_odds: Tensor, *, beta: float) -> Tensor:
-    """The same, where the ratio is known"""
+    """The same, where the ratio is known
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> AF.of_odds(torch.tensor([0.7, -0.7]), beta=0.1)
+        tensor([0.0403, 0.1103])
+    """
     return -beta * F.logsigmoid(log_odds)
 
 
@@ -383,7 +540,15 @@ def slic(
     delta: float,
     alpha: float,
 ) -> Tensor:
-    """``relu(delta - c + r) - alpha log p(y_ref)``"""
+    """``relu(delta - c + r) - alpha log p(y_ref)``
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> chosen, rejected = torch.tensor([-10.0, -8.0]), torch.tensor([-12.0, -7.0])
+        >>> AF.slic(chosen, rejected, chosen, delta=1.0, alpha=0.1)
+        tensor([1.0000, 2.8000])
+    """
     return F.relu(delta - chosen + rejected) - alpha * sft_logps
 
 
@@ -424,7 +589,13 @@ FPO_DIVERGENCES: dict[str, Callable[[Densities], Tensor]] = {
     "total_variation": lambda x: 0.5 * (x.log_p.exp() - x.log_q.exp()).abs().sum(0),
     "chi_squared": lambda x: ((x.log_p.exp() - x.log_q.exp()).square() / x.log_q.exp()).sum(0),
 }
-"""``sum q f(p / q)`` by the name of f, with p and q over the pair."""
+"""``sum q f(p / q)`` by the name of f, with p and q over the pair.
+
+Example:
+    >>> from alignment import functional as AF
+    >>> sorted(AF.FPO_DIVERGENCES)[:4]
+    ['alpha', 'chi_squared', 'dpo', 'exo']
+"""
 
 
 def fpo(
@@ -436,7 +607,15 @@ def fpo(
     gamma: float,
     divergence_order: float,
 ) -> Tensor:
-    """``sum q f(p / q)``, ``p = softmax(b [chosen - gamma / b, rejected])``, ``q = [1, exp(-10)]``"""
+    """``sum q f(p / q)``, ``p = softmax(b [chosen - gamma / b, rejected])``, ``q = [1, exp(-10)]``
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> numbers = {"beta": 2.0, "gamma": 0.5, "divergence_order": 0.1}
+        >>> AF.fpo(torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0]), divergence="js", **numbers)
+        tensor([0.0101, 0.6626])
+    """
     log_p = torch.stack([beta * chosen - gamma, beta * rejected]).log_softmax(0)
     of_rejected = torch.full_like(log_p[1], LOG_EPSILON)
     log_q = torch.stack([torch.zeros_like(of_rejected), of_rejected])
@@ -450,7 +629,16 @@ def kto_kl(
     logps: Tensor,  # (B,), of completions that belong to other prompts
     ref_logps: Tensor,  # (B,)
 ) -> Tensor:
-    """KTO's reference point: ``max(0, mean(logps - ref_logps))``, detached"""
+    """KTO's reference point: ``max(0, mean(logps - ref_logps))``, detached
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> AF.kto_kl(torch.tensor([-10.0, -8.0]), torch.tensor([-11.0, -8.0]))
+        tensor(0.5000)
+        >>> AF.kto_kl(torch.tensor([-11.0, -8.0]), torch.tensor([-10.0, -8.0]))  # not below zero
+        tensor(0.)
+    """
     return (logps - ref_logps).detach().mean().clamp_min(0)
 
 
@@ -463,7 +651,16 @@ def kto(
     desirable_weight: float,
     undesirable_weight: float,
 ) -> Tensor:
-    """Desirable: ``1 - sigmoid(b(l - kl))``; undesirable: ``1 - sigmoid(b(kl - l))``; each with its class's weight"""
+    """Desirable: ``1 - sigmoid(b(l - kl))``; undesirable: ``1 - sigmoid(b(kl - l))``; each with its class's weight
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> good = torch.tensor([True, False])
+        >>> numbers = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
+        >>> AF.kto(torch.tensor([1.0, 1.0]), good, torch.tensor(0.5), **numbers)
+        tensor([0.4875, 0.5125])
+    """
     z = beta * (ratio - kl)
     return torch.where(desirable, desirable_weight * torch.sigmoid(-z), undesirable_weight * torch.sigmoid(z))
 
@@ -475,6 +672,13 @@ def bco(
     *,
     beta: float,
 ) -> Tensor:
-    """Desirable: ``-logsigmoid(b l - delta)``; undesirable: ``-logsigmoid(delta - b l)``"""
+    """Desirable: ``-logsigmoid(b l - delta)``; undesirable: ``-logsigmoid(delta - b l)``
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> AF.bco(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), torch.tensor(0.05), beta=0.1)
+        tensor([0.6685, 0.7185])
+    """
     z = beta * ratio - delta
     return -F.logsigmoid(torch.where(desirable, z, -z))

@@ -88,6 +88,7 @@ class DPOLoss(PairLoss):
 
     Example:
         >>> import torch
+        >>> from alignment import DPOLoss
         >>> from chunked_embed import Head
         >>> hidden = torch.randn(4, 6, 8, requires_grad=True)  # two pairs: both chosen ones, then both rejected ones
         >>> weight = torch.randn(11, 8, requires_grad=True)  # an LM head over 11 tokens
@@ -207,6 +208,15 @@ class IRPOLoss(PairLoss):
     """Iterative reasoning preference optimisation: ``-logsigmoid(b (lc - lr)) - alpha c / nc``.
 
     https://arxiv.org/abs/2404.19733
+
+    Example:
+        >>> import torch
+        >>> from alignment import IRPOLoss
+        >>> hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)  # two pairs, chosen first
+        >>> target = torch.randint(0, 11, (4, 6))
+        >>> loss = IRPOLoss(beta=0.1, alpha=1.0)
+        >>> out = loss(hidden, head, target, ref_logps=torch.full((4,), -10.0))
+        >>> out.loss.backward()
     """
 
     beta: float = HELD
@@ -221,6 +231,15 @@ class DPOPLoss(PairLoss):
 
     The penalty keeps the chosen completion from becoming less likely than under the reference.
     https://arxiv.org/abs/2402.13228
+
+    Example:
+        >>> import torch
+        >>> from alignment import DPOPLoss
+        >>> hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)  # two pairs, chosen first
+        >>> target = torch.randint(0, 11, (4, 6))
+        >>> loss = DPOPLoss(beta=0.1, dpop_lambda=50.0)
+        >>> out = loss(hidden, head, target, ref_logps=torch.full((4,), -10.0))
+        >>> out.loss.backward()
     """
 
     beta: float = HELD
@@ -234,6 +253,15 @@ class RDPOLoss(PairLoss):
     """Length-regularised DPO: ``-logsigmoid(b (lc - lr) + length_weight (nc - nr))``.
 
     https://arxiv.org/abs/2403.19159
+
+    Example:
+        >>> import torch
+        >>> from alignment import RDPOLoss
+        >>> hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)  # two pairs, chosen first
+        >>> target = torch.randint(0, 11, (4, 6))
+        >>> loss = RDPOLoss(beta=0.1, length_weight=0.01)
+        >>> out = loss(hidden, head, target, ref_logps=torch.full((4,), -10.0))
+        >>> out.loss.backward()
     """
 
     beta: float = HELD
@@ -252,6 +280,18 @@ class TDPOLoss(PairLoss):
 
     The divergence is over the whole vocabulary, so the reference must be given as hidden states and a head.
     https://arxiv.org/abs/2404.11999
+
+    Example:
+        >>> import torch
+        >>> from alignment import TDPOLoss
+        >>> from chunked_embed import Head
+        >>> hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)  # two pairs, chosen first
+        >>> target = torch.randint(0, 11, (4, 6))
+        >>> policy, reference = Head(hidden, head), Head(torch.randn(4, 6, 8), head)
+        >>> out = TDPOLoss(beta=0.1)(policy, target=target, ref=reference)
+        >>> out.loss.backward()
+        >>> out.metrics["kl/chosen"].shape
+        torch.Size([2])
     """
 
     beta: float = HELD
@@ -287,6 +327,16 @@ class FPOLoss(PairLoss):
 
     Not f-DPO, which is ``DPOLoss(f_divergence=...)``; and "alpha" is not ``AlphaPOLoss``. Defaults of beta, gamma and
     of alpha's order a are those of the authors' trainer without a reference. https://arxiv.org/abs/2410.21662
+
+    Example:
+        >>> import torch
+        >>> from alignment import FPOLoss
+        >>> hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)  # two pairs, chosen first
+        >>> target = torch.randint(0, 11, (4, 6))
+        >>> loss = FPOLoss(divergence="js")
+        >>> out = loss(hidden, head, target)
+        >>> out.loss.backward()
+        >>> with_reference = loss(hidden, head, target, ref_logps=torch.full((4,), -10.0))
     """
 
     beta: float = number(2.0, POSITIVE, "scale of the scores")
@@ -332,6 +382,15 @@ class CPOLoss(PairLoss):
         ipo      (c / nc - r / nr - 1 / (2 b))^2
 
     https://arxiv.org/abs/2401.08417. The NLL counts the tokens of ``nll_target``, by default the completions'.
+
+    Example:
+        >>> import torch
+        >>> from alignment import CPOLoss
+        >>> hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)  # two pairs, chosen first
+        >>> target = torch.randint(0, 11, (4, 6))
+        >>> loss = CPOLoss(beta=0.1, alpha=1.0)
+        >>> out = loss(hidden, head, target)
+        >>> out.loss.backward()
     """
 
     beta: float = MARGIN_SCALE
@@ -359,6 +418,15 @@ class SimPOLoss(PairLoss):
     """Simple preference optimisation: ``-logsigmoid(b (c / nc - r / nr) - gamma)``, with label smoothing as in DPO.
 
     No NLL: that is ``CPOSimPOLoss``. Defaults are TRL's; the paper has beta 2 to 2.5. https://arxiv.org/abs/2405.14734
+
+    Example:
+        >>> import torch
+        >>> from alignment import SimPOLoss
+        >>> hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)  # two pairs, chosen first
+        >>> target = torch.randint(0, 11, (4, 6))
+        >>> loss = SimPOLoss(beta=2.0, gamma=1.0)
+        >>> out = loss(hidden, head, target)
+        >>> out.loss.backward()
     """
 
     beta: float = MARGIN_SCALE
@@ -373,7 +441,17 @@ class SimPOLoss(PairLoss):
 
 
 class CPOSimPOLoss(PairLoss):
-    """SimPO plus ``alpha`` times the chosen NLL per token (https://github.com/fe1ixxu/CPO_SIMPO)."""
+    """SimPO plus ``alpha`` times the chosen NLL per token (https://github.com/fe1ixxu/CPO_SIMPO).
+
+    Example:
+        >>> import torch
+        >>> from alignment import CPOSimPOLoss
+        >>> hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)  # two pairs, chosen first
+        >>> target = torch.randint(0, 11, (4, 6))
+        >>> loss = CPOSimPOLoss(beta=2.0, gamma=1.0, alpha=0.5)
+        >>> out = loss(hidden, head, target)
+        >>> out.loss.backward()
+    """
 
     beta: float = MARGIN_SCALE
     gamma: float = MARGIN
@@ -392,6 +470,15 @@ class AlphaPOLoss(PairLoss):
     """SimPO with another shape of reward: each mean log-probability x becomes ``(1 - exp(-a x)) / a``.
 
     ``a = reward_alpha``; zero is SimPO. With ``alpha``, the chosen NLL per token is added. https://arxiv.org/abs/2501.03884
+
+    Example:
+        >>> import torch
+        >>> from alignment import AlphaPOLoss
+        >>> hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)  # two pairs, chosen first
+        >>> target = torch.randint(0, 11, (4, 6))
+        >>> loss = AlphaPOLoss(beta=2.0, gamma=1.0, reward_alpha=0.25)
+        >>> out = loss(hidden, head, target)
+        >>> out.loss.backward()
     """
 
     beta: float = MARGIN_SCALE
@@ -419,6 +506,17 @@ class ORPOLoss(PairLoss):
 
     ``log odds ratio = (x - y) - (log(1 - exp x) - log(1 - exp y))``, ``x = c / nc``, ``y = r / nr``. In the paper and
     in TRL the NLL counts the prompt too: give ``nll_target`` for that. https://arxiv.org/abs/2403.07691
+
+    Example:
+        >>> import torch
+        >>> from alignment import ORPOLoss
+        >>> hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)  # two pairs, chosen first
+        >>> target = torch.randint(0, 11, (4, 6))
+        >>> loss = ORPOLoss(beta=0.1)
+        >>> out = loss(hidden, head, target)
+        >>> out.loss.backward()
+        >>> out.metrics["log_odds_ratio"].shape
+        torch.Size([2])
     """
 
     beta: float = number(0.1, POSITIVE, "weight of the preference")
@@ -438,6 +536,15 @@ class SLiCLoss(PairLoss):
     y regularises: by default the chosen completion (``nll_target`` may choose other tokens of that sequence). For
     another sequence give ``sft_logps`` ``(B,)``, with its gradient, as from ``linear_logps``.
     https://arxiv.org/abs/2305.10425
+
+    Example:
+        >>> import torch
+        >>> from alignment import SLiCLoss
+        >>> hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)  # two pairs, chosen first
+        >>> target = torch.randint(0, 11, (4, 6))
+        >>> loss = SLiCLoss(delta=1.0, alpha=0.1)
+        >>> out = loss(hidden, head, target)
+        >>> out.loss.backward()
     """
 
     delta: float = number(1.0, FINITE, "the margin that is asked for")
@@ -466,6 +573,18 @@ class KTOLoss(SequenceLoss):
     A call takes ``kl`` () as well: the batch's reference point, ``functional.kto_kl`` of mismatched completions (a mean
     over all processes, where there are several). It has no gradient, and counts as zero where negative.
     "apo_zero_unpaired" does not read it.
+
+    Example:
+        >>> import torch
+        >>> from alignment import KTOLoss
+        >>> hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)
+        >>> target, good = torch.randint(0, 11, (4, 6)), torch.tensor([True, False, False, True])
+        >>> ref_logps, kl = torch.full((4,), -14.0), torch.tensor(0.2)
+        >>> loss = KTOLoss(beta=0.1, desirable_weight=1.5)
+        >>> out = loss(hidden, head, target, good, ref_logps=ref_logps, kl=kl)
+        >>> out.loss.backward()
+        >>> out.metrics["rewards"].shape
+        torch.Size([4])
     """
 
     beta: float = HELD
@@ -530,6 +649,16 @@ class BCOLoss(SequenceLoss, RunningMean):
 
     A call takes ``sequence_weight`` (B,) as well, if you like: it multiplies each sequence's loss, and has no gradient
     (weights that match the undesirable prompts to the distribution of the desirable ones, say).
+
+    Example:
+        >>> import torch
+        >>> from alignment import BCOLoss
+        >>> hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)
+        >>> target, good = torch.randint(0, 11, (4, 6)), torch.tensor([True, False, False, True])
+        >>> loss = BCOLoss(beta=0.1)
+        >>> loss(hidden, head, target, good, ref_logps=torch.full((4,), -14.0)).loss.backward()
+        >>> loss.running_count  # of rewards seen so far
+        tensor(4., dtype=torch.float64)
     """
 
     beta: float = HELD

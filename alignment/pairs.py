@@ -33,7 +33,22 @@ MEANS = ("nll_loss", "entropy", "mean_token_accuracy", "logits/chosen", "logits/
 
 @dataclass(frozen=True)
 class PairScores:
-    """What the loss of a pair sees, each ``(B,)``. Log-probabilities are sums over the completion's tokens."""
+    """What the loss of a pair sees, each ``(B,)``. Log-probabilities are sums over the completion's tokens.
+
+    Example:
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> from alignment import PairLoss, PairScores
+        >>> class LeadLoss(PairLoss):
+        ...     takes_reference = False
+        ...     def pair_loss(self, x: PairScores):
+        ...         lead = x.chosen_mean - x.rejected_mean
+        ...         return F.relu(1.0 - lead), {"lead": lead.detach()}
+        >>> hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)  # two pairs, chosen first
+        >>> target = torch.randint(0, 11, (4, 6))
+        >>> LeadLoss()(hidden, head, target).metrics["lead"].shape
+        torch.Size([2])
+    """
 
     chosen: Tensor
     rejected: Tensor
@@ -72,15 +87,25 @@ class PairScores:
 class PairLoss(PreferenceLoss):
     """Base of the losses over pairs: a subclass states its numbers as fields, and ``pair_loss``.
 
-        class MarginLoss(PairLoss):
-            takes_reference = False
-            margin: float = number(1.0, POSITIVE, "least distance of the two, per token")
-
-            def pair_loss(self, x: PairScores) -> Tensor:
-                return F.relu(self.margin - x.chosen_mean + x.rejected_mean)
-
     ``loss(hidden, weight, target, ...)``, or ``loss(head, target=target, ...)``, takes both completions of each pair in
     one batch, all chosen ones first; ``forward`` says the rest.
+
+    Example:
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> from alignment import PairLoss
+        >>> from chunked_embed.checks import POSITIVE
+        >>> from chunked_embed.fields import number
+        >>> class MarginLoss(PairLoss):
+        ...     takes_reference = False
+        ...     margin: float = number(1.0, POSITIVE, "least distance of the two, per token")
+        ...     def pair_loss(self, x):
+        ...         return F.relu(self.margin - x.chosen_mean + x.rejected_mean)
+        >>> hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)  # two pairs, chosen first
+        >>> target = torch.randint(0, 11, (4, 6))
+        >>> MarginLoss(0.5)(hidden, head, target).loss.backward()
+        >>> MarginLoss(0.5)
+        MarginLoss(margin=0.5)
     """
 
     takes_nll_target: ClassVar[bool] = False

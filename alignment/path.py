@@ -36,7 +36,18 @@ TABLE = "table"
 
 @dataclass(frozen=True)
 class PreparedLoss:
-    """A call, ready to run: print its ``plan`` before."""
+    """A call, ready to run: print its ``plan`` before.
+
+    Example:
+        >>> import torch
+        >>> from alignment import SimPOLoss
+        >>> hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)  # two pairs, chosen first
+        >>> target = torch.randint(0, 11, (4, 6))
+        >>> prepared = SimPOLoss(chunk_size=8, compiled=False).prepare(hidden, head, target)
+        >>> prepared.plan.chunks, prepared.plan.used_rows
+        (4, 24)
+        >>> prepared.run().loss.backward()
+    """
 
     call: Any  # of the engine
     report: Callable[[Named], tuple[Named, Named]]  # the engine's metrics -> metrics, and their counts
@@ -56,6 +67,13 @@ class PreferenceLoss(ChunkFields, nn.Module):
     """A preference loss from hidden states and an LM head; the logits are never held whole.
 
     ``chunk_size``, ``max_chunk_bytes``, ``compiled`` and ``float32_outputs`` are as for ``FlexChunkLoss``.
+
+    Example:
+        >>> from alignment import DPOLoss, KTOLoss, PreferenceLoss
+        >>> issubclass(DPOLoss, PreferenceLoss), issubclass(KTOLoss, PreferenceLoss)
+        (True, True)
+        >>> DPOLoss(temperature=0.7, chunk_size=2048, token_metrics=False).token_metrics
+        False
     """
 
     _: KW_ONLY

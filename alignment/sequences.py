@@ -18,7 +18,18 @@ from .path import TABLE, Extra, Named, PreferenceLoss, PreparedLoss, Result, wid
 
 @dataclass(frozen=True)
 class SequenceScores:
-    """What the loss of a single sequence sees, each ``(B,)``. Log-probabilities are sums over its tokens."""
+    """What the loss of a single sequence sees, each ``(B,)``. Log-probabilities are sums over its tokens.
+
+    Example:
+        >>> import torch
+        >>> from alignment import SequenceLoss, SequenceScores
+        >>> class Signed(SequenceLoss):
+        ...     def sequence_loss(self, x: SequenceScores):
+        ...         return torch.where(x.desirable, -x.ratio, x.ratio) / x.tokens
+        >>> hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)
+        >>> target, good = torch.randint(0, 11, (4, 6)), torch.tensor([True, False, False, True])
+        >>> Signed()(hidden, head, target, good, ref_logps=torch.full((4,), -14.0)).loss.backward()
+    """
 
     logps: Tensor
     ref_logps: Tensor  # of the reference
@@ -39,6 +50,23 @@ class SequenceLoss(PreferenceLoss):
 
     ``loss(hidden, weight, target, preference_labels, ...)``, or ``loss(head, target=target, ...)``; ``forward`` says
     the rest.
+
+    Example:
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> from alignment import SequenceLoss
+        >>> from chunked_embed.checks import POSITIVE
+        >>> from chunked_embed.fields import number
+        >>> class LogisticLoss(SequenceLoss):
+        ...     beta: float = number(0.1, POSITIVE, "scale of the log-ratios")
+        ...     def sequence_loss(self, x):
+        ...         return -F.logsigmoid(self.beta * torch.where(x.desirable, x.ratio, -x.ratio))
+        >>> hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(11, 8)
+        >>> target, good = torch.randint(0, 11, (4, 6)), torch.tensor([True, False, False, True])
+        >>> out = LogisticLoss()(hidden, head, target, good, ref_logps=torch.full((4,), -14.0))
+        >>> out.loss.backward()
+        >>> out.metrics["rewards"].shape
+        torch.Size([4])
     """
 
     def sequence_loss(self, x: SequenceScores) -> Result:

@@ -50,6 +50,18 @@ class HeadOutput(NamedTuple):
     So each tensor that requires grad is represented by a zero of its graph, its *carrier*, and that is all that
     wrappers see. The tensors go past them, and so do their gradients, which come through the carriers' hooks as zeros
     and are handed over behind. What requires no grad has no carrier.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from chunked_embed import causal_lm
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> causal_lm.attach(model)
+        >>> ids = torch.randint(0, 64, (2, 8))
+        >>> out = model(input_ids=ids, head_fn=lambda head: {"logps": head.shifted().logps(ids[:, 1:])})
+        >>> out.value["logps"].shape, out.aux_loss
+        (torch.Size([2, 7]), None)
     """
 
     carriers: Tensor | tuple[Tensor, ...]
@@ -77,6 +89,19 @@ def attach(model: Any) -> None:
     Raises:
         TypeError: not a causal language model with a linear head, or with an adapter on it of a kind that is not known.
         ValueError: a head that is offloaded, or known adapters in a setting that is not.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from chunked_embed import causal_lm
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> causal_lm.attach(model)
+        >>> ids = torch.randint(0, 64, (2, 8))
+        >>> out = model(input_ids=ids, head_fn=lambda head: -head.shifted().logps(ids[:, 1:]).mean())
+        >>> out.value.backward()
+        >>> model.lm_head.weight.grad.shape
+        torch.Size([64, 16])
     """
     base = unwrapped(model)
     for name in ("base_model", "get_output_embeddings", "config"):
@@ -130,7 +155,17 @@ def _autocast(model: Any) -> torch.autocast | None:
 
 
 def unwrapped(model: Any) -> Any:
-    """The causal language model in wrappers: of torch (DDP, FSDP1, compile), DeepSpeed, PEFT."""
+    """The causal language model in wrappers: of torch (DDP, FSDP1, compile), DeepSpeed, PEFT.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from chunked_embed import causal_lm
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> causal_lm.unwrapped(torch.compile(model)) is model
+        True
+    """
     *_, last = _wrappers(model)
     return last
 
@@ -181,6 +216,19 @@ def capture(model: nn.Module, inputs: Mapping[str, Any]) -> Head:
 
     Raises:
         ValueError: a model that was not attached.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from chunked_embed import causal_lm
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> causal_lm.attach(model)
+        >>> head = causal_lm.capture(model, {"input_ids": torch.randint(0, 64, (2, 8))})
+        >>> head
+        Head(hidden=(2, 8, 16), weight=(64, 16), logit_scale=1.0, logit_softcap=None)
+        >>> head.hidden.requires_grad
+        False
     """
     found: list[Head] = []
     sharded = _is_sharded(model)
@@ -308,7 +356,16 @@ def _map(fn: Callable[[Any], Any], value: Any) -> Any:
 
 
 def logit_transform(config: Any) -> tuple[float, float | None]:
-    """Scale and soft-cap of a model's logits, under the names that transformers' configs have for them."""
+    """Scale and soft-cap of a model's logits, under the names that transformers' configs have for them.
+
+    Example:
+        >>> from transformers import Gemma2Config, LlamaConfig
+        >>> from chunked_embed import causal_lm
+        >>> causal_lm.logit_transform(LlamaConfig())
+        (1.0, None)
+        >>> causal_lm.logit_transform(Gemma2Config())
+        (1.0, 30.0)
+    """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
 
     def first(*names: str) -> float | None:
@@ -351,6 +408,15 @@ def check(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: they differ by more than rounding; no ``input_ids``; a model that was not attached.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from chunked_embed import causal_lm
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> causal_lm.attach(model)
+        >>> causal_lm.check(model, {"input_ids": torch.randint(0, 64, (2, 8))})  # nothing to say
     """
     if "input_ids" not in checks.named("inputs", inputs):
         raise ValueError(f"expected input_ids among the inputs, got {list(inputs)}")
@@ -399,7 +465,19 @@ def check(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A model in eval mode, and each module in its own mode afterwards."""
+    """A model in eval mode, and each module in its own mode afterwards.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from chunked_embed import causal_lm
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> with causal_lm.evaluating(model):
+        ...     print(model.training)
+        False
+        >>> model.training
+        True
+    """
     # At every step, of modules by the thousand: modules() and setting attributes would take ten times as long.
     modules = [model]
     for module in modules:  # which grow by those inside

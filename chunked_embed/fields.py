@@ -48,7 +48,16 @@ class Table(dict[str, "Field"]):
 
 @dataclass(frozen=True)
 class Field:
-    """A default, and what else is known of an option. ``number`` and its like make them."""
+    """A default, and what else is known of an option. ``number`` and its like make them.
+
+    Example:
+        >>> from chunked_embed.checks import POSITIVE
+        >>> from chunked_embed.fields import Fields, number
+        >>> class Margin(Fields):
+        ...     margin: float = number(1.0, POSITIVE, "least distance")
+        >>> Margin.fields["margin"].doc, Margin.fields["margin"].default
+        ('least distance', 1.0)
+    """
 
     default: Any
     check: Callable[[str, Any], Any] = _anything
@@ -76,23 +85,63 @@ def number(
     limits: tuple[float, ...] = (),
     by_position: bool = False,
 ) -> Any:
-    """A number in ``allowed``. None is one more value of a number whose default it is."""
+    """A number in ``allowed``. None is one more value of a number whose default it is.
+
+    Example:
+        >>> from chunked_embed.checks import POSITIVE
+        >>> from chunked_embed.fields import Fields, number
+        >>> class Numbers(Fields):
+        ...     margin: float = number(1.0, POSITIVE, "least distance")
+        ...     cap: float | None = number(None, POSITIVE)  # None is a value, too
+        >>> Numbers(2, cap=30.0).cap
+        30.0
+    """
     check = partial(checks.number if default is not None else checks.number_or_none, allowed=allowed)
     text = "" if allowed == FINITE else f"{allowed}{'' if default is not None else ', or None'}"
     return Field(default, check, doc, text, allowed, limits, by_position=by_position)
 
 
 def integer(default: int | None, low: int | None = None, high: int | None = None, doc: str = "") -> Any:
+    """An integer from ``low`` to ``high``. None is one more value of one whose default it is.
+
+    Example:
+        >>> from chunked_embed.fields import Fields, integer
+        >>> class Power(Fields):
+        ...     p: int = integer(1, 1, 2)  # 1 or 2
+        >>> Power(2).p
+        2
+    """
     check = checks.integer if default is not None else checks.integer_or_none
     return Field(default, partial(check, low=low, high=high), doc)
 
 
 def choice(default: str | None, choices: Collection[str | None], doc: str = "") -> Any:
+    """One of ``choices``.
+
+    Example:
+        >>> from chunked_embed.fields import Fields, choice
+        >>> class Kind(Fields):
+        ...     kind: str = choice("hinge", ("hinge", "squared"))
+        >>> try:
+        ...     Kind("square")
+        ... except ValueError as error:
+        ...     print(error)
+        expected kind to be one of ['hinge', 'squared'], got 'square'
+    """
     told = all(f'"{name}"' in doc for name in choices)
     return Field(default, partial(checks.choice, choices=choices), doc, "" if told else " or ".join(map(repr, choices)))
 
 
 def flag(default: bool, doc: str = "") -> Any:
+    """True or False.
+
+    Example:
+        >>> from chunked_embed.fields import Fields, flag
+        >>> class Switch(Fields):
+        ...     detached: bool = flag(False)
+        >>> Switch(True).detached
+        True
+    """
     return Field(default, checks.flag, doc)
 
 
@@ -102,6 +151,21 @@ class Fields:
 
     Every annotation with a value is an option, but for a ``ClassVar``; those behind ``_: KW_ONLY`` go by keyword only.
     A class may have a constructor of its own instead, which hands the rest on: ``super().__init__(**options)``.
+
+    Example:
+        >>> from chunked_embed.checks import POSITIVE
+        >>> from chunked_embed.fields import choice, Fields, KW_ONLY, number
+        >>> class Margin(Fields):
+        ...     margin: float = number(1.0, POSITIVE, "least distance")
+        ...     _: KW_ONLY
+        ...     kind: str = choice("hinge", ("hinge", "squared"))
+        >>> Margin(0.5, kind="squared").kind
+        'squared'
+        >>> try:
+        ...     Margin(-1.0)
+        ... except ValueError as error:
+        ...     print(error)
+        expected margin to be a positive, finite number, got -1.0
     """
 
     fields: Mapping[str, Field] = {}
@@ -320,7 +384,15 @@ def _pointing(text: str, cls: type[Fields], own: Collection[str]) -> str:
 
 
 class ChunkFields(Fields):
-    """The options of chunks, which ``FlexChunkLoss`` explains."""
+    """The options of chunks, which ``FlexChunkLoss`` explains.
+
+    Example:
+        >>> from chunked_embed.fields import ChunkFields, number
+        >>> class Numbers(ChunkFields):
+        ...     margin: float = number(1.0)
+        >>> Numbers(0.5, chunk_size=1024).chunk_size
+        1024
+    """
 
     _: KW_ONLY
     chunk_size: int | None = None

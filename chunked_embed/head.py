@@ -34,6 +34,18 @@ class Head:
 
     Raises:
         TypeError, ValueError: what is no head, in a sentence.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import Head
+        >>> head = Head(torch.randn(2, 5, 8, requires_grad=True), torch.randn(11, 8), logit_softcap=30.0)
+        >>> head.shifted().hidden.shape  # the states that predict tokens 1 ... 4
+        torch.Size([2, 4, 8])
+        >>> head.logits().shape
+        torch.Size([2, 5, 11])
+        >>> head.logps(torch.randint(0, 11, (2, 5))).sum().backward()
+        >>> head
+        Head(hidden=(2, 5, 8), weight=(11, 8), logit_scale=1.0, logit_softcap=30.0)
     """
 
     hidden: Tensor  # (..., H)

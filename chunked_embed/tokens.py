@@ -24,7 +24,17 @@ from .loss import FlexChunkLoss
 
 
 class TokenLogps(NamedTuple):
-    """Each shaped like ``target``, zero on ignored tokens; None where not asked for. The first three differentiable."""
+    """Each shaped like ``target``, zero on ignored tokens; None where not asked for. The first three differentiable.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import linear_logps
+        >>> found = linear_logps(torch.zeros(2, 4), torch.randn(8, 4), torch.tensor([3, -100]))
+        >>> found.logps  # all tokens alike: -log 8; the second is ignored
+        tensor([-2.0794,  0.0000])
+        >>> found.entropy is None
+        True
+    """
 
     logps: Tensor | None = None
     lse: Tensor | None = None
@@ -83,6 +93,8 @@ def linear_logps(
         TypeError: mixed dtypes without autocast, targets that are not integers.
 
     Example:
+        >>> import torch
+        >>> from chunked_embed import linear_logps
         >>> hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(11, 4)
         >>> found = linear_logps(hidden, weight, torch.randint(0, 11, (2, 3)), outputs=("logps", "entropy"))
         >>> found.logps.sum().backward()
@@ -126,6 +138,18 @@ class TokenStatistics(FlexChunkLoss):
             two.
         gradients_of: the statistics that have a gradient; the others are constants, such as metrics.
         options: of ``FlexChunkLoss``: its ``loss_fn`` may be given as a plain function of scores and groups.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import Projection, TokenStatistics
+        >>> def focal(scores, groups):  # sums over a segment's tokens; without segments each token is one
+        ...     logps = scores["logps"][:, 0]
+        ...     return -(1 - logps.exp()).square() * logps
+        >>> loss = TokenStatistics(("logps",), logit_scale=0.5, loss_fn=focal)
+        >>> hidden = torch.randn(6, 4, requires_grad=True)
+        >>> loss(Projection(hidden, torch.randn(9, 4)), rows={"target": torch.arange(6)}).loss.backward()
+        >>> hidden.grad.shape
+        torch.Size([6, 4])
     """
 
     def __init__(

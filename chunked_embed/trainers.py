@@ -78,6 +78,31 @@ class HeadTrainer:
     accumulation, PEFT's LoRA, DoRA, ``modules_to_save`` and ``trainable_token_indices`` on the head. Refused, with a
     sentence: what ``attach_model`` and ``check_once`` list. A model under ``torch.compile`` is served too: the loss in
     its forward stays out of that graph and is compiled by itself.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+        >>> from chunked_embed.trainers import HeadTrainer
+        >>> from distill import DistillLoss
+        >>> class SFTTrainer(HeadTrainer, Trainer):
+        ...     def __init__(self, *args, **kwargs):
+        ...         super().__init__(*args, **kwargs)
+        ...         self.loss = DistillLoss([("ce", 1.0)])  # without a teacher: the cross-entropy alone
+        ...         self.attach_model()
+        ...     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ...         arguments = {name: value for name, value in inputs.items() if name != "labels"}
+        ...         self.check_once(model, arguments)
+        ...         items = self.items_per_process(num_items_in_batch)
+        ...         out = self.run_loss(model, arguments, inputs["labels"][:, 1:], self.loss, num_items=items)
+        ...         return self.with_outputs(model, arguments, out.loss, return_outputs)
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        >>> ids = list(range(2, 12))
+        >>> args = TrainingArguments("runs", max_steps=1, report_to="none", save_strategy="no", disable_tqdm=True)
+        >>> rows = [{"input_ids": ids, "labels": ids}] * 4
+        >>> SFTTrainer(model, args, train_dataset=Dataset.from_list(rows)).train().global_step
+        {...}
+        1
     """
 
     model: Any  # these are Trainer's
@@ -319,6 +344,16 @@ def our_head(module: ModuleType) -> Iterator[None]:
 
     Raises:
         ImportError: a module of TRL's without a fused head, which then has nothing to replace.
+
+    Example:
+        >>> from chunked_embed.trainers import our_head
+        >>> from trl.trainer import dpo_trainer
+        >>> theirs = dpo_trainer.add_fused_lm_head
+        >>> with our_head(dpo_trainer):  # where the trainer is constructed
+        ...     print(dpo_trainer.add_fused_lm_head is theirs)
+        False
+        >>> dpo_trainer.add_fused_lm_head is theirs
+        True
     """
     ours = {"add_fused_lm_head": lambda model, **_: causal_lm.attach(model), "BaseTunerLayer": ()}
     kept = {name: getattr(module, name) for name in ours if hasattr(module, name)}

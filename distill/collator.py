@@ -29,6 +29,14 @@ class DistillCollator:
     Rows with ``seq_lengths``, into which TRL's ``pack_dataset`` packed documents of these lengths, become one row
     without padding, with position ids that restart at each document, the offsets that kernels read (``packing``), and
     ``row_lengths`` of the rows. The first token of a document is no label.
+
+    Example:
+        >>> from distill.collator import DistillCollator
+        >>> batch = DistillCollator()([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
+        >>> batch["input_ids"], batch["labels"]
+        (tensor([[5, 6, 7],
+                [8, 9, 0]]), tensor([[   5,    6,    7],
+                [   8,    9, -100]]))
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -66,6 +66,17 @@ class Divergence:
         tokenwise: a sum over tokens that may come in any order, some of them as one.
         workspace_bytes: bytes per output that it needs beside them (a sort: 12).
         averages: a mean over tokens: its gradient by a logit is about 1/V, which float16 must know.
+
+    Example:
+        >>> import torch
+        >>> from distill import DistillLoss, Divergence
+        >>> def overlap(student, teacher, *, power: float = 1.0):
+        ...     return 1 - torch.minimum(student.softmax(1), teacher.softmax(1)).pow(power).sum(1)
+        >>> entry = Divergence(overlap, needs_support=False)
+        >>> entry.name, dict(entry.fields)["power"].default
+        ('overlap', 1.0)
+        >>> DistillLoss([(entry, 1.0, {"power": 1.0})]).overlap_power
+        1.0
     """
 
     unchanging: ClassVar[bool] = True  # compiled steps need not compare it
@@ -162,9 +173,23 @@ def name_of(kind: Any) -> str:
 
 
 DIVERGENCES: dict[str, Divergence] = {}
+"""By name: what ``DistillLoss``, ``TopKLoss`` and the trainers take.
+
+Example:
+    >>> from distill import DIVERGENCES
+    >>> sorted(DIVERGENCES)[:4]
+    ['adaptive_kl', 'alpha_beta', 'cosine', 'earth_mover']
+"""
 
 
 def by_name(name: str) -> Divergence:
+    """An entry of ``DIVERGENCES``; an unknown name is a ``ValueError`` with the known ones.
+
+    Example:
+        >>> from distill import divergences as D
+        >>> D.by_name("jsd").name
+        'jsd'
+    """
     if name not in DIVERGENCES:
         raise ValueError(f"expected a divergence among {sorted(DIVERGENCES)}, or a function, got {name!r}")
     return DIVERGENCES[name]
@@ -183,7 +208,17 @@ def _known(*traits: Any) -> Divergence:
 
 
 def divergence(**traits: Any) -> Callable[[C], C]:
-    """Enter a function in ``DIVERGENCES``, by its name. ``traits`` are those of ``Divergence``."""
+    """Enter a function in ``DIVERGENCES``, by its name. ``traits`` are those of ``Divergence``.
+
+    Example:
+        >>> from distill import DistillLoss
+        >>> from distill import divergences as D
+        >>> @D.divergence()
+        ... def brier(student, teacher):
+        ...     return (student.softmax(1) - teacher.softmax(1)).square().sum(1)
+        >>> DistillLoss([("brier", 1.0)], temperature=2.0).temperature
+        2.0
+    """
 
     def enter(function: C) -> C:
         DIVERGENCES[function.__name__] = Divergence(function, **traits)
@@ -196,7 +231,17 @@ def divergence(**traits: Any) -> Callable[[C], C]:
 
 
 class LogProbs(NamedTuple):
-    """One side's distribution: its logits behind a softmax."""
+    """One side's distribution: its logits behind a softmax.
+
+    Example:
+        >>> import torch
+        >>> from distill import divergences as D
+        >>> @D.of_distributions
+        ... def entropy(student: D.LogProbs, teacher: D.LogProbs):
+        ...     return -(student.log.exp() * student.log).sum(1)
+        >>> entropy(torch.zeros(1, 4), torch.zeros(1, 4))  # log 4
+        tensor([1.3863])
+    """
 
     logits: Tensor  # (R, V), ``FLOOR`` for -inf
     log: Tensor  # log-softmax
@@ -229,7 +274,17 @@ class OfLogits(Protocol):
 
 def of_distributions(function: Callable[..., Tensor]) -> OfLogits:
     """Make a function of two ``LogProbs`` one of two tensors of logits. Several terms may share the softmax: for those
-    the function itself stays there, as ``core``."""
+    the function itself stays there, as ``core``.
+
+    Example:
+        >>> import torch
+        >>> from distill import divergences as D
+        >>> @D.of_distributions
+        ... def brier(student: D.LogProbs, teacher: D.LogProbs):
+        ...     return (student.log.exp() - teacher.p).square().sum(1)
+        >>> brier(torch.zeros(2, 4), torch.zeros(2, 4))  # of logits, from outside
+        tensor([0., 0.])
+    """
 
     @functools.wraps(function)
     def of_logits(student: Tensor, teacher: Tensor, **numbers: Any) -> Tensor:
@@ -293,14 +348,30 @@ def _log_mean(d: Tensor, beta: Number) -> Tensor:
 @divergence()
 @of_distributions
 def kl(student: LogProbs, teacher: LogProbs) -> Tensor:
-    """Forward KL: ``sum p log(p/q)``. Its gradient by the student's logits is ``q - p``."""
+    """Forward KL: ``sum p log(p/q)``. Its gradient by the student's logits is ``q - p``.
+
+    Example:
+        >>> import torch
+        >>> from distill import divergences as D
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.5, -1.0]])
+        >>> D.kl(student, teacher), D.kl(teacher, teacher)
+        (tensor([0.2149]), tensor([0.]))
+    """
     return _sum(excess(teacher.p, student.p, teacher.log - student.log), -teacher.p, student, total=-1.0)
 
 
 @divergence(needs_support=True)
 @of_distributions
 def reverse_kl(student: LogProbs, teacher: LogProbs) -> Tensor:
-    """Reverse KL: ``sum q log(q/p)``. Its gradient is ``q (log(q/p) - RKL)``. Infinite where p is zero and q is not."""
+    """Reverse KL: ``sum q log(q/p)``. Its gradient is ``q (log(q/p) - RKL)``. Infinite where p is zero and q is not.
+
+    Example:
+        >>> import torch
+        >>> from distill import divergences as D
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.5, -1.0]])
+        >>> D.reverse_kl(student, teacher)
+        tensor([0.1718])
+    """
     r = student.log - teacher.log
     return _sum(excess(student.p, teacher.p, r), student.p * r, student)
 
@@ -312,6 +383,13 @@ def jsd(student: LogProbs, teacher: LogProbs, *, beta: Number = number(0.5, UNIT
 
     Its gradient is ``(1-beta) q (log(q/m) - KL(q|m))``. By the convention of GKD, beta 0 is the forward and beta 1 the
     reverse KL (the formula itself is zero there).
+
+    Example:
+        >>> import torch
+        >>> from distill import divergences as D
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.5, -1.0]])
+        >>> D.jsd(student, teacher, beta=0.5)
+        tensor([0.0466])
     """
     if _is(beta, 0.0):
         return kl.core(student, teacher)
@@ -328,6 +406,13 @@ def skew_kl(student: LogProbs, teacher: LogProbs, *, skew: Number = number(0.1, 
     """Skew forward KL: ``KL(p | m)``, ``m = skew p + (1-skew) q``; skew 0 is the forward KL.
 
     Its gradient is ``q sum(c) - c`` with ``c = (1-skew) p q / m``.
+
+    Example:
+        >>> import torch
+        >>> from distill import divergences as D
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.5, -1.0]])
+        >>> D.skew_kl(student, teacher, skew=0.1)
+        tensor([0.1623])
     """
     if _is(skew, 0.0):
         return kl.core(student, teacher)
@@ -349,6 +434,13 @@ def skew_reverse_kl(
 
     Its gradient is ``c - q sum(c)`` with ``c = q (log(q/m) - skew q/m)``; with ``detach_mixture`` the mixture counts as
     a constant: ``q (log(q/m) - KL(q|m))``.
+
+    Example:
+        >>> import torch
+        >>> from distill import divergences as D
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.5, -1.0]])
+        >>> D.skew_reverse_kl(student, teacher, skew=0.1)
+        tensor([0.1430])
     """
     if _is(skew, 0.0):
         return reverse_kl.core(student, teacher)
@@ -374,6 +466,13 @@ def alpha_beta(
     ``-1/(a b) sum [p^a q^b - (a/s) p^s - (b/s) q^s]``; for ``b = 0`` its limit ``1/a^2 sum [p^a log(p^a/q^a) - p^a +
     q^a]``, which at ``a = 1`` is forward KL; for ``a = 0`` the same with p and q exchanged, reverse KL.
     Its gradient is ``c - q sum(c)`` with ``c = (q^s - p^a q^b) / a``, or ``q^b log(q/p)`` for ``a = 0``.
+
+    Example:
+        >>> import torch
+        >>> from distill import divergences as D
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.5, -1.0]])
+        >>> D.alpha_beta(student, teacher, ab_alpha=0.2, ab_beta=0.7)
+        tensor([0.2051])
     """
     a, b, log_q, log_p = ab_alpha, ab_beta, student.log, teacher.log
     if _is(a, 0.0) and _is(b, 0.0):
@@ -402,6 +501,13 @@ def adaptive_kl(student: LogProbs, teacher: LogProbs, *, head: Number = number(0
 
     The head are the teacher's most probable tokens, up to and including the one that brings their mass to ``head``
     (tokens that tie with it too); a gap is ``sum |p - q|`` over those tokens.
+
+    Example:
+        >>> import torch
+        >>> from distill import divergences as D
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.5, -1.0]])
+        >>> D.adaptive_kl(student, teacher, head=0.5)
+        tensor([0.1934])
     """
     p, q = teacher.p, student.p
     gap = (p - q).abs()
@@ -420,6 +526,13 @@ def taid(student: Tensor, teacher: Tensor, *, t: Number = number(0.4, UNIT, limi
     """TAID: the cross-entropy of q to ``p_t = softmax((1-t) student.detach() + t teacher)``.
 
     Its gradient is ``q - p_t``. It is an entropy, not zero, where the two are equal.
+
+    Example:
+        >>> import torch
+        >>> from distill import divergences as D
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.5, -1.0]])
+        >>> D.taid(student, teacher, t=0.4)
+        tensor([0.7119])
     """
     _same_width(student, teacher)
     start, teacher = student.detach(), teacher.detach()
@@ -434,21 +547,45 @@ def taid(student: Tensor, teacher: Tensor, *, t: Number = number(0.4, UNIT, limi
 @divergence()
 @of_distributions
 def tvd(student: LogProbs, teacher: LogProbs) -> Tensor:
-    """Total variation: ``1/2 sum |p - q|``."""
+    """Total variation: ``1/2 sum |p - q|``.
+
+    Example:
+        >>> import torch
+        >>> from distill import divergences as D
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.5, -1.0]])
+        >>> D.tvd(student, teacher)
+        tensor([0.2697])
+    """
     gap = student.p - teacher.p
     return _sum(0.5 * gap.abs(), 0.5 * student.p * gap.sign(), student)
 
 
 @divergence(tempered=False, needs_support=True, averages=True)
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """``1 - cos(student, teacher)`` of the logits themselves, as half the squared distance of their unit vectors."""
+    """``1 - cos(student, teacher)`` of the logits themselves, as half the squared distance of their unit vectors.
+
+    Example:
+        >>> import torch
+        >>> from distill import divergences as D
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.5, -1.0]])
+        >>> D.cosine(student, teacher)
+        tensor([0.1056])
+    """
     _same_width(student, teacher)
     return 0.5 * (F.normalize(student, dim=1) - F.normalize(teacher, dim=1)).square().sum(1)
 
 
 @divergence(tempered=False, needs_support=True, averages=True)
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the logits themselves: ``mean_V (student - teacher)^2``."""
+    """Mean squared difference of the logits themselves: ``mean_V (student - teacher)^2``.
+
+    Example:
+        >>> import torch
+        >>> from distill import divergences as D
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.5, -1.0]])
+        >>> D.mse(student, teacher)
+        tensor([0.4167])
+    """
     _same_width(student, teacher)
     return (student - teacher).square().mean(1)
 
@@ -458,6 +595,13 @@ def earth_mover(student: Tensor, teacher: Tensor, *, p: int = integer(1, 1, 2)) 
     """Earth mover's distance over token ids: ``sum_k |C_q(k) - C_p(k)| / (V-1)``, C the cumulative probabilities.
 
     ``p=2`` squares the differences instead: the Cramér distance. The order of token ids carries no meaning.
+
+    Example:
+        >>> import torch
+        >>> from distill import divergences as D
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.5, -1.0]])
+        >>> D.earth_mover(student, teacher, p=1)
+        tensor([0.1527])
     """
     _same_width(student, teacher)
     gap = (student.softmax(1) - teacher.softmax(1)).cumsum(1)
@@ -478,6 +622,13 @@ def kvd(
     ``kernel="linear"``: ``K = E E'`` with the unit rows of ``embedding`` ``(V, H)``, so ``|(q-p) E|^2``: two more
     products, there and back, each in two where E is in half precision. ``kernel="delta"``: K is the identity, the Brier
     score between p and q. Its gradient is ``u - q sum(u)`` with ``u = 2 q K (q-p)``.
+
+    Example:
+        >>> import torch
+        >>> from distill import divergences as D
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.5, -1.0]])
+        >>> D.kvd(student, teacher, kernel="delta")
+        tensor([0.1288])
     """
     q = student.p
     gap = q - teacher.p
@@ -497,6 +648,13 @@ def uld(student: Tensor, teacher: Tensor) -> Tensor:
     """Universal logit distillation: ``sum |sort(q) - sort(p)|``, the shorter vocabulary padded with zeros.
 
     Blind to which token is which: for unlike tokenizers, not for a shared one.
+
+    Example:
+        >>> import torch
+        >>> from distill import divergences as D
+        >>> student, teacher = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([[0.0, 2.0, -1.0, -5.0]])
+        >>> D.uld(student, teacher)  # sorted, nearly alike
+        tensor([0.0015])
     """
     sides = [z.softmax(1).sort(1, descending=True).values for z in (student, teacher)]
     width = max(side.shape[1] for side in sides)
@@ -505,7 +663,14 @@ def uld(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def ce(student: Tensor, target: Tensor) -> Tensor:  # (R, V), (R,) -> (R,)
-    """The hard loss: cross-entropy with the labels, ``-log q[target]``."""
+    """The hard loss: cross-entropy with the labels, ``-log q[target]``.
+
+    Example:
+        >>> import torch
+        >>> from distill import divergences as D
+        >>> D.ce(torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0]))
+        tensor([0.1698])
+    """
     return nll(normalized(student), target)
 
 

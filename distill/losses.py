@@ -78,6 +78,19 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
         report: further metrics, "student_entropy" and "teacher_agreement" (whether their top tokens are the same).
         chunk_size, max_chunk_bytes, compiled, float32_outputs: as for ``FlexChunkLoss``. With half-precision logits a
             divergence between close distributions is off by about a percent.
+
+    Example:
+        >>> import torch
+        >>> from distill import DistillationLoss, KLDivLoss
+        >>> student, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(6, 8)
+        >>> heads = torch.randn(11, 4), torch.randn(11, 8)
+        >>> loss = KLDivLoss(temperature=2.0, weight_hard=0.5, weight_soft=0.5, report="teacher_agreement")
+        >>> isinstance(loss, DistillationLoss)
+        True
+        >>> labels = torch.tensor([1, 2, 3, 4, -100, -100])
+        >>> sorted(loss(student, heads[0], teacher, heads[1], labels).means)
+        ['ce', 'kl', 'teacher_agreement']
+        >>> loss.temperature = 1.0  # counts from the next call on
     """
 
     entry: ClassVar[Divergence]
@@ -522,6 +535,8 @@ class KLDivLoss(DistillationLoss):
     Covers the teacher's modes. Metrics: "kl", and "ce" with a hard loss.
 
     Example:
+        >>> import torch
+        >>> from distill import KLDivLoss
         >>> student, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(6, 8)
         >>> loss = KLDivLoss(temperature=2.0, compiled=False)
         >>> out = loss(student, torch.randn(11, 4), teacher, torch.randn(11, 8))
@@ -539,6 +554,17 @@ class ReverseKLLoss(DistillationLoss):
     """Reverse KL, ``sum_v q log(q/p)``: seeks a mode of the teacher. Metrics: "reverse_kl".
 
     Reference: MiniLLM, https://arxiv.org/abs/2306.08543
+
+    Example:
+        >>> import torch
+        >>> from distill import ReverseKLLoss
+        >>> student, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(6, 8)
+        >>> heads = torch.randn(11, 4), torch.randn(11, 8)
+        >>> loss = ReverseKLLoss(temperature=2.0)
+        >>> out = loss(student, heads[0], teacher, heads[1])
+        >>> out.loss.backward()
+        >>> out.metrics["reverse_kl"].shape
+        torch.Size([6])
     """
 
     entry = DIVERGENCES["reverse_kl"]
@@ -550,6 +576,17 @@ class JSDLoss(DistillationLoss):
     ``beta=0`` is the forward and ``beta=1`` the reverse KL, as in TRL and Liger. Metrics: "jsd".
 
     Reference: GKD, https://arxiv.org/abs/2306.13649
+
+    Example:
+        >>> import torch
+        >>> from distill import JSDLoss
+        >>> student, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(6, 8)
+        >>> heads = torch.randn(11, 4), torch.randn(11, 8)
+        >>> loss = JSDLoss(beta=0.1)
+        >>> out = loss(student, heads[0], teacher, heads[1])
+        >>> out.loss.backward()
+        >>> out.metrics["jsd"].shape
+        torch.Size([6])
     """
 
     entry = DIVERGENCES["jsd"]
@@ -560,6 +597,17 @@ class SkewKLLoss(DistillationLoss):
     """Skew forward KL: ``KL(p | skew p + (1-skew) q)``. Metrics: "skew_kl".
 
     Reference: DistiLLM, https://arxiv.org/abs/2402.03898
+
+    Example:
+        >>> import torch
+        >>> from distill import SkewKLLoss
+        >>> student, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(6, 8)
+        >>> heads = torch.randn(11, 4), torch.randn(11, 8)
+        >>> loss = SkewKLLoss(skew=0.1)
+        >>> out = loss(student, heads[0], teacher, heads[1])
+        >>> out.loss.backward()
+        >>> out.metrics["skew_kl"].shape
+        torch.Size([6])
     """
 
     entry = DIVERGENCES["skew_kl"]
@@ -572,6 +620,17 @@ class SkewReverseKLLoss(DistillationLoss):
     ``detach_mixture=True`` takes no gradient through the mixture, as DistiLLM-2 does.
 
     Reference: DistiLLM, https://arxiv.org/abs/2402.03898, and DistiLLM-2, https://arxiv.org/abs/2503.07067
+
+    Example:
+        >>> import torch
+        >>> from distill import SkewReverseKLLoss
+        >>> student, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(6, 8)
+        >>> heads = torch.randn(11, 4), torch.randn(11, 8)
+        >>> loss = SkewReverseKLLoss(skew=0.1, detach_mixture=True)
+        >>> out = loss(student, heads[0], teacher, heads[1])
+        >>> out.loss.backward()
+        >>> out.metrics["skew_reverse_kl"].shape
+        torch.Size([6])
     """
 
     entry = DIVERGENCES["skew_reverse_kl"]
@@ -584,6 +643,17 @@ class TVDLoss(DistillationLoss):
     """Total variation distance: ``1/2 sum_v |p - q|``, between 0 and 1. Metrics: "tvd".
 
     Reference: f-DISTILL, https://arxiv.org/abs/2307.15190
+
+    Example:
+        >>> import torch
+        >>> from distill import TVDLoss
+        >>> student, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(6, 8)
+        >>> heads = torch.randn(11, 4), torch.randn(11, 8)
+        >>> loss = TVDLoss()
+        >>> out = loss(student, heads[0], teacher, heads[1])
+        >>> out.loss.backward()
+        >>> out.metrics["tvd"].shape
+        torch.Size([6])
     """
 
     entry = DIVERGENCES["tvd"]
@@ -597,6 +667,17 @@ class AlphaBetaLoss(DistillationLoss):
     and its limits at zero: (1, 0) is the forward KL and (0, 1) the reverse. Metrics: "alpha_beta".
 
     Reference: ABKD, https://arxiv.org/abs/2505.04560
+
+    Example:
+        >>> import torch
+        >>> from distill import AlphaBetaLoss
+        >>> student, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(6, 8)
+        >>> heads = torch.randn(11, 4), torch.randn(11, 8)
+        >>> loss = AlphaBetaLoss(ab_alpha=0.2, ab_beta=0.7)
+        >>> out = loss(student, heads[0], teacher, heads[1])
+        >>> out.loss.backward()
+        >>> out.metrics["alpha_beta"].shape
+        torch.Size([6])
     """
 
     entry = DIVERGENCES["alpha_beta"]
@@ -611,6 +692,17 @@ class AdaptiveKLLoss(DistillationLoss):
     Sorts the vocabulary. Metrics: "adaptive_kl".
 
     Reference: https://arxiv.org/abs/2404.02657
+
+    Example:
+        >>> import torch
+        >>> from distill import AdaptiveKLLoss
+        >>> student, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(6, 8)
+        >>> heads = torch.randn(11, 4), torch.randn(11, 8)
+        >>> loss = AdaptiveKLLoss(head=0.5)
+        >>> out = loss(student, heads[0], teacher, heads[1])
+        >>> out.loss.backward()
+        >>> out.metrics["adaptive_kl"].shape
+        torch.Size([6])
     """
 
     entry = DIVERGENCES["adaptive_kl"]
@@ -625,6 +717,18 @@ class TAIDLoss(DistillationLoss):
     not zero. Metrics: "taid".
 
     Reference: TAID, https://arxiv.org/abs/2501.16937
+
+    Example:
+        >>> import torch
+        >>> from distill import TAIDLoss
+        >>> student, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(6, 8)
+        >>> heads = torch.randn(11, 4), torch.randn(11, 8)
+        >>> loss = TAIDLoss(t=0.4)
+        >>> out = loss(student, heads[0], teacher, heads[1])
+        >>> out.loss.backward()
+        >>> out.metrics["taid"].shape
+        torch.Size([6])
+        >>> loss.t = 0.5  # a step later
     """
 
     entry = DIVERGENCES["taid"]
@@ -632,7 +736,19 @@ class TAIDLoss(DistillationLoss):
 
 
 class CosineSimilarityLoss(DistillationLoss):
-    """``1 - cos`` of the student's and the teacher's logits, without temperature. Metrics: "cosine"."""
+    """``1 - cos`` of the student's and the teacher's logits, without temperature. Metrics: "cosine".
+
+    Example:
+        >>> import torch
+        >>> from distill import CosineSimilarityLoss
+        >>> student, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(6, 8)
+        >>> heads = torch.randn(11, 4), torch.randn(11, 8)
+        >>> loss = CosineSimilarityLoss()
+        >>> out = loss(student, heads[0], teacher, heads[1])
+        >>> out.loss.backward()
+        >>> out.metrics["cosine"].shape
+        torch.Size([6])
+    """
 
     entry = DIVERGENCES["cosine"]
 
@@ -641,6 +757,17 @@ class LogitMSELoss(DistillationLoss):
     """Mean squared difference of the logits, ``mean_v (student_v - teacher_v)^2``, without temperature. Metrics: "mse".
 
     Reference: https://arxiv.org/abs/2105.08919
+
+    Example:
+        >>> import torch
+        >>> from distill import LogitMSELoss
+        >>> student, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(6, 8)
+        >>> heads = torch.randn(11, 4), torch.randn(11, 8)
+        >>> loss = LogitMSELoss()
+        >>> out = loss(student, heads[0], teacher, heads[1])
+        >>> out.loss.backward()
+        >>> out.metrics["mse"].shape
+        torch.Size([6])
     """
 
     entry = DIVERGENCES["mse"]
@@ -654,6 +781,17 @@ class EarthMoverLoss(DistillationLoss):
     vocabulary at most a smoothed total variation. Metrics: "earth_mover".
 
     Reference: https://arxiv.org/abs/1705.10743 (Cramér distance)
+
+    Example:
+        >>> import torch
+        >>> from distill import EarthMoverLoss
+        >>> student, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(6, 8)
+        >>> heads = torch.randn(11, 4), torch.randn(11, 8)
+        >>> loss = EarthMoverLoss(p=2)
+        >>> out = loss(student, heads[0], teacher, heads[1])
+        >>> out.loss.backward()
+        >>> out.metrics["earth_mover"].shape
+        torch.Size([6])
     """
 
     entry = DIVERGENCES["earth_mover"]
@@ -669,6 +807,17 @@ class KVDLoss(DistillationLoss):
 
     The RFC that asks for KVD names it without defining it; this is our reading. If you came for total variation, that
     is ``TVDLoss``. Reference for the distance: https://jmlr.org/papers/v13/gretton12a.html
+
+    Example:
+        >>> import torch
+        >>> from distill import KVDLoss
+        >>> student, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(6, 8)
+        >>> heads = torch.randn(11, 4), torch.randn(11, 8)
+        >>> loss = KVDLoss(kernel="linear")
+        >>> out = loss(student, heads[0], teacher, heads[1])
+        >>> out.loss.backward()
+        >>> out.metrics["kvd"].shape
+        torch.Size([6])
     """
 
     entry = DIVERGENCES["kvd"]
@@ -683,6 +832,13 @@ class ULDLoss(DistillationLoss):
     caller: one hidden state of each to a row. Sorts both vocabularies. Metrics: "uld".
 
     Reference: https://arxiv.org/abs/2402.12030
+
+    Example:
+        >>> import torch
+        >>> from distill import ULDLoss
+        >>> student, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(6, 8)
+        >>> loss = ULDLoss()
+        >>> loss(student, torch.randn(11, 4), teacher, torch.randn(23, 8)).loss.backward()  # two vocabularies
     """
 
     entry = DIVERGENCES["uld"]
@@ -709,6 +865,8 @@ class DistillLoss(DistillationLoss):
     of "ce" is ``weight_hard``. Metrics go by label: the name, and for a second term of that name ``jsd_2``.
 
     Example:
+        >>> import torch
+        >>> from distill import DistillLoss
         >>> def overlap(student, teacher):
         ...     return 1 - torch.minimum(student.softmax(1), teacher.softmax(1)).sum(1)
         >>> loss = DistillLoss([("ce", 0.5), (overlap, 0.5)], compiled=False)

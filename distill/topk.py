@@ -38,6 +38,15 @@ class TopKLoss(DistillationLoss):
     The call is ``loss(student_hidden, student_weight, teacher_ids, teacher_logprobs, target=None, student_bias=None)``,
     ids and log-probabilities ``(..., K)``, distinct ids; a log-probability of ``-inf`` marks an entry that is not
     there. Metrics: the divergence's name.
+
+    Example:
+        >>> import torch
+        >>> from distill import TopKLoss
+        >>> hidden, head = torch.randn(6, 4, requires_grad=True), torch.randn(11, 4)
+        >>> of_teacher = torch.randn(6, 11).log_softmax(1)  # as a file has it: its top 3
+        >>> logprobs, ids = of_teacher.topk(3)
+        >>> loss = TopKLoss("kl", tail="bucket")
+        >>> loss(hidden, head, ids, logprobs).loss.backward()
     """
 
     divergence: str = "kl"

@@ -78,6 +78,25 @@ class ChunkedGKDTrainer(Distilling, GKDTrainer):
             ``{"vocabulary": "cut"}`` models of one tokenizer may have heads of different sizes (padding): they are
             compared on the ids that both have, and what is generated has no others. By default that is refused.
         report, check: as for ``DistillTrainer``.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+        >>> from trl.experimental.gkd import GKDConfig
+        >>> from distill.trl import ChunkedGKDTrainer
+        >>> tokenizer = AutoTokenizer.from_pretrained("sentence-transformers/all-MiniLM-L6-v2", eos_token="[SEP]")
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=102, **sizes))
+        >>> tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+        >>> teacher = LlamaForCausalLM(model.config)
+        >>> chat = [{"role": "user", "content": "The plane"}, {"role": "assistant", "content": "takes off."}]
+        >>> data = Dataset.from_list([{"messages": chat}] * 4)
+        >>> options = {"bf16": False, "max_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+        >>> args = GKDConfig("runs", lmbda=0.0, **options)
+        >>> trainer = ChunkedGKDTrainer(model, teacher, args, train_dataset=data, processing_class=tokenizer)
+        >>> trainer.train().global_step
+        {...}
+        1
     """
 
     data_collator: Any

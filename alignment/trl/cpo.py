@@ -31,6 +31,22 @@ class ChunkedCPOTrainer(Concatenated, CPOTrainer):
     """``trl.experimental.cpo.CPOTrainer`` on the chunked engine: its arguments, and those of ``alignment.trl``.
 
     ``loss`` takes any ``alignment.PairLoss`` without a reference.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+        >>> from trl.experimental.cpo import CPOConfig
+        >>> from alignment.trl import ChunkedCPOTrainer
+        >>> tokenizer = AutoTokenizer.from_pretrained("sentence-transformers/all-MiniLM-L6-v2", eos_token="[SEP]")
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=102, **sizes))
+        >>> data = Dataset.from_list([{"prompt": "The plane", "chosen": " takes off.", "rejected": " is bread."}] * 4)
+        >>> options = {"bf16": False, "max_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+        >>> args = CPOConfig("runs", per_device_train_batch_size=2, **options)
+        >>> trainer = ChunkedCPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
+        >>> trainer.train().global_step
+        {...}
+        1
     """
 
     _trl_losses = (PairLoss,)

@@ -46,6 +46,23 @@ class ChunkedDPOTrainer(Chunked, DPOTrainer):
     ``DPOConfig(loss_type=...)`` may name everything in ``alignment.DPOLoss``, or one of ``LOSS_TYPES`` alone; ``loss``
     takes any ``alignment.PairLoss``. For one that has no reference (``alignment.SimPOLoss``, say)
     ``precompute_ref_log_probs=True`` computes nothing, and no reference is kept.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+        >>> from trl import DPOConfig
+        >>> from alignment.trl import ChunkedDPOTrainer
+        >>> tokenizer = AutoTokenizer.from_pretrained("sentence-transformers/all-MiniLM-L6-v2", eos_token="[SEP]")
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=102, **sizes))
+        >>> data = Dataset.from_list([{"prompt": "The plane", "chosen": " takes off.", "rejected": " is bread."}] * 4)
+        >>> reference = LlamaForCausalLM(model.config)
+        >>> options = {"bf16": False, "max_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+        >>> args = DPOConfig("runs", per_device_train_batch_size=2, **options)
+        >>> trainer = ChunkedDPOTrainer(model, reference, args, train_dataset=data, processing_class=tokenizer)
+        >>> trainer.train().global_step
+        {...}
+        1
     """
 
     _trl_module = dpo_trainer

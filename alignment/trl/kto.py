@@ -24,6 +24,13 @@ from ._settings import NOTHING, Setting, Settings
 __all__ = ["BCO_STATE", "ChunkedBCOTrainer", "ChunkedKTOTrainer"]
 
 BCO_STATE = "bco_running_mean.json"
+"""The file of a checkpoint that holds the running mean of a ``BCOLoss``.
+
+Example:
+    >>> from alignment.trl import BCO_STATE
+    >>> BCO_STATE
+    'bco_running_mean.json'
+"""
 WITHOUT_KL = "apo_zero_unpaired"  # the loss type for which TRL scores no mismatched completions
 
 
@@ -39,6 +46,25 @@ class ChunkedKTOTrainer(Chunked, KTOTrainer):
 
     ``loss`` takes any ``alignment.SequenceLoss``. Mismatched completions are scored where it takes ``kl``. The running
     mean of a ``BCOLoss`` is saved with each checkpoint and comes back with ``resume_from_checkpoint``.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+        >>> from trl import KTOConfig
+        >>> from alignment.trl import ChunkedKTOTrainer
+        >>> tokenizer = AutoTokenizer.from_pretrained("sentence-transformers/all-MiniLM-L6-v2", eos_token="[SEP]")
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=102, **sizes))
+        >>> rows = [{"prompt": "The plane", "completion": " takes off.", "label": True}] * 2
+        >>> rows += [{"prompt": "The plane", "completion": " is bread.", "label": False}] * 2
+        >>> data = Dataset.from_list(rows)
+        >>> reference = LlamaForCausalLM(model.config)
+        >>> options = {"bf16": False, "max_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+        >>> args = KTOConfig("runs", per_device_train_batch_size=2, **options)
+        >>> trainer = ChunkedKTOTrainer(model, reference, args, train_dataset=data, processing_class=tokenizer)
+        >>> trainer.train().global_step
+        {...}
+        1
     """
 
     uncalled = ("_compute_kl_logps",)
@@ -148,6 +174,25 @@ class ChunkedBCOTrainer(ChunkedKTOTrainer):
     The class weights of ``KTOConfig`` are refused: it has none, whatever TRL's constructor recommends for unbalanced
     classes. A subclass may weight the sequences (to match the prompts of the two classes, say):
     ``sequence_weight(inputs)`` -> (B,). https://arxiv.org/abs/2404.04656
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+        >>> from trl import KTOConfig
+        >>> from alignment.trl import ChunkedBCOTrainer
+        >>> tokenizer = AutoTokenizer.from_pretrained("sentence-transformers/all-MiniLM-L6-v2", eos_token="[SEP]")
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=102, **sizes))
+        >>> rows = [{"prompt": "The plane", "completion": " takes off.", "label": True}] * 2
+        >>> rows += [{"prompt": "The plane", "completion": " is bread.", "label": False}] * 2
+        >>> data = Dataset.from_list(rows)
+        >>> reference = LlamaForCausalLM(model.config)
+        >>> options = {"bf16": False, "max_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+        >>> args = KTOConfig("runs", per_device_train_batch_size=2, **options)
+        >>> trainer = ChunkedBCOTrainer(model, reference, args, train_dataset=data, processing_class=tokenizer)
+        >>> trainer.train().global_step
+        {...}
+        1
     """
 
     _loss_base = BCOLoss

@@ -261,6 +261,12 @@ def batch_hard_triplet(
     Raises:
         ValueError: shapes, labels or devices that do not fit, an unknown distance, a margin that is not finite.
         TypeError: embeddings that are not floating point.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import functional as CF
+        >>> embeddings, labels = torch.randn(8, 16, requires_grad=True), torch.arange(8) // 2
+        >>> CF.batch_hard_triplet(embeddings, labels, soft=True).backward()
     """
     batch = labelled(embeddings, labels, distance, Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs))
     return batch.hard(margin, soft)
@@ -286,6 +292,12 @@ def batch_semi_hard_triplet(
     Source: Schroff et al., "FaceNet", arXiv 1503.03832, as in
     ``sentence_transformers.losses.BatchSemiHardTripletLoss``. Arguments and errors as for :func:`batch_hard_triplet`.
     Distances are differences of products: those below about ``4 * sqrt(eps)`` times the rows' norms count as zero.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import functional as CF
+        >>> embeddings, labels = torch.randn(8, 16, requires_grad=True), torch.arange(8) // 2
+        >>> CF.batch_semi_hard_triplet(embeddings, labels, margin=5.0).backward()
     """
     batch = labelled(embeddings, labels, distance, Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs))
     return batch.semi_hard(margin)
@@ -311,6 +323,12 @@ def batch_all_triplet(
     Source: Hermans et al., "In Defense of the Triplet Loss", arXiv 1703.07737, as in
     ``sentence_transformers.losses.BatchAllTripletLoss``. Arguments and errors as for :func:`batch_hard_triplet`,
     distances as for :func:`batch_semi_hard_triplet`.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import functional as CF
+        >>> embeddings, labels = torch.randn(8, 16, requires_grad=True), torch.arange(8) // 2
+        >>> CF.batch_all_triplet(embeddings, labels, distance="cosine", margin=0.2).backward()
     """
     batch = labelled(embeddings, labels, distance, Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs))
     return mean_over_triplets(*batch.all(margin))

@@ -95,6 +95,13 @@ def guided_info_nce(
         TypeError: mixed dtypes, numbers that are none.
 
     Source: Solatorio, "GISTEmbed", arXiv 2402.16829, as in ``sentence_transformers.losses.GISTEmbedLoss``.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import functional as CF
+        >>> queries, documents = (torch.randn(8, 16, requires_grad=True) for _ in range(2))
+        >>> guide = torch.randn(2, 8, 32)  # what another model makes of the same texts
+        >>> CF.guided_info_nce(queries, documents, guide[0], guide[1], margin=0.05).backward()
     """
     chunking = Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs)
     loss = shared(GuidedInfoNCE, chunking, temperature=temperature, margin_strategy=margin_strategy, margin=margin)

@@ -93,6 +93,14 @@ def mega_batch_margin(
     Raises:
         ValueError: shapes or devices that differ, a margin that is not finite.
         TypeError: embeddings that are not floating point, or of two dtypes.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import functional as CF
+        >>> anchors, positives = (torch.randn(8, 16, requires_grad=True) for _ in range(2))
+        >>> CF.mega_batch_margin(anchors, positives).backward()
+        >>> CF.mega_batch_margin(torch.eye(4), torch.eye(4))  # positives at 1, negatives at 0: nothing to do
+        tensor(0.)
     """
     check_embeddings({"anchors": anchors, "positives": positives})
     chunking = Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs)

@@ -65,6 +65,13 @@ SIMILARITIES: dict[str, Callable[..., Tensor]] = {
     "euclidean": negative_euclidean,
     "manhattan": negative_manhattan,
 }
+"""By name: functions of two (N, D) that return (N,). What is near has the larger number.
+
+Example:
+    >>> from chunked_embed import functional as CF
+    >>> sorted(CF.SIMILARITIES)
+    ['angle', 'cosine', 'dot', 'euclidean', 'manhattan']
+"""
 DISTANCES = ("euclidean", "cosine", "manhattan")  # these have an eps
 
 
@@ -72,7 +79,17 @@ DISTANCES = ("euclidean", "cosine", "manhattan")  # these have an eps
 
 
 class PairwiseScores(Embedding):
-    """The similarity of row i of ``a`` and row i of every other side, by the side's name."""
+    """The similarity of row i of ``a`` and row i of every other side, by the side's name.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import Projection
+        >>> from chunked_embed import functional as CF
+        >>> loss = CF.PairwiseScores("cosine", compiled=False)
+        >>> a, b = (torch.randn(8, 16, requires_grad=True) for _ in range(2))
+        >>> loss.scores({"a": Projection(a), "b": Projection(b)})["b"].shape
+        torch.Size([8])
+    """
 
     def __init__(self, similarity: str = "cosine", eps: float | None = None, **options: Any) -> None:
         super().__init__(static_widths=similarity == "angle", **options)  # which cuts rows in half
@@ -133,7 +150,17 @@ def _sums_more_digits(chunk: Chunk, name: str) -> bool:
 
 
 class Triplet(Embedding):
-    """``relu(d(anchor, positive) - d(anchor, negative) + margin)``"""
+    """``relu(d(anchor, positive) - d(anchor, negative) + margin)``
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import Projection
+        >>> from chunked_embed import functional as CF
+        >>> sides = {name: Projection(torch.randn(8, 16)) for name in ("anchor", "positive", "negative")}
+        >>> out = CF.Triplet(margin=5.0, compiled=False)(sides)
+        >>> out.loss.shape
+        torch.Size([])
+    """
 
     def __init__(self, margin: float = 5.0, distance: str = "euclidean", **options: Any) -> None:
         super().__init__(**options)
@@ -185,6 +212,16 @@ def pairwise_scores(
         ValueError: shapes or devices that differ, no candidates, an unknown similarity, a bad ``eps``, an activation
             that learns.
         TypeError: mixed dtypes, an activation that is no function.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import functional as CF
+        >>> a, b, c = torch.eye(2), torch.eye(2), torch.ones(2, 2)
+        >>> CF.pairwise_scores(a, [b, c])  # cosines of each row of a with its rows of b and c
+        tensor([[1.0000, 0.7071],
+                [1.0000, 0.7071]])
+        >>> CF.pairwise_scores(a, c, similarity="euclidean")
+        tensor([-1., -1.])
     """
     several = not isinstance(b, Tensor)
     sides = {f"b{i}": side for i, side in enumerate(checks.sequence("b", b) if several else [b])}
@@ -220,6 +257,14 @@ def triplet(
     Raises:
         ValueError: shapes or devices that differ, an unknown distance, a margin that is not finite.
         TypeError: mixed dtypes.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import functional as CF
+        >>> anchor, positive, negative = (torch.randn(8, 16, requires_grad=True) for _ in range(3))
+        >>> CF.triplet(anchor, positive, negative, distance="cosine", margin=0.5).backward()
+        >>> CF.triplet(torch.eye(2), torch.eye(2), -torch.eye(2), distance="cosine", margin=0.5)
+        tensor(0.)
     """
     chunking = Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs)
     function = frozen_activation(activation)

@@ -32,6 +32,15 @@ def cosent(a: Tensor, b: Tensor, labels: Tensor, *, scale: float | Tensor = 20.0
 
     Returns:
         A scalar, float32 (float64 for float64 inputs).
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import functional as CF
+        >>> a, b = (torch.randn(8, 16, requires_grad=True) for _ in range(2))
+        >>> dense = torch.nn.Linear(16, 4)  # runs on a chunk of rows at a time
+        >>> CF.cosent(a, b, torch.rand(8), weight=dense.weight, bias=dense.bias).backward()
+        >>> dense.weight.grad.shape
+        torch.Size([4, 16])
     """
     return _ranked(a, b, labels, scale, "cosine", options)
 
@@ -41,6 +50,12 @@ def angle(a: Tensor, b: Tensor, labels: Tensor, *, scale: float | Tensor = 20.0,
     """AnglE: CoSENT over the angle similarity. Source: Li and Li, "AnglE-optimized Text Embeddings", arXiv 2309.12871.
 
     Arguments as for :func:`cosent`.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import functional as CF
+        >>> a, b = (torch.randn(8, 16, requires_grad=True) for _ in range(2))
+        >>> CF.angle(a, b, torch.rand(8), scale=20.0).backward()
     """
     return _ranked(a, b, labels, scale, "angle", options)
 
@@ -63,6 +78,15 @@ def cosent_from_scores(scores: Tensor, labels: Tensor, *, scale: float | Tensor 
         scores: ``(N,)`` floating point.
         labels: ``(N,)``, real or integer, without NaN.
         scale: a factor on the scores, as for :func:`cosent`.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import functional as CF
+        >>> scores = torch.tensor([0.9, 0.2, 0.6])
+        >>> CF.cosent_from_scores(scores, torch.tensor([2, 0, 1]), scale=20.0)  # in order, far apart: almost nothing
+        tensor(0.0028)
+        >>> CF.cosent_from_scores(scores, torch.tensor([0, 2, 1]), scale=20.0)  # in reverse
+        tensor(14.0028)
     """
     checks.tensor("scores", scores, ("N",), kind="floating")
     check_labels(labels, scores)

@@ -65,6 +65,15 @@ def sigmoid_pairs(
         TypeError: mixed dtypes, numbers that are none.
 
     Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import functional as CF
+        >>> a, b = (torch.randn(8, 16, requires_grad=True) for _ in range(2))
+        >>> scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+        >>> CF.sigmoid_pairs(a, b, scale=scale, bias=bias).backward()
+        >>> scale.grad.shape, bias.grad.shape
+        (torch.Size([]), torch.Size([]))
     """
     chunking = Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs)
     check_embeddings({"a": a, "b": b})

@@ -19,7 +19,15 @@ BLOCK = 2**22
 
 
 class OrthogonalTerms(NamedTuple):
-    """Scalars, float32 (float64 for float64 inputs)."""
+    """Scalars, float32 (float64 for float64 inputs).
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import functional as CF
+        >>> terms = CF.OrthogonalTerms(mean=torch.tensor(0.1), second_moment=torch.tensor(0.02))
+        >>> terms.mean + terms.second_moment
+        tensor(0.1200)
+    """
 
     mean: Tensor
     second_moment: Tensor
@@ -131,6 +139,14 @@ def orthogonal_regularization(
     Raises:
         ValueError: a shape other than (N, D), an unknown similarity.
         TypeError: embeddings that are not floating point.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import functional as CF
+        >>> CF.orthogonal_regularization(torch.eye(4))  # at right angles: nothing to pay
+        OrthogonalTerms(mean=tensor(0.), second_moment=tensor(0.))
+        >>> CF.orthogonal_regularization(torch.ones(4, 4))  # all alike: 1, and 1 - 1/4
+        OrthogonalTerms(mean=tensor(1.), second_moment=tensor(0.7500))
     """
     check_embeddings({"embeddings": embeddings})
     checks.choice("similarity", similarity, ("cosine", "dot"))

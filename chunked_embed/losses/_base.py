@@ -57,6 +57,15 @@ class Options:
     the library's own computation, where that is the faster one. Each of them asks for ours, whatever the size.
 
     All of them may be set on the loss afterwards, and are checked then as in the constructor.
+
+    Example:
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.CoSENTLoss(model, mini_batch_size=64, chunk_size=1024)
+        >>> loss.mini_batch_size = None  # counts from the next call on
+        >>> loss.get_config_dict()
+        {'scale': 20.0, 'similarity_fct': 'pairwise_cos_sim', 'chunk_size': 1024}
     """
 
     mini_batch_size: int | None = None
@@ -150,6 +159,24 @@ class ChunkedLoss(CachedLossMixin):
     A small batch is left to the library: where ``_size`` of it is within ``_small``, no option of chunks is given, and
     no other process takes part. Half-precision embeddings are widened for it, and autocast ends there, so that numbers
     are no less exact than those of ``_loss``. ``_for_library`` refuses the labels that ``_loss`` refuses.
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> from chunked_embed import functional as CF
+        >>> from sentence_transformers.sentence_transformer import losses as library
+        >>> class MeanSquares(losses.ChunkedLoss, library.CosineSimilarityLoss):
+        ...     def __init__(self, model, **options):
+        ...         super().__init__(model)
+        ...         self._set_options(**options)
+        ...     def _loss(self, embeddings, labels):
+        ...         a, b = embeddings
+        ...         return (CF.pairwise_scores(a, b) - labels).square().mean()
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = MeanSquares(model, mini_batch_size=64)
+        >>> a, b = (torch.randn(8, 384, requires_grad=True) for _ in range(2))  # embeddings, as a model gives them
+        >>> loss.compute_loss_from_embeddings([a, b], torch.rand(8)).backward()
     """
 
     _small: ClassVar[Small] = BY_ROWS

@@ -23,6 +23,15 @@ class AnglELoss(CoSENTLoss, library.AnglELoss):
     with the anchor, labelled 1 and 0 (given labels y: y and 1 - y).
 
     Reference: https://huggingface.co/papers/2309.12871
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.AnglELoss(model, mini_batch_size=64)
+        >>> a, b = (torch.randn(8, 384, requires_grad=True) for _ in range(2))  # embeddings, as a model gives them
+        >>> loss.compute_loss_from_embeddings([a, b], torch.rand(8)).backward()
     """
 
     def __init__(self, model: SentenceTransformer, scale: float = 20.0, **options: Any) -> None:

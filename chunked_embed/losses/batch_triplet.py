@@ -127,6 +127,15 @@ class BatchHardTripletLoss(BatchTripletLoss, library.BatchHardTripletLoss):
     Inputs: one column and a class per row, (N,).
 
     Reference: https://arxiv.org/abs/1703.07737
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.BatchHardTripletLoss(model, margin=1.0)
+        >>> embeddings, labels = torch.randn(8, 384, requires_grad=True), torch.arange(8) // 2
+        >>> loss.compute_loss_from_embeddings([embeddings], labels).backward()
     """
 
     _step = "batch_hard_triplet_loss"
@@ -158,6 +167,15 @@ class BatchHardSoftMarginTripletLoss(BatchTripletLoss, library.BatchHardSoftMarg
     Inputs: one column and a class per row, (N,).
 
     Reference: https://arxiv.org/abs/1703.07737
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.BatchHardSoftMarginTripletLoss(model)
+        >>> embeddings, labels = torch.randn(8, 384, requires_grad=True), torch.arange(8) // 2
+        >>> loss.compute_loss_from_embeddings([embeddings], labels).backward()
     """
 
     _step = "batch_hard_triplet_soft_margin_loss"
@@ -188,6 +206,15 @@ class BatchSemiHardTripletLoss(BatchTripletLoss, library.BatchSemiHardTripletLos
     Inputs: one column and a class per row, (N,).
 
     Reference: https://arxiv.org/abs/1503.03832
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.BatchSemiHardTripletLoss(model, margin=1.0)
+        >>> embeddings, labels = torch.randn(8, 384, requires_grad=True), torch.arange(8) // 2
+        >>> loss.compute_loss_from_embeddings([embeddings], labels).backward()
     """
 
     _step = "batch_semi_hard_triplet_loss"
@@ -222,6 +249,15 @@ class BatchAllTripletLoss(BatchTripletLoss, library.BatchAllTripletLoss):
     Inputs: one column and a class per row, (N,).
 
     Reference: https://arxiv.org/abs/1703.07737
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.BatchAllTripletLoss(model, margin=1.0)
+        >>> embeddings, labels = torch.randn(8, 384, requires_grad=True), torch.arange(8) // 2
+        >>> loss.compute_loss_from_embeddings([embeddings], labels).backward()
     """
 
     _small = BY_TRIPLETS

@@ -30,6 +30,15 @@ class ContrastiveLoss(SiameseLoss, library.ContrastiveLoss):
     terms.
 
     Reference: Hadsell, Chopra and LeCun, "Dimensionality Reduction by Learning an Invariant Mapping" (2006)
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.ContrastiveLoss(model, margin=0.5)
+        >>> a, b = (torch.randn(8, 384, requires_grad=True) for _ in range(2))  # embeddings, as a model gives them
+        >>> loss.compute_loss_from_embeddings([a, b], torch.randint(0, 2, (8,))).backward()
     """
 
     _others = "each weighs the positive term by y and the negative one by 1 - y"

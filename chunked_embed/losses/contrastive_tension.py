@@ -50,6 +50,16 @@ class ContrastiveTensionLossInBatchNegatives(ChunkedLoss, library.ContrastiveTen
     ``cross_entropy_loss`` other than a plain ``nn.CrossEntropyLoss`` all similarities are held, as in the library.
 
     Reference: https://openreview.net/pdf?id=Ov_sMNau-PF
+
+    Example:
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.ContrastiveTensionLossInBatchNegatives(model, mini_batch_size=2)
+        >>> features = [model.preprocess(["A plane.", "A flute.", "Bread.", "A dog."])]
+        >>> loss(features, labels=None).backward()
+        >>> loss.logit_scale.grad.shape
+        torch.Size([])
     """
 
     model1: nn.Module

@@ -30,6 +30,15 @@ class CoSENTLoss(SimilarityLoss, library.CoSENTLoss):
     Inputs: two columns and a label per pair, (N,), any numbers that can be ordered.
 
     Reference: https://penghao-bdsc.github.io/papers/CoSENT_TASLP2024.pdf
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.CoSENTLoss(model, mini_batch_size=64)
+        >>> a, b = (torch.randn(8, 384, requires_grad=True) for _ in range(2))  # embeddings, as a model gives them
+        >>> loss.compute_loss_from_embeddings([a, b], torch.rand(8)).backward()
     """
 
     def __init__(

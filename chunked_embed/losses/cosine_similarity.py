@@ -24,6 +24,15 @@ class CosineSimilarityLoss(AlignedLoss, library.CosineSimilarityLoss):
         options: See :class:`~chunked_embed.losses.Options`.
 
     Inputs: two columns and a number per pair, (N,), often in [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.CosineSimilarityLoss(model)
+        >>> a, b = (torch.randn(8, 384, requires_grad=True) for _ in range(2))  # embeddings, as a model gives them
+        >>> loss.compute_loss_from_embeddings([a, b], torch.rand(8)).backward()
     """
 
     def __init__(

@@ -65,6 +65,15 @@ class DenoisingAutoEncoderLoss(library.DenoisingAutoEncoderLoss):
     Inputs: the damaged text and the original; labels are ignored.
 
     Reference: https://huggingface.co/papers/2104.06979
+
+    Example:
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.DenoisingAutoEncoderLoss(model)
+        >>> texts = ["A is off.", "A plays flute."], ["A plane is taking off.", "A man plays a flute."]
+        >>> features = [model.preprocess(list(column)) for column in texts]
+        >>> loss(features, labels=None).backward()
     """
 
     def __init__(

@@ -33,6 +33,15 @@ class DistillKLDivLoss(SimilarityLoss, library.DistillKLDivLoss):
     Inputs: a query and K >= 2 candidates; labels are the teacher's scores, (N, K), -inf for one that is out.
 
     Reference: https://huggingface.co/papers/2010.11386
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.DistillKLDivLoss(model, temperature=2.0)
+        >>> anchor, positive, negative = (torch.randn(8, 384, requires_grad=True) for _ in range(3))
+        >>> loss.compute_loss_from_embeddings([anchor, positive, negative], torch.rand(8, 2)).backward()
     """
 
     def __init__(

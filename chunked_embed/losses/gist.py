@@ -188,6 +188,17 @@ class GISTEmbedLoss(_Guided, library.GISTEmbedLoss):
     takes the guide's embeddings where other losses take labels.
 
     Reference: https://huggingface.co/papers/2402.16829
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> guide = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.GISTEmbedLoss(model, guide, margin=0.05)
+        >>> a, b = (torch.randn(8, 384, requires_grad=True) for _ in range(2))  # embeddings, as a model gives them
+        >>> of_guide = list(torch.randn(2, 8, 384))
+        >>> loss.compute_loss_from_embeddings([a, b], of_guide).backward()
     """
 
     def __init__(
@@ -228,6 +239,16 @@ class CachedGISTEmbedLoss(_Guided, library.CachedGISTEmbedLoss):
         model, guide, temperature, margin_strategy, margin, contrast_anchors, contrast_positives, options: As there.
 
     References: https://huggingface.co/papers/2402.16829, https://huggingface.co/papers/2101.06983
+
+    Example:
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> guide = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.CachedGISTEmbedLoss(model, guide, mini_batch_size=2)
+        >>> texts = ["A plane.", "A flute.", "Bread.", "A dog."], ["An aircraft.", "Music.", "A loaf.", "A puppy."]
+        >>> features = [model.preprocess(list(column)) for column in texts]
+        >>> loss(features, labels=None).backward()
     """
 
     citation = library.GISTEmbedLoss.citation

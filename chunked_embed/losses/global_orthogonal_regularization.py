@@ -38,6 +38,18 @@ class GlobalOrthogonalRegularizationLoss(ChunkedLoss, library.GlobalOrthogonalRe
     they must be added up as they are: their gradients are taken together.
 
     Reference: https://arxiv.org/abs/1708.06320
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.GlobalOrthogonalRegularizationLoss(model)
+        >>> a, b = (torch.randn(8, 384, requires_grad=True) for _ in range(2))  # embeddings, as a model gives them
+        >>> terms = loss.compute_loss_from_embeddings([a, b])
+        >>> sum(terms.values()).backward()
+        >>> sorted(terms)
+        ['gor_mean', 'gor_second_moment']
     """
 
     def __init__(

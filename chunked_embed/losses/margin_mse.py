@@ -27,6 +27,15 @@ class MarginMSELoss(SimilarityLoss, library.MarginMSELoss):
     its scores of the positive and the negatives, (N, K + 1).
 
     Reference: https://huggingface.co/papers/2010.02666
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.MarginMSELoss(model)
+        >>> anchor, positive, negative = (torch.randn(8, 384, requires_grad=True) for _ in range(3))
+        >>> loss.compute_loss_from_embeddings([anchor, positive, negative], torch.rand(8)).backward()
     """
 
     def __init__(

@@ -39,6 +39,15 @@ class MatryoshkaLoss(Around, library.MatryoshkaLoss):
     Inputs: those of the wrapped loss.
 
     Reference: https://huggingface.co/papers/2205.13147
+
+    Example:
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> inner = losses.MultipleNegativesRankingLoss(model)
+        >>> loss = losses.MatryoshkaLoss(model, inner, [384, 128], mini_batch_size=2)
+        >>> texts = ["A plane.", "A flute.", "Bread.", "A dog."], ["An aircraft.", "Music.", "A loaf.", "A puppy."]
+        >>> loss([model.preprocess(list(column)) for column in texts], labels=None).backward()
     """
 
     def __init__(
@@ -199,6 +208,15 @@ class Matryoshka2dLoss(library.Matryoshka2dLoss):
         options: Of :class:`MatryoshkaLoss`. All else is as in the library.
 
     Reference: https://huggingface.co/papers/2402.14776
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.Matryoshka2dLoss(model, losses.CoSENTLoss(model), [384, 128])
+        >>> texts = ["A plane.", "A flute."], ["An aircraft.", "Bread."]
+        >>> loss([model.preprocess(list(column)) for column in texts], torch.tensor([1.0, 0.2])).backward()
     """
 
     def __init__(

@@ -36,6 +36,15 @@ class MegaBatchMarginLoss(ChunkedLoss, library.MegaBatchMarginLoss):
     Inputs: two columns (anchor, positive); labels are ignored.
 
     Reference: https://aclanthology.org/P18-1042
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.MegaBatchMarginLoss(model)
+        >>> a, b = (torch.randn(8, 384, requires_grad=True) for _ in range(2))  # embeddings, as a model gives them
+        >>> loss.compute_loss_from_embeddings([a, b]).backward()
     """
 
     def __init__(

@@ -59,6 +59,15 @@ class MultipleNegativesRankingLoss(ChunkedLoss, library.MultipleNegativesRanking
         options: See :class:`~chunked_embed.losses.Options`.
 
     Inputs: an anchor, a positive and any number of hard negatives. Labels are ignored, but for ``false_negatives``.
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.MultipleNegativesRankingLoss(model, directions=("query_to_doc", "doc_to_query"))
+        >>> a, b = (torch.randn(8, 384, requires_grad=True) for _ in range(2))  # embeddings, as a model gives them
+        >>> loss.compute_loss_from_embeddings([a, b]).backward()
     """
 
     _small = BY_SIMILARITIES
@@ -195,7 +204,17 @@ class MultipleNegativesRankingLoss(ChunkedLoss, library.MultipleNegativesRanking
 
 class MultipleNegativesSymmetricRankingLoss(MultipleNegativesRankingLoss, _SYMMETRIC):
     """MultipleNegativesRankingLoss in both directions, each with a softmax of its own (CLIP's loss): row and column
-    sums of one similarity matrix."""
+    sums of one similarity matrix.
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.MultipleNegativesSymmetricRankingLoss(model)
+        >>> a, b = (torch.randn(8, 384, requires_grad=True) for _ in range(2))  # embeddings, as a model gives them
+        >>> loss.compute_loss_from_embeddings([a, b]).backward()
+    """
 
     def __init__(
         self,
@@ -213,6 +232,16 @@ class CachedMultipleNegativesRankingLoss(Around, library.CachedMultipleNegatives
     takes as large a chunk as memory allows.
 
     Like the library's class it holds the loss without mini-batches, ``self.loss``, and shows that one's attributes.
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=64)
+        >>> a, b = (torch.randn(8, 384, requires_grad=True) for _ in range(2))  # embeddings, as a model gives them
+        >>> loss.compute_loss_from_embeddings([a, b]).backward()
+        >>> loss.scale = 30.0  # counts from the next call on
     """
 
     loss: MultipleNegativesRankingLoss
@@ -268,7 +297,17 @@ class CachedMultipleNegativesRankingLoss(Around, library.CachedMultipleNegatives
 
 
 class CachedMultipleNegativesSymmetricRankingLoss(CachedMultipleNegativesRankingLoss, _CACHED_SYMMETRIC):
-    """MultipleNegativesSymmetricRankingLoss with gradient caching by default."""
+    """MultipleNegativesSymmetricRankingLoss with gradient caching by default.
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.CachedMultipleNegativesSymmetricRankingLoss(model, mini_batch_size=64)
+        >>> a, b = (torch.randn(8, 384, requires_grad=True) for _ in range(2))  # embeddings, as a model gives them
+        >>> loss.compute_loss_from_embeddings([a, b]).backward()
+    """
 
     def __init__(
         self,

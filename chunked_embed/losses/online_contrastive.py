@@ -31,6 +31,15 @@ class OnlineContrastiveLoss(SiameseLoss, library.OnlineContrastiveLoss):
 
     Inputs: two columns and a label per pair, (N,): 1 for a positive, 0 for a negative; pairs with any other are left
     out.
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.OnlineContrastiveLoss(model)
+        >>> a, b = (torch.randn(8, 384, requires_grad=True) for _ in range(2))  # embeddings, as a model gives them
+        >>> loss.compute_loss_from_embeddings([a, b], torch.arange(8) % 2).backward()
     """
 
     _others = "those pairs are left out"

@@ -35,6 +35,17 @@ class SigmoidPairLoss(ChunkedLoss, nn.Module):
     Inputs: two columns, whose rows belong together; labels are ignored.
 
     Reference: https://huggingface.co/papers/2303.15343
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.SigmoidPairLoss(model)
+        >>> a, b = (torch.randn(8, 384, requires_grad=True) for _ in range(2))  # embeddings, as a model gives them
+        >>> loss.compute_loss_from_embeddings([a, b]).backward()
+        >>> loss.log_scale.grad.shape, loss.bias.grad.shape  # both learn
+        (torch.Size([]), torch.Size([]))
     """
 
     def __init__(

@@ -31,6 +31,15 @@ class TripletLoss(ChunkedLoss, library.TripletLoss):
     Inputs: three columns (anchor, positive, negative); labels are ignored.
 
     Reference: https://arxiv.org/abs/1703.07737
+
+    Example:
+        >>> import torch
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from chunked_embed import losses
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
+        >>> loss = losses.TripletLoss(model, triplet_margin=1.0, mini_batch_size=64)
+        >>> anchor, positive, negative = (torch.randn(8, 384, requires_grad=True) for _ in range(3))
+        >>> loss.compute_loss_from_embeddings([anchor, positive, negative]).backward()
     """
 
     def __init__(

@@ -365,15 +365,6 @@ def test_plan_of_sequences() -> None:
     assert plan.used_rows == int(batch.used.sum())
 
 
-def test_the_docstring_runs() -> None:
-    import doctest
-
-    from alignment import losses
-
-    failed, tried = doctest.testmod(losses)
-    assert tried and not failed
-
-
 def test_one_step_is_compiled_for_all_losses() -> None:
     """Losses share their token scores: what identifies a compiled step does not name the loss."""
     names = ("dpo_sigmoid", "dpo_aot", "orpo", "irpo", "bco", "kto", "fpo_js_live")
