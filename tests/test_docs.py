@@ -153,7 +153,8 @@ def test_page(block, outside):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = str(free.getsockname()[1])
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        for name, value in alone.items():
             outside.setenv(name, value)  # as torchrun sets them
     exec(compile(code, str(block.file), "exec"), namespace(block, outside))
 
