@@ -20,7 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--slow",
         choices=("sample", "all", "none"),
         default="sample",
-        help=f"which slow tests to run; sample: of each slow test, one case in {SAMPLE}, the first included",
+        help=f"which slow tests to run; sample: of each slow test, one case in {SAMPLE}, the first included "
+        "(of whole programs one in as many of a file)",
     )
 
     parser.addoption(
@@ -42,10 +43,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         run = True
-        if item.get_closest_marker("slow") and which != "all":
-            function = item.nodeid.split("[")[0]
-            run = which == "sample" and seen[function] % SAMPLE == 0
-            seen[function] += 1
+        slow = item.get_closest_marker("slow")
+        if slow and which != "all":
+            among = item.nodeid.split("::" if slow.kwargs.get("among") == "file" else "[")[0]
+            run = which == "sample" and seen[among] % SAMPLE == 0
+            seen[among] += 1
         (kept if run else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept

@@ -41,6 +41,7 @@ def has_errors(line):
 BRIEFLY = ("--seconds", "0")
 
 
+@pytest.mark.slow(among="file")
 @pytest.mark.parametrize(
     ("script", "arguments", "lines"),
     [
@@ -65,6 +66,7 @@ def test_small_mode(tmp_path, script, arguments, lines):
     assert all(float(line["value_error"]) < 1e-4 * float(line["value_mean"]) for line in told), told
 
 
+@pytest.mark.slow(among="file")
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
@@ -86,7 +88,7 @@ def test_half_precision_outputs_are_lines_of_their_own(tmp_path, script, argumen
 HALF = ", half-precision outputs"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(among="file")
 @pytest.mark.parametrize(
     "arguments", [["step", "--pairs", "4"], ["first", "--first-rows", "8", "--match", "call, MNRL"], ["head"]]
 )
@@ -180,7 +182,7 @@ def train(folder, *arguments, launch=()):
 RUNS = ("TRL", "ours", "TRL, the same again", "TRL, another seed")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(among="file")
 @pytest.mark.parametrize("losses", ["orpo,gkd", "kto,dpo"])
 def test_trainers_have_the_curves_of_trl(tmp_path, losses):
     done, curves, lines = train(tmp_path, "--only", losses, "--match", "bfloat16")
@@ -198,7 +200,7 @@ def test_trainers_have_the_curves_of_trl(tmp_path, losses):
         assert len({row["loss"] for row in of_runs["ours"]}) > 1
 
 
-@pytest.mark.slow
+@pytest.mark.slow(among="file")
 @pytest.mark.parametrize("layout", ["split over two", "FSDP2 on 2"])
 def test_trainers_on_two_devices(tmp_path, layout):
     """Under FSDP2 TRL's log-probabilities are rounded, and differ from ours by as much."""
@@ -237,7 +239,7 @@ def test_curves_of_trainers_are_compared_with_the_spread(tmp_path, monkeypatch, 
     assert trainers.read_run(path, "case", "ours").losses == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow(among="file")
 def test_swapped_losses_have_the_curves_of_the_library(tmp_path):
     """In a few steps the library's spread is one of single roundings, so that the ratio to it says nothing."""
     pytest.importorskip("sentence_transformers")
@@ -287,7 +289,7 @@ def test_swapped_losses_are_compared_with_the_spread(tmp_path, monkeypatch, caps
     assert "WRONG" in bench.lines[-2].note
 
 
-@pytest.mark.slow
+@pytest.mark.slow(among="file")
 @pytest.mark.parametrize("match", ["CachedMultiple", "CoSENT"])
 def test_losses_of_two_processes(tmp_path, match):
     pytest.importorskip("sentence_transformers")

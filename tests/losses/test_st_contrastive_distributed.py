@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from st_processes import Outcomes, assert_passed, run_checks
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.slow(among="file"),
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
