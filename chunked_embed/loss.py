@@ -486,18 +486,9 @@ class _Laid:
             if rows_are_groups:  # a row that is dropped leaves its group empty
                 rows = torch.arange(layout.n_rows, device=layout.device)
                 return select(layout, self.tensors, None, rows, layout.n_rows)
-            if layout.device.type == "cpu" and all([self.all_count(name) for name in layout.targets]):
-                return self.kind.whole
         weight = None if weight is None else weight.reshape(-1)
         segments = None if segments is None else segments.reshape(-1).long()
         return select(layout, self.tensors, weight, segments, layout.n_groups)
-
-    def all_count(self, target: str) -> bool:
-        """Whether every row's target is a column, and none that is ignored. On a CPU, where reading it is nothing."""
-        layout = self.kind.layout
-        low, high = torch.aminmax(self.tensors[layout.rows[target]])
-        columns = layout.columns_of(target)
-        return not 0 <= layout.options.ignore_index < columns and int(low) >= 0 and int(high) < columns
 
     def steps(self) -> dict[str, Step]:
         """Of each unit: its own, or plain functions."""

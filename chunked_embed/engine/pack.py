@@ -109,7 +109,7 @@ def select(
     rows = _Rows(layout, [tensors[layout.rows[name]] for name in layout.targets], row_weight, segments)
     if segments is not None:
         return _by_segment(rows, segments, n_groups)
-    if row_weight is None and not rows.targets:
+    if row_weight is None and (not rows.targets or rows.all_count()):
         return Selection(layout.n_rows, layout.n_rows)
     if row_weight is None and not layout.direct and serves(None, rows.targets, 1):  # the direct way builds no kernel
         found = selected(None, rows.targets, layout.options.ignore_index, 1)
@@ -171,6 +171,18 @@ class _Rows:
         found += [] if self.weight is None else [self.weight == 0]
         found += [] if self.segments is None else [self.segments < 0]
         return reduce(torch.logical_or, found)
+
+    def all_count(self) -> bool:
+        """Whether every target is a column and none is ignored, as far as that is told at once: on a CPU, where reading
+        the largest and the least of them is nothing."""
+        if self.layout.device.type != "cpu":
+            return False
+        ignored = self.layout.options.ignore_index
+        for name, target in zip(self.layout.targets, self.targets):
+            columns, (low, high) = self.layout.columns_of(name), torch.aminmax(target)
+            if 0 <= ignored < columns or int(low) < 0 or int(high) >= columns:
+                return False
+        return True
 
     def check_targets(self, ranges: Sequence[float]) -> None:
         """``ranges``: the least and the largest value of each on used rows."""

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import alignment as A
 import distill as D
 from chunked_embed import Head, head
+from chunked_embed.engine import pack
 from chunked_embed.fields import Fields
-from chunked_embed.loss import _Laid
 
 TOKENS, HIDDEN, VOCABULARY, PAIRS = 6, 8, 31, 2
 aten = torch.ops.aten
@@ -171,7 +171,7 @@ def test_few_operations_and_no_transfers(name: str, transfers: Counter[str], mon
     loss, given = make(compiled=False), arguments(made())
     own = "distill" if isinstance(loss, D.DistillationLoss) else "alignment"
     loss(**given).loss.backward()
-    monkeypatch.setattr(_Laid, "all_count", lambda self, target: False)  # which reads on a CPU, where that is nothing
+    monkeypatch.setattr(pack._Rows, "all_count", lambda self: False)  # which reads on a CPU, where that is nothing
     transfers.clear()
     with Launches() as counted:
         prepared = loss.prepare(**given)
