@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import __version__, diagnose, planning
+from . import __version__, diagnose, kernels, planning
 from .engine.plan import size_text
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -104,7 +104,7 @@ def show_report() -> None:
     print(f"  {'CUDA of torch':24}{torch.version.cuda or torch.version.hip or 'none, a build for CPUs'}")
     print(f"  {'driver':24}{diagnose.driver() or 'none found'}")
     print("\ncompilers")
-    print(f"  {'C':24}{diagnose.c_compiler() or 'none found: no Triton'}")
+    print(f"  {'C':24}{kernels.c_compiler() or 'none found: no Triton'}")
     print(f"  {'C++':24}{diagnose.cxx_compiler() or 'none found: steps on a CPU run uncompiled'}")
     print("\ndevices and kernels")
     for device, what in diagnose.devices():

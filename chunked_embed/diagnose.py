@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -49,26 +48,16 @@ FREE_BYTES = 200 << 20  # that compiled steps of a few losses take on a disk
 
 @dataclass(frozen=True)
 class Requirement:
-    """A line of the metadata: ``name`` in the versions ``range``, if ``extra`` is asked for."""
-
-    name: str
-    range: str
-    extra: str | None
-    within: Callable[[str], bool]  # of a version; always, where packaging is missing
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of the metadata, read."""
+    """A line of the metadata."""
 
     name: str
     extras: tuple[str, ...]  # of that distribution
-    range: str
+    range: str  # of its versions
     holds: Callable[[str], bool]  # where this extra is asked for, or "" for none
-    within: Callable[[str], bool]
+    within: Callable[[str], bool]  # of a version; always, where packaging is missing
 
     @classmethod
-    def read(cls, text: str) -> Line:
+    def read(cls, text: str) -> Requirement:
         try:
             from packaging.requirements import Requirement as Parsed
         except ImportError:  # torch does without: names alone are read
@@ -88,16 +77,15 @@ class Line:
         )
 
 
-def requirements() -> list[Requirement]:
-    """Those that hold on this platform; none where there is no metadata."""
+def requirements() -> dict[tuple[str | None, str], Requirement]:
+    """By the extra that asks (None: the package itself) and the name, those that hold on this platform; nothing where
+    there is no metadata."""
     try:
-        lines = [Line.read(text) for text in metadata.requires(DISTRIBUTION) or []]
+        lines = [Requirement.read(text) for text in metadata.requires(DISTRIBUTION) or []]
     except metadata.PackageNotFoundError:
-        return []
+        return {}
     always = [line for line in lines if line.holds("")]
-    found: dict[tuple[str | None, str], Requirement] = {}
-    for line in always:
-        found[None, line.name] = Requirement(line.name, line.range, None, line.within)
+    found: dict[tuple[str | None, str], Requirement] = {(None, line.name): line for line in always}
 
     def enter(extra: str, asked_by: str) -> None:
         for line in lines:
@@ -107,11 +95,11 @@ def requirements() -> list[Requirement]:
                 for other in line.extras:
                     enter(other, asked_by)
             else:
-                found[asked_by, line.name] = Requirement(line.name, line.range, asked_by, line.within)
+                found[asked_by, line.name] = line
 
     for extra in EXTRAS:
         enter(extra, extra)
-    return list(found.values())
+    return found
 
 
 def installed(name: str) -> str | None:
@@ -124,10 +112,10 @@ def installed(name: str) -> str | None:
 def versions() -> dict[str, tuple[str | None, str, bool]]:
     """By distribution: the version that is installed, the range that ours asks for, and whether it lies in that."""
     found: dict[str, tuple[str | None, str, bool]] = {}
-    for r in requirements():
-        if r.extra in (None, "sentence-transformers", "trl"):
-            version = installed(r.name)
-            found[r.name] = version, r.range, version is None or r.within(version)
+    for (extra, name), r in requirements().items():
+        if extra in (None, "sentence-transformers", "trl"):
+            version = installed(name)
+            found[name] = version, r.range, version is None or r.within(version)
     for name in ("torch", *BESIDE):
         found.setdefault(name, (installed(name), "", True))
     return found
@@ -136,9 +124,9 @@ def versions() -> dict[str, tuple[str | None, str, bool]]:
 def extras() -> dict[str, list[str]]:
     """By extra: what it asks for and is not installed."""
     found: dict[str, list[str]] = {name: [] for name in EXTRAS}
-    for r in requirements():
-        if r.extra is not None and installed(r.name) is None:
-            found[r.extra].append(r.name)
+    for extra, name in requirements():
+        if extra is not None and installed(name) is None:
+            found[extra].append(name)
     return found
 
 
@@ -160,18 +148,8 @@ def driver() -> str | None:
         return None
 
 
-def compiler(variable: str, *names: str) -> str | None:
-    """The compiler that this variable names, or the first of these that is there."""
-    named = shlex.split(os.environ.get(variable, ""))[:1]
-    return next(filter(None, map(shutil.which, named or names)), None)
-
-
-def c_compiler() -> str | None:
-    return compiler("CC", "gcc", "clang")
-
-
 def cxx_compiler() -> str | None:
-    return compiler("CXX", "g++", "clang++")
+    return kernels.compiler("CXX", "g++", "clang++")
 
 
 def kernels_on(device: torch.device) -> dict[str, str | None]:
@@ -212,7 +190,7 @@ def doctor() -> list[str]:
 
 
 def _compilers() -> Iterator[str]:
-    c, cxx = c_compiler(), cxx_compiler()
+    c, cxx = kernels.c_compiler(), cxx_compiler()
     if cxx is None:
         yield f"expected a C++ compiler, got {_named('CXX')}: steps on a CPU run uncompiled; install g++"
     if c is None and torch.cuda.is_available():

@@ -52,7 +52,7 @@ def test_extras_are_not_known_without_metadata(monkeypatch: Any, capsys: pytest.
 
 
 def test_extras_of_extras_and_their_ranges() -> None:
-    asked = {(r.extra, r.name): r for r in diagnose.requirements()}
+    asked = diagnose.requirements()
     assert asked["demo", "sentence-transformers"].range == asked["sentence-transformers", "sentence-transformers"].range
     assert ("dev", "trl") in asked and (None, "torch") in asked
     within = asked["sentence-transformers", "sentence-transformers"].within
@@ -61,9 +61,9 @@ def test_extras_of_extras_and_their_ranges() -> None:
 
 def test_names_of_extras_without_packaging(monkeypatch: Any) -> None:
     """As where nothing but torch is installed."""
-    expected = {(r.extra, r.name) for r in diagnose.requirements()}
+    expected = set(diagnose.requirements())
     monkeypatch.setitem(sys.modules, "packaging.requirements", None)
-    found = {(r.extra, r.name) for r in diagnose.requirements()}
+    found = set(diagnose.requirements())
     assert expected <= found and {name for _, name in found - expected} <= {"liger-kernel", "triton"}
     monkeypatch.setattr(diagnose, "installed", lambda name: None)
     assert diagnose.extras()["trl"] == ["trl", "accelerate", "datasets"]

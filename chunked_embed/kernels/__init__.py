@@ -1,6 +1,7 @@
 """Hand-written kernels for one chunk of outputs, each beside its plain torch twin. Importing this needs no Triton."""
 
 import os
+import shlex
 import shutil
 from contextvars import ContextVar
 from functools import cache
@@ -9,18 +10,27 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-__all__ = ["ELSEWHERE", "available", "in_own_rows"]
+__all__ = ["ELSEWHERE", "available", "c_compiler", "compiler", "in_own_rows"]
 
 ELSEWHERE: ContextVar[torch.device | None] = ContextVar("ELSEWHERE", default=None)
 """The device that calls are laid out for in place of their tensors' own. None of them runs. It need not be here, and is
 taken to have Triton then."""
 
 
+def compiler(variable: str, *names: str) -> str | None:
+    """The compiler that this variable names, or the first of these that is there."""
+    named = shlex.split(os.environ.get(variable, ""))[:1]
+    return next(filter(None, map(shutil.which, named or names)), None)
+
+
+def c_compiler() -> str | None:
+    """With which Triton builds its launchers."""
+    return compiler("CC", "gcc", "clang")
+
+
 @cache
 def _triton_works() -> bool:
-    """Triton is importable, and the C compiler with which it builds its launchers is there."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return find_spec("triton") is not None and compiler is not None
+    return find_spec("triton") is not None and c_compiler() is not None
 
 
 def _is_elsewhere() -> bool:
