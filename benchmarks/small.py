@@ -24,12 +24,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Annotated, Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -430,19 +430,9 @@ def reached(*arguments: Any, **keywords: Any) -> Tensor:
     raise Reached
 
 
-@contextmanager
-def no_products() -> Iterator[None]:
-    found = torch.mm, torch.addmm
-    torch.mm = torch.addmm = reached  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.mm, torch.addmm = found  # type: ignore[method-assign]
-
-
 def to_first_product(loss: Loss) -> Callable[[], None]:
     def run() -> None:
-        with no_products():
+        with mock.patch.multiple(torch, mm=reached, addmm=reached):
             try:
                 loss()
             except Reached:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -115,8 +115,9 @@ class MatryoshkaLoss(Around, library.MatryoshkaLoss):
         return isinstance(self.loss, ChunkedLoss) and not own
 
     def _loss(self, embeddings: list[Tensor], labels: Tensor | None, **projection: Any) -> Tensor:
-        inner = self.loss.compute_loss_from_embeddings if self._is_ours() else self._by_forward
-        return self._over_widths(inner, embeddings, labels)  # type: ignore[arg-type]
+        ours = cast(ChunkedLoss, self.loss)
+        inner = ours.compute_loss_from_embeddings if self._is_ours() else self._by_forward
+        return self._over_widths(inner, embeddings, labels)
 
     def _over_widths(self, inner: Callable, embeddings: list[Tensor], labels: Any) -> Tensor:
         ordinary = is_ordinary(embeddings)
