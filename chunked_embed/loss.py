@@ -279,7 +279,8 @@ class FlexChunkLoss(nn.Module):
         row_weight: Tensor | None = None,
         numbers: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The scores alone, differentiable, for code of your own behind them; backward forms the outputs again.
+        """The scores alone, differentiable, for code of your own behind them; backward forms the outputs again,
+        unless they are few.
 
         Each is shaped like the rows, or ``(G, segments)`` where ``segments`` are given, or ``(V,)`` for column scores.
         With ``separate_outputs`` their names are ``"projection/score"``. ``row_weight`` zero drops a row (its score is

@@ -74,8 +74,8 @@ def linear_logps(
         mean_logits       mean_v z_v
         is_top1           1 where the target has the largest logit
 
-    Any code may follow; backward forms the logits once more (four products in all). Where the loss is known, a
-    ``FlexChunkLoss`` needs three.
+    Any code may follow; backward forms the logits once more (four products in all) unless they are few. Where the loss
+    is known, a ``FlexChunkLoss`` needs three.
 
     Args:
         hidden: ``(..., H)``, any floating dtype.

@@ -101,6 +101,7 @@ def outside(tmp_path, monkeypatch):
     known = dict(DIVERGENCES)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # whose warning counts as that of the module which imports it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a third party's
         warnings.filterwarnings("error", module="(chunked_embed|alignment|distill)")

@@ -1,6 +1,7 @@
 """Two doors into autograd. ``ChunkedLoss`` takes gradients in the forward pass (three products for each trainable
 projection) and scales them in backward. ``ChunkedScores`` returns differentiable scores and walks again in backward
-(four products), for losses that need all scores first and for code behind the scores that we do not know.
+(four products, or three where few outputs stay), for losses that need all scores first, for a few groups whose small
+loss may as well be differentiated along with what follows, and for code behind the scores that we do not know.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ class ChunkedScores(torch.autograd.Function):
     """Differentiable scores: one per row ``(M,)``, sums of a segment ``(G, segments)``, and column scores ``(V,)``.
     Their ``names`` are put into the list that it is given.
 
-    Nothing but the scores is kept for backward, which walks over the chunks again; except for outputs that are no
-    larger than the inputs, which autograd holds anyway.
+    Nothing but the scores is kept for backward, which walks over the chunks again; except for the outputs of one chunk,
+    where they are few or no larger than the inputs, which autograd holds anyway (``ChunkPlan.keeps_outputs``).
     """
 
     @staticmethod

@@ -242,7 +242,7 @@ def info_nce(
         >>> two = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
         >>> CF.info_nce(queries, documents, **two).backward()  # CLIP's symmetric loss
         >>> ids = torch.tensor([0, 0, 1, 2, 3, 4, 5, 6])  # rows 0 and 1 are the same query: no negatives of each other
-        >>> CF.info_nce(queries, documents, query_ids=ids) < loss
+        >>> CF.info_nce(queries, documents, query_ids=ids) <= loss
         tensor(True)
     """
     chunking = Chunking(chunk_size, max_chunk_bytes, compiled, float32_outputs)
