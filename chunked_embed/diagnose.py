@@ -159,6 +159,8 @@ def kernels_on(device: torch.device) -> dict[str, str | None]:
     shape = Shape(
         rows=1 << 14,
         widths=(1 << 14,),
+        depth=1 << 7,
+        bias="none",
         operands=torch.bfloat16,
         outputs=torch.float32,
         cosine=False,
@@ -167,6 +169,7 @@ def kernels_on(device: torch.device) -> dict[str, str | None]:
         columns=False,
         grad=(),
         learns=True,
+        trains=True,
         terms=1,
     )
     return {cls.__name__: object.__new__(cls).needs(shape).refusal for cls in _steps(Step)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, cast
 
@@ -190,10 +190,10 @@ class FlexChunkLoss(nn.Module):
     projection: str
     """The projection that is being scored, with ``separate_outputs``."""
 
-    def make_step(self, projections: tuple[str, ...]) -> Step | None:
-        """A step of your own for these projections, in the place of the functions: a kernel, say. It is asked what it
-        needs, and where it refuses the functions run. Called on the snapshot of each call, so that it may take numbers
-        along."""
+    def make_step(self, projections: tuple[str, ...]) -> Step | Sequence[Step] | None:
+        """A step of your own for these projections, in the place of the functions: a kernel, say; or several, the best
+        first. They are asked what they need, and the first that does not refuse is taken; else the functions run.
+        Called on the snapshot of each call, so that they may take numbers along."""
         return None
 
     # --- running it ---
@@ -356,12 +356,12 @@ class FlexChunkLoss(nn.Module):
         names = tuple(positions.name for positions in arguments.structure.projections)
         labels = {name: (name,) for name in names} if options.separate_outputs else {"/".join(names): names}
         made = self._made(formula, labels)
-        grouped = formula.has("score_fn") or any(step is not None and not step.row_wise for step in made.values())
+        grouped = formula.has("score_fn") or any(not step.row_wise for steps in made.values() for step in steps)
         if not grouped and (options.couples_batch or options.separate_outputs):
             option = "couples_batch" if options.couples_batch else "separate_outputs"
             raise ValueError(f"expected a score_fn with {option}, got {type(self).__name__}, which is row-wise")
         stated = formula.has("loss_fn") or formula.has("score_fn")
-        if not stated and None in made.values():
+        if not stated and not all(made.values()):
             raise NotImplementedError(
                 f"{type(self).__name__} has no loss_fn: override it, or give one to FlexChunkLoss(...)"
             )
@@ -381,8 +381,8 @@ class FlexChunkLoss(nn.Module):
             choose(layout, labels, made, dict.fromkeys(labels, plain))
             self._recall.layouts.keep(key, layout, KINDS)
         function = "score_fn" if grouped else "loss_fn"
-        if layout.refused and not formula.has(function):
-            told = "; ".join(layout.refused.values())
+        if len(layout.taken) < len(labels) and not formula.has(function):
+            told = "; ".join(layout.refused)
             raise NotImplementedError(f"{type(self).__name__} has no {function} for where its step refuses: {told}")
         if wanted == "loss":
             _check_roles(type(self).__name__, layout, arguments.weights, grouped)
@@ -390,9 +390,9 @@ class FlexChunkLoss(nn.Module):
         kind = Kind(arguments, given, formula, layout, form, labels, steps if has_steps else None)
         return _Laid(kind, formula, arguments.tensors, arguments.weights)
 
-    def _made(self, formula: Formula, labels: Mapping[str, tuple[str, ...]]) -> dict[str, Step | None]:
-        """The loss's own step for each unit."""
-        return {label: formula.view.make_step(told) for label, told in labels.items()}
+    def _made(self, formula: Formula, labels: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[Step, ...]]:
+        """The loss's own steps for each unit, the best first."""
+        return {label: _own_steps(formula, told) for label, told in labels.items()}
 
     def _check_attributes(self) -> None:
         for name, value in self.__dict__.items():
@@ -452,8 +452,13 @@ INTERNAL.update(("_functions", "_numbers", "_recall"))
 _OPTIONS = frozenset(("row_totals", "column_totals", "targets", "gradient_size", *OPTIONS))
 
 
-def _keys(made: Mapping[str, Step | None]) -> tuple[Hashable, ...]:
-    return tuple([step and step.key for step in made.values()])
+def _own_steps(formula: Formula, projections: tuple[str, ...]) -> tuple[Step, ...]:
+    made = formula.view.make_step(projections)
+    return () if made is None else (made,) if isinstance(made, Step) else tuple(made)
+
+
+def _keys(made: Mapping[str, tuple[Step, ...]]) -> tuple[Hashable, ...]:
+    return tuple([tuple([step.key for step in steps]) for steps in made.values()])
 
 
 class LaidOut(Exception):
@@ -495,8 +500,10 @@ class _Laid:
         """Of each unit: its own, or plain functions."""
         kind, found = self.kind, {}
         for label, formula in self.formulas.items():
-            own = None if label in kind.layout.refused else self.formula.view.make_step(kind.labels[label])
-            found[label] = own or FunctionStep(formula, kind.form, kind.layout.options.static_widths)
+            if (place := kind.layout.taken.get(label)) is not None:
+                found[label] = _own_steps(self.formula, kind.labels[label])[place]
+            else:
+                found[label] = FunctionStep(formula, kind.form, kind.layout.options.static_widths)
         return found
 
     def call(self, selection: Selection, row_wise: bool, together: bool) -> Direct | Call:

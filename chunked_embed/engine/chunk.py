@@ -50,6 +50,9 @@ class Chunk:
         columns: column arguments by name, ``(V, ...)``.
         names: the projections.
         first_column: of a piece, where all pieces of a row are one after the other.
+        keeps: whether this chunk is there again in ``pull``, with what ``score`` puts into ``held``. Else it is made
+            anew, and ``held`` is empty.
+        held: tensors of the outputs' size that a step with products of its own needs once more, by any name.
 
     Example:
         >>> import torch
@@ -66,10 +69,12 @@ class Chunk:
         tensor(0.2500)
     """
 
-    def __init__(self, visit: Visit, names: tuple[str, ...], first_column: int = 0) -> None:
+    def __init__(self, visit: Visit, names: tuple[str, ...], first_column: int = 0, keeps: bool = False) -> None:
         self.visit = visit
         self.names = names
         self.first_column = first_column
+        self.keeps = keeps
+        self.held: Named = {}
         self.size = visit.span.rows
         self.loss = visit.sweep.call.loss
         layout = self.sweep.layout

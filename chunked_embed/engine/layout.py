@@ -86,6 +86,7 @@ class Unit:
     trains: bool  # the gradient of some of its outputs is wanted
     pulled: bool  # that, or the gradient of a row or column argument
     needs: Needs
+    step: str | None = None  # the loss's own, by name; None: its functions
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -118,7 +119,8 @@ class Layout:
     n_groups: int | None  # that group arguments tell of
     direct: bool = False  # small, and of plain functions
     units: tuple[Unit, ...] = ()
-    refused: dict[str, str] = field(default_factory=dict)  # units whose own step does not serve, and why
+    taken: dict[str, int] = field(default_factory=dict)  # which of the loss's own steps a unit takes; else functions
+    refused: tuple[str, ...] = ()  # why steps before those do not serve
     # What follows from a few numbers: plans of calls without segments, rows of a chunk, places of outputs.
     plans: Recent[Hashable, Any] = field(default_factory=Recent)
 
@@ -254,8 +256,14 @@ class Layout:
             columns=bool(self.columns),
             grad=self.wanted,
             learns=self.any_grad,
+            trains=any(spec.wants_grad for spec in specs),
             terms=max(len(spec.terms) for spec in specs),
+            depth=max(self.shapes[term.input][-1] for spec in specs for term in spec.terms),
+            bias=max((self._bias_of(spec) for spec in specs), key=BIASES.index),
         )
+
+    def _bias_of(self, spec: Spec) -> str:
+        return BIASES[0 if spec.bias is None else 1 + self.wants_grad[spec.bias]]
 
     @cached_property
     def sums(self) -> tuple[tuple[torch.dtype | None, ...], tuple[torch.dtype | None, ...]]:
@@ -282,6 +290,7 @@ class Layout:
         return one, several
 
 
+BIASES = ("none", "frozen", "learns")
 TARGET = "target"  # the row argument that is a target without being named as one
 # Outputs in float32, and operands that are cast to it, of a whole call: up to here chunks are a detour.
 DIRECT_BYTES = {"cuda": 32 << 20, "cpu": 16 << 20}
@@ -303,28 +312,47 @@ def build(arguments: Arguments, options: Options, runs_on: torch.device | None =
 
 
 def choose(
-    layout: Layout, labels: Mapping[str, tuple[str, ...]], made: Mapping[str, Step | None], plain: Mapping[str, Step]
+    layout: Layout,
+    labels: Mapping[str, tuple[str, ...]],
+    made: Mapping[str, Sequence[Step]],
+    plain: Mapping[str, Step],
 ) -> None:
-    """Ask each step what it needs, once a layout: units of projections, and where a step of the loss's own refuses."""
+    """Ask each step what it needs, once a layout: units of projections, which of the loss's own steps they take, and
+    why others refuse."""
+    shapes = {label: layout.shape_of(names) for label, names in labels.items()}
     if layout.small and layout.at_once > KERNEL_BYTES:
-        shapes = {label: layout.shape_of(names)._replace(compiled=True) for label, names in labels.items()}
-        if all(step is not None and _refusal(step, shapes[label]) is None for label, step in made.items()):
-            layout.small, layout.compiled = False, True
+        as_chunks = {label: shape._replace(compiled=True) for label, shape in shapes.items()}
+        if len(_taken(made, as_chunks)[0]) == len(labels):
+            layout.small, layout.compiled, shapes = False, True, as_chunks
+    layout.taken, layout.refused = _taken(made, shapes)
     units = []
     for label, names in labels.items():
-        step, shape = made[label] or plain[label], layout.shape_of(names)
-        if (refusal := _refusal(step, shape)) is not None:
-            layout.refused[label] = f"{type(step).__name__}: {refusal}"
-            step = plain[label]
-        needs = step.needs(shape)
+        step = made[label][layout.taken[label]] if label in layout.taken else plain[label]
+        needs = step.needs(shapes[label])
         trains = any(layout.specs[name].wants_grad for name in names)
         pieces = tuple((name,) for name in names) if step.merges else (names,)
         for spec in (layout.specs[name] for name in names if not layout.specs[name].identity):  # the user's own tensor
             in_place = needs.overwrites or spec.output_dtype == spec.operand_dtype
             layout.specs[spec.name] = replace(spec, in_place=in_place)
-        units.append(Unit(label, pieces, trains, trains or bool(layout.wanted), needs))
+        own = type(step).__name__ if label in layout.taken else None
+        units.append(Unit(label, pieces, trains, trains or bool(layout.wanted), needs, own))
     layout.units = tuple(units)
-    layout.direct = layout.small and all(made[label] is None or label in layout.refused for label in labels)
+    layout.direct = layout.small and not layout.taken
+
+
+def _taken(made: Mapping[str, Sequence[Step]], shapes: Mapping[str, Shape]) -> tuple[dict[str, int], tuple[str, ...]]:
+    """-> the place of each unit's step, and what those before it say. Units go the same way where one serves them all:
+    equal models then have equal scores, to the last bit."""
+    told = {label: [_refusal(step, shapes[label]) for step in steps] for label, steps in made.items()}
+    together = [n for n in range(min(map(len, told.values()))) if all(of_unit[n] is None for of_unit in told.values())]
+    taken, refused = {}, []
+    for label, of_unit in told.items():
+        serving = together or [n for n, refusal in enumerate(of_unit) if refusal is None]
+        if serving:
+            taken[label] = serving[0]
+        before = of_unit[: taken.get(label)]
+        refused += [f"{type(made[label][n]).__name__}: {why}" for n, why in enumerate(before) if why is not None]
+    return taken, tuple(dict.fromkeys(refused))
 
 
 def _refusal(step: Step, shape: Shape) -> str | None:

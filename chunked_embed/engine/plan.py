@@ -66,9 +66,17 @@ class ChunkPlan:
         return self.layout.compiled
 
     @property
+    def steps(self) -> tuple[str, ...]:
+        """What works on a chunk: the loss's own steps (kernels, say) by name, or its functions, and how they run."""
+        if self.direct:
+            return ("direct",)
+        functions = "compiled" if self.compiled else "uncompiled"
+        return tuple(dict.fromkeys(unit.step or functions for unit in self.layout.units))
+
+    @property
     def refusals(self) -> tuple[str, ...]:
-        """Of kernels that would do the step, and do not serve here."""
-        return tuple(self.layout.refused.values())
+        """Of steps that the loss would rather take, and that do not serve here."""
+        return self.layout.refused
 
     @property
     def sums(self) -> tuple[torch.dtype | None, ...]:
@@ -86,14 +94,17 @@ class ChunkPlan:
 
     @property
     def products(self) -> int:
-        layout, forwards = self.layout, 0
+        layout, found = self.layout, 0
         for unit in layout.units:
+            if unit.needs.products is not None:
+                found += unit.needs.products
+                continue
             # Formed again: all that is pulled in a second pass; and what is frozen, which has no buffer of its own.
             again = unit.pulled if self.passes > 1 else unit.pulled and not unit.trains and not self.row_wise
-            specs = [layout.specs[name] for name in unit.names]
-            forwards += sum(len(spec.terms) * (1 + again) for spec in specs if not spec.identity)
-        operands = [i for spec in layout.formed for term in spec.terms for i in term if i is not None]
-        return forwards + sum(layout.wants_grad[i] for i in operands)
+            for spec in (layout.specs[name] for name in unit.names if not layout.specs[name].identity):
+                operands = [i for term in spec.terms for i in term if i is not None]
+                found += len(spec.terms) * (1 + again) + sum(layout.wants_grad[i] for i in operands)
+        return found
 
     @property
     def chunk_bytes(self) -> int:
@@ -125,13 +136,13 @@ class ChunkPlan:
             f"chunks        {self.chunks} of up to {self.chunk_rows} rows",
             f"passes        {self.passes}",
             f"products      {self.products} matrix products per chunk",
-            f"steps         {'direct' if self.direct else 'compiled' if self.compiled else 'uncompiled'}",
+            f"steps         {', '.join(self.steps)}",
             f"chunk         {size_text(self.chunk_bytes)}",
             f"gathered      {size_text(self.gathered_bytes)}",
             f"gradients     {size_text(self.gradient_bytes)}",
             f"peak          {size_text(self.peak_bytes)}",
         ]
-        return "\n".join(lines + [f"no kernel     {refusal}" for refusal in dict.fromkeys(self.refusals)])
+        return "\n".join(lines + [f"no kernel     {refusal}" for refusal in self.refusals])
 
 
 def size_text(n: int) -> str:

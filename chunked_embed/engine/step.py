@@ -1,7 +1,8 @@
 """The contract of a step: what happens to the outputs of one chunk. The engine knows steps; steps know a loss.
 
 A loss of plain functions gets a step from ``functions.py``. One with a kernel, or with products of its own, returns a
-``Step`` from ``make_step`` instead: that is all there is to it. docs/design.md draws how the engine calls them.
+``Step`` from ``make_step`` instead, or several, the best first: that is all there is to it. docs/design.md draws how
+the engine calls them.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ class Shape(NamedTuple):
     columns: bool  # the call has column arguments
     grad: tuple[str, ...]  # row and column arguments that want a gradient
     learns: bool  # anything of the call wants one
+    trains: bool  # the outputs do
     terms: int  # that a projection sums, at most
+    depth: int  # of an input's rows, the widest
+    bias: str  # of the projections: "none", "frozen" or "learns"
 
 
 class Needs(NamedTuple):
@@ -63,11 +67,12 @@ class Needs(NamedTuple):
     Example:
         >>> from chunked_embed import Needs
         >>> Needs(multiple=64, scratch=4)  # chunks of whole blocks, four bytes an output beside the outputs
-        Needs(refusal=None, rows='any', multiple=64, scratch=4, forms_outputs=True, overwrites=False)
+        Needs(refusal=None, rows='any', multiple=64, scratch=4, forms_outputs=True, overwrites=False, products=None)
     """
 
     refusal: str | None = None
-    """Why it does not serve: a sentence, printed with the plan. The loss's plain functions run instead."""
+    """Why it does not serve: a sentence, printed with the plan. The loss's next step, or its plain functions, run
+    instead."""
     rows: Literal["any", "whole segments", "all"] = "any"
     """Which rows a chunk must hold. A step of whole segments returns values for each of them, ``(segments, ...)``."""
     multiple: int = 1
@@ -79,6 +84,8 @@ class Needs(NamedTuple):
     overwrites: bool = False
     """It goes through a row of outputs in order, and writes each gradient after it has read what lies up to twice as
     far in the row: a half-precision one may take the first half of its float32 outputs, and no room of its own."""
+    products: int | None = None
+    """How many matrix products a chunk takes, of a step that brings its own. None: as many as the engine would."""
 
 
 class Step:

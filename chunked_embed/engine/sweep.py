@@ -73,7 +73,7 @@ class Sweep:
         (unit,) = self.layout.units
         step, found = self.call.steps[unit.label], []
         for span in spans:
-            chunks = self._pieces(Visit(self, span), unit)
+            chunks = self._pieces(Visit(self, span), unit, keep=True)
             of_rows = {name: u[span.start : span.stop] for name, u in upstream.items()}
             if len(chunks) == 1:
                 found.append(step.both(chunks[0], of_rows, chunks[0].into()))
@@ -94,7 +94,7 @@ class Sweep:
             scored.parts.append({})
             scored.chunks.append({})
             for unit in sorted(self.layout.units, key=lambda unit: unit.trains):  # frozen ones share another's buffer
-                step, chunks = self.call.steps[unit.label], self._pieces(visit, unit)
+                step, chunks = self.call.steps[unit.label], self._pieces(visit, unit, keep and unit.trains)
                 parts, reused = zip(*(step.score(chunk) for chunk in chunks))
                 merged = step.merge(parts)
                 for name, how in step.column_parts.items():
@@ -124,9 +124,9 @@ class Sweep:
 
     # --- what chunks ask for ---
 
-    def _pieces(self, visit: Visit, unit: Unit) -> list[Chunk]:
+    def _pieces(self, visit: Visit, unit: Unit, keep: bool = False) -> list[Chunk]:
         widths = [sum(self.layout.specs[name].width for name in names) for names in unit.pieces]
-        return [Chunk(visit, names, sum(widths[:n])) for n, names in enumerate(unit.pieces)]
+        return [Chunk(visit, names, sum(widths[:n]), keep) for n, names in enumerate(unit.pieces)]
 
     def values_of(self, unit: Unit, span: Span, first: Span) -> slice:
         """Where the values of a span are among those of all spans: one a row, or one a segment."""

@@ -344,6 +344,76 @@ def test_functions_serve_where_a_step_refuses():
     assert_same(loss(Projection(x, w)).loss, (x @ w.T).square().sum(1).mean(), [x, w])
 
 
+class Keen(Step):
+    """Squares of outputs, where no more than ``most`` columns are asked for."""
+
+    row_wise = False
+
+    def __init__(self, most):
+        self.most = most
+
+    @property
+    def key(self):
+        return type(self), self.most
+
+    def needs(self, shape):
+        return Needs(
+            refusal=f"{shape.widths[0]} columns are above {self.most}" if shape.widths[0] > self.most else None
+        )
+
+    def score(self, chunk):
+        if chunk.keeps:
+            chunk.held["outputs"] = chunk.outputs().clone()
+        return {"squares": chunk.outputs().square().sum(1)}, None
+
+    def pull(self, chunk, kept, parts, upstream, into):
+        outputs = chunk.held.get("outputs", chunk.outputs())
+        into.outputs(2 * outputs * upstream["squares"][:, None])
+
+
+class Eager(Keen):
+    pass
+
+
+class Choosy(FlexChunkLoss):
+    """The first step that serves a unit; the same for both, where one serves both."""
+
+    def __init__(self, *most, **options):
+        super().__init__(separate_outputs=True, **options)
+        self.most = most
+
+    def make_step(self, projections):
+        return [cls(most) for cls, most in zip((Keen, Eager), self.most)]
+
+    def score_fn(self, outputs, rows):
+        return {"squares": outputs.square().sum(1)}
+
+    def loss_fn(self, scores, groups):
+        return (scores["a"]["squares"] - scores["b"]["squares"])[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("most", "steps", "refused"),
+    [
+        ((20, 20), ("Keen",), ()),
+        ((12, 20), ("Eager",), ("Keen: 13 columns are above 12",)),  # one of them would have the first
+        ((12, 12), ("Keen", "compiled"), ("Keen: 13 columns are above 12", "Eager: 13 columns are above 12")),
+        ((3, 3), ("compiled",), None),
+        ((3, 12), ("Eager", "compiled"), None),
+    ],
+)
+@pytest.mark.parametrize("scores_first", [False, True])
+def test_steps_in_order(most, steps, refused, scores_first):
+    x, a, b = randn(7, H), randn(13, H), randn(V, H)
+    loss = Choosy(*most, chunk_size=3, couples_batch=scores_first)
+    call = {"a": Projection(x, a), "b": Projection(x, b)}
+    plan = loss.plan(call)
+    assert set(plan.steps) == set(steps) and f"steps         {', '.join(plan.steps)}" in str(plan)
+    assert refused is None or plan.refusals == refused
+    expected = ((x @ a.T).square().sum(1) - (x @ b.T).square().sum(1)).mean()
+    assert_same(loss(call).loss, expected, [x, a, b])
+
+
 def test_a_step_that_merges_nothing_sees_all_at_once():
     seen = []
 
