@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -22,7 +23,7 @@ from .engine.losses import GroupLoss, RowLoss, as_metrics, mean_or_weighted, row
 from .engine.pack import Selection, select
 from .engine.plan import ChunkPlan, make_plan
 from .engine.recall import KINDS, Kind, Recall, Standing, learns
-from .engine.sample import look_at
+from .engine.sample import differentiable, look_at
 from .engine.step import Step
 from .engine.sweep import Call
 from .engine.types import LossOutput, Named, Projections, Tensors
@@ -341,7 +342,7 @@ class FlexChunkLoss(nn.Module):
         arguments = read(projections, rows, columns, groups, weights)
         laid = self._lay_out_anew(arguments, told[1] if told else None, formula, wanted)
         if ELSEWHERE.get() is not None:
-            raise LaidOut(laid.kind, wanted, "segments" in laid.weights)
+            raise LaidOut(laid.kind, wanted, "segments" in laid.weights, laid.only_score)
         if told is not None:
             standing = standing or Standing(self, formula, _OPTIONS)
             standing.kinds.keep(told[0], laid.kind, KINDS)
@@ -464,10 +465,17 @@ def _keys(made: Mapping[str, tuple[Step, ...]]) -> tuple[Hashable, ...]:
 class LaidOut(Exception):
     """Where a call that is laid out for a device elsewhere ends: no value of a tensor was read."""
 
-    def __init__(self, kind: Kind, wanted: Literal["loss", "scores"], in_segments: bool) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        wanted: Literal["loss", "scores"],
+        in_segments: bool,
+        only_score: Callable[[Selection], str | None],
+    ) -> None:
         self.kind = kind
         self.wanted = wanted
         self.in_segments = in_segments
+        self.only_score = only_score
 
 
 class _Laid:
@@ -510,8 +518,36 @@ class _Laid:
         layout = self.kind.layout
         if layout.direct:
             return Direct(layout, selection, self.kind.form, self.formulas, self.tensors)
-        plan = make_plan(layout, selection, row_wise=row_wise, together=together)
-        return Call(layout, selection, plan, self.steps(), self.formula.view)
+        steps = self.steps()
+        only_score = partial(self.only_score, selection, steps)
+        plan = make_plan(layout, selection, row_wise=row_wise, together=together, only_score=only_score)
+        return Call(
+            layout, selection, plan, steps, self.formula.view, partial(_look_again, self.kind, selection, steps)
+        )
+
+    def only_score(self, selection: Selection, steps: Mapping[str, Step] | None = None) -> str | None:
+        """The one score with a gradient, of units of which one is pulled."""
+        layout, known = self.kind.layout, self.kind.differentiable
+        unit = next(unit for unit in layout.units if unit.pulled)
+        steps = self.steps() if steps is None else steps
+        step = steps[unit.label]
+        names = step.differentiable
+        if isinstance(step, FunctionStep):
+            if layout.has_float16:  # how large a gradient for an upstream of one is, nobody has said
+                return None
+            names = known.get(unit.label)
+            if names is None:
+                names = _look_again(self.kind, selection, steps, self.tensors)
+        return next(iter(names)) if names is not None and len(names) == 1 and not step.column_parts else None
+
+
+def _look_again(kind: Kind, selection: Selection, steps: Mapping[str, Step], tensors: list[Tensor]) -> tuple[str, ...]:
+    """The scores with a gradient, of the plain functions of the one unit that is pulled."""
+    unit = next(unit for unit in kind.layout.units if unit.pulled)
+    step = steps[unit.label]
+    assert isinstance(step, FunctionStep)  # others say so
+    found = kind.differentiable[unit.label] = differentiable(step, unit, kind.layout, selection, tensors)
+    return found
 
 
 class Prepared(NamedTuple):
@@ -637,8 +673,8 @@ def _group_weight(layout: Layout, selection: Selection, given: Tensor | None, of
     if given is not None:
         weight = out_of_inference(given.detach().to(layout.dtype))
         checks.all_finite("group_weight", weight)
-    elif of_rows and selection.lengths is not None:  # rows that were dropped are groups that count for nothing
-        weight = torch.tensor(selection.lengths, dtype=layout.dtype, device=layout.device) / max(selection.n_rows, 1)
+    elif of_rows and selection.offsets is not None:  # rows that were dropped are groups that count for nothing
+        weight = selection.offsets.diff().to(layout.dtype) / max(selection.n_rows, 1)
     else:
         return None
     if len(weight) != n:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -216,10 +217,13 @@ def _plain_case(found: LaidOut) -> ChunkPlan:
     selection = found.kind.whole
     if found.in_segments:
         groups = layout.n_groups or n
-        selection = Selection(n, groups, per_group, lengths=[n // (groups * per_group)] * (groups * per_group))
+        each = n // (groups * per_group)
+        selection = Selection(n, groups, per_group, bounds=[each * i for i in range(groups * per_group + 1)])
     scores = found.wanted == "scores"
     row_wise, together = found.kind.form.kind == "loss", scores or layout.options.couples_batch
-    return replace(make_plan(layout, selection, row_wise=row_wise, together=together), direct=layout.direct)
+    only_score = partial(found.only_score, selection)
+    made = make_plan(layout, selection, row_wise=row_wise, together=together, only_score=only_score)
+    return replace(made, direct=layout.direct)
 
 
 def plan(name: str, problem: Problem, device: torch.device | str, **options: Any) -> ChunkPlan:

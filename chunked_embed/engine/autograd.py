@@ -7,14 +7,15 @@ loss may as well be differentiated along with what follows, and for code behind 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from .formula import is_users
-from .gradients import scaled
+from .gradients import in_places, scaled
+from .layout import Layout
 from .losses import GroupLoss, RowLoss, by_segment, in_user_order, to_rows
 from .sweep import Call, Scored, Sweep
 from .types import Named
@@ -80,20 +81,23 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, loss: RowLoss | GroupLoss, metrics: Named, *tensors: Tensor) -> Tensor:
         wanted = call.layout.any_grad
-        ctx.dtypes = [t.dtype for t in tensors]
+        ctx.put = _Put(call.layout)
         with call.layout.no_autocast():
             value, found, grads, ctx.scale = loss.run(call, tensors, wanted)
         metrics.update(found)
         if wanted:
-            ctx.save_for_backward(*grads)
+            ctx.save_for_backward(call.selection.order, *grads)
         return value
 
     @staticmethod
     @once_only
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        # Out of place: a second backward over a retained graph must not see scaled gradients.
+        # Out of place: a second backward over a retained graph must not see scaled gradients. Else each sum is let go
+        # once it is scaled.
+        order, *grads = ctx.saved_tensors
+        ctx.maybe_clear_saved_tensors()
         factor = grad_loss if ctx.scale is None else grad_loss * ctx.scale
-        return (None, None, None, *_cast(ctx.saved_tensors, factor, ctx.dtypes))
+        return (None, None, None, *ctx.put(grads, factor, order))
 
 
 class ChunkedScores(torch.autograd.Function):
@@ -117,10 +121,10 @@ class ChunkedScores(torch.autograd.Function):
             for name, value in named.items():
                 names.append((label, name))
                 whole = call.layout.unit(label).needs.rows == "whole segments"
-                by_row = call.selection.lengths is None and (value.dim() == 1 or not whole)
+                by_row = call.selection.bounds is None and (value.dim() == 1 or not whole)
                 rowlike.append(by_row)
                 found = value if by_row else of_segments[label][name]
-                if call.selection.lengths is None or whole:  # what is kept for backward must not hold a result
+                if call.selection.bounds is None or whole:  # what is kept for backward must not hold a result
                     found = found.clone()
                 results.append(in_user_order(call, found, flat=True) if by_row else found)
         for name, value in scored.columns.items():
@@ -168,13 +172,27 @@ class ChunkedScores(torch.autograd.Function):
             for i in layout.groups.values():
                 if layout.wants_grad[i]:  # what the loss makes of it is added
                     found[i] = torch.zeros_like(tensors[i])
-            return (None, None, *_cast(found, scale, [t.dtype for t in tensors]))
+            return (None, None, *_Put(layout)(found, scale, selection.order))
 
 
-def _cast(
-    grads: Sequence[Tensor | None], factor: Tensor | None, dtypes: Sequence[torch.dtype]
-) -> Iterator[Tensor | None]:
-    return (None if g is None else scaled(g, factor, dtype) for g, dtype in zip(grads, dtypes))
+class _Put:
+    """Gradients as they were gathered -> of the tensors: scaled, in their dtypes, used rows in their places."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.dtypes, self.rowlike, self.n_rows = layout.dtypes, layout.rowlike, layout.n_rows
+
+    def __call__(self, grads: list[Tensor | None], factor: Tensor | None, order: Tensor | None) -> list[Tensor | None]:
+        """Lets go of ``grads`` one by one; of sums first, which take less where they are returned."""
+        found: list[Tensor | None] = [None] * len(grads)
+        for i in sorted(range(len(grads)), key=lambda i: i in self.rowlike):
+            grad, grads[i] = grads[i], None
+            if grad is None:
+                continue
+            if order is None or i not in self.rowlike:
+                found[i] = scaled(grad, factor, self.dtypes[i])
+            else:
+                found[i] = in_places(grad, factor, self.dtypes[i], order, self.n_rows)
+        return found
 
 
 class _Beside(torch.autograd.Function):

@@ -254,6 +254,13 @@ class Into:
 
     # For steps with products of their own:
 
+    def wants_input(self, name: str | None = None, term: int = 0) -> bool:
+        return self.layout.wants_grad[self._term(name, term).input]
+
+    def wants_weight(self, name: str | None = None, term: int = 0) -> bool:
+        i = self._term(name, term).weight
+        return i is not None and self.layout.wants_grad[i]
+
     def inputs(self, value: Tensor, name: str | None = None, term: int = 0) -> None:
         """The gradient of a projection's input, ``(size, H)``."""
         self._rows(self._term(name, term).input, value)

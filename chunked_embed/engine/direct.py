@@ -68,7 +68,7 @@ class Direct:
         given, found = self._given(), list[tuple[ScoreName, Tensor]]()
         values = self._values(given)
         own = {label: given.own(of_rows) for label, (of_rows, _) in values.items()}
-        if self.selection.lengths is None:
+        if self.selection.bounds is None:
             own = {
                 label: {n: in_user_order(self, v, flat=True) for n, v in named.items()} for label, named in own.items()
             }

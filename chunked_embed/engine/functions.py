@@ -240,10 +240,13 @@ def _gradients(total: Callable, arguments: tuple[Named, ...]) -> tuple[tuple[Nam
 
 def grad_or_zero(value: Any, leaves: list[Tensor]) -> list[Tensor]:
     """Gradients of a scalar; zero where it does not depend on a leaf."""
+    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grad_or_none(value, leaves), leaves)]
+
+
+def grad_or_none(value: Any, leaves: list[Tensor]) -> list[Tensor | None]:
     if not isinstance(value, Tensor) or not value.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    found = torch.autograd.grad(value, leaves, allow_unused=True)
-    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves)]
+        return [None] * len(leaves)
+    return list(torch.autograd.grad(value, leaves, allow_unused=True))
 
 
 def _store(grads: Named, outputs: Named, destinations: dict[str, Tensor | None]) -> Named:

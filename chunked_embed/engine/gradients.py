@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.norms import through_norms_
-from ..kernels.scale import scale_
+from ..kernels.scale import combine_, scale_
 from .layout import Layout
 from .pack import Selection, Span
 from .products import addmm_, mm
@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 25  # elements cast at a time: where a device casts through a copy, the copy is small
 
+BySegment = tuple[Span, dict[int, Tensor]]
+"""The rows of a segment, and what is summed over them."""
+
 
 class Gradients:
     """Gradients of all tensors of a call that want one, in the dtypes that the plan has chosen.
 
-    Weights and columns are summed over chunks; row-aligned gradients are written once per chunk.
+    Weights and columns are summed over chunks; those of the used rows are written once per chunk, in their order.
     """
 
     def __init__(
@@ -38,93 +41,110 @@ class Gradients:
         self.layout = layout
         self.selection = selection
         self.operands = operands
-        self.sums = sums
+        self.dtypes = sums
         self.inverse_norms = inverse_norms
         self.powers = powers
-        self.buffers: dict[int, Tensor] = {}
-        self.fresh: set[int] = set()  # sums whose first product overwrites instead of adding
+        self.rows: dict[int, Tensor] = {}  # (used rows, ...)
+        self.sums: dict[int, Tensor] = {}
 
     def _dtype(self, i: int) -> torch.dtype:
-        dtype = self.sums[i]
+        dtype = self.dtypes[i]
         assert dtype is not None, "a gradient that nobody wants"
         return dtype
 
     def row_buffer(self, i: int) -> Tensor:
-        """``(M, ...)`` for a row-aligned tensor; zero where rows are dropped."""
-        if i not in self.buffers:
+        """``(used rows, ...)`` for a row-aligned tensor."""
+        if i not in self.rows:
             operand = self.operands[i]
-            make = torch.empty_like if self.selection.n_rows == len(operand) else torch.zeros_like
-            self.buffers[i] = make(operand, dtype=self._dtype(i), memory_format=torch.contiguous_format)
-        return self.buffers[i]
+            shape = self.selection.n_rows, *operand.shape[1:]
+            self.rows[i] = torch.empty(shape, dtype=self._dtype(i), device=operand.device)
+        return self.rows[i]
 
     def destination(self, i: int, span: Span, rows: int) -> Tensor:
         """Where a step may write the gradient of an identity's rows: the gradient itself if nothing else goes there."""
         buffer = self.row_buffer(i)
-        if self.selection.order is None and self.layout.input_uses[i] == 1 and rows == span.rows:
+        if self.layout.input_uses[i] == 1 and rows == span.rows:
             return buffer[span.start : span.stop]
         return torch.empty(rows, *buffer.shape[1:], dtype=buffer.dtype, device=buffer.device)
 
     def add_rows(self, i: int, visit: Visit, value: Tensor) -> None:
         """The gradient of a chunk's rows; a second contribution to the same rows adds."""
-        buffer, order = self.row_buffer(i), self.selection.order
-        span, written = visit.span, visit.written
-        if order is None:
-            place = buffer[span.start : span.stop]
-            if i in written:
-                place.add_(value)
-            elif value.data_ptr() != place.data_ptr():
-                place.copy_(value)
-        else:
-            index = order[span.start : span.stop]
-            value = value.to(buffer.dtype)
-            if i in written:
-                buffer.index_add_(0, index, value)
-            else:
-                buffer.index_copy_(0, index, value)
-        written.add(i)
+        place = self.row_buffer(i)[visit.span.start : visit.span.stop]
+        if i in visit.written:
+            place.add_(value)
+        elif value.data_ptr() != place.data_ptr():
+            place.copy_(value)
+        visit.written.add(i)
 
     def add_input(self, i: int, visit: Visit, grad_outputs: Tensor, weight: Tensor) -> None:
         """``grad_outputs @ weight`` for a chunk's rows."""
-        buffer, span = self.row_buffer(i), visit.span
-        if self.selection.order is not None:
-            shape = (span.rows, weight.shape[1])
-            product = mm(grad_outputs, weight, out=torch.empty(shape, dtype=buffer.dtype, device=buffer.device))
-            self.add_rows(i, visit, product)
-        elif i in visit.written:
-            addmm_(buffer[span.start : span.stop], grad_outputs, weight)
+        place = self.row_buffer(i)[visit.span.start : visit.span.stop]
+        if i in visit.written:
+            addmm_(place, grad_outputs, weight)
         else:
-            mm(grad_outputs, weight, out=buffer[span.start : span.stop])
+            mm(grad_outputs, weight, out=place)
             visit.written.add(i)
 
     def add_product(self, i: int, a: Tensor, b: Tensor) -> None:
         """``a.T @ b``, summed over chunks: a weight's gradient from those of the outputs, and the input."""
-        if i not in self.buffers:
+        if i in self.sums:
+            addmm_(self.sums[i], a.t(), b)
+        else:  # the first overwrites instead of adding
             operand = self.operands[i]
-            self.buffers[i] = torch.empty(operand.shape, dtype=self._dtype(i), device=operand.device)
-            self.fresh.add(i)
-        if i in self.fresh:
-            mm(a.t(), b, out=self.buffers[i])
-            self.fresh.discard(i)
-        else:
-            addmm_(self.buffers[i], a.t(), b)
+            self.sums[i] = torch.empty(operand.shape, dtype=self._dtype(i), device=operand.device)
+            mm(a.t(), b, out=self.sums[i])
 
     def add(self, i: int, value: Tensor) -> None:
         """A gradient summed over chunks: a column's, a bias's, or a weight's that a step has formed itself."""
-        if i not in self.buffers:
+        if i not in self.sums:
             operand = self.operands[i]
-            self.buffers[i] = torch.zeros(operand.shape, dtype=self._dtype(i), device=operand.device)
-        self.buffers[i].add_(value)
+            self.sums[i] = torch.zeros(operand.shape, dtype=self._dtype(i), device=operand.device)
+        self.sums[i].add_(value)
+
+    def fold(self, segments: Sequence[BySegment], factors: Sequence[Tensor]) -> None:
+        """Gradients that were taken before their factors were known: rows in their places, sums by segment. A factor of
+        zero makes nothing of anything; the segments' sums are used up."""
+        of_segments = list(zip(segments, factors, strict=True))
+        for (part, _), factor in of_segments:
+            for rows in self.rows.values():
+                combine_(rows[part.start : part.stop], factor)
+        for i in {i: None for _, sums in segments for i in sums}:
+            terms: list[Any] = [(sums.pop(i), factor) for (_, sums), factor in of_segments if i in sums]
+            of_sum = None
+            if i not in self.sums:
+                self.sums[i], of_sum = terms.pop(0)
+                terms = terms or [(None, None)]
+            for x, of_x in terms:
+                combine_(self.sums[i], of_sum, x, of_x)
+                of_sum = None
 
     def finish(self) -> list[Tensor | None]:
-        """The sums as they were gathered, perhaps wider than their tensors, in the order of the layout's tensors."""
-        for i, wants in enumerate(self.layout.wants_grad):
-            if wants and i not in self.buffers and self.sums[i] is not None:  # no row was used
-                self.buffers[i] = torch.zeros_like(self.operands[i], dtype=self.sums[i])
-            if wants and i in self.inverse_norms:
-                through_norms_(self.buffers[i], self.operands[i], self.inverse_norms[i])
-                if i in self.powers:
-                    self.buffers[i] *= self.powers[i][:, None]
-        return [self.buffers.pop(i, None) for i in range(len(self.layout.dtypes))]
+        """The sums as they were gathered, perhaps wider than their tensors, in the order of the layout's tensors; of
+        row-aligned ones those of used rows."""
+        found = self.rows | self.sums
+        self.rows, self.sums = {}, {}
+        for i, dtype in enumerate(self.dtypes):
+            if dtype is None:
+                continue
+            rowlike, operand = i in self.layout.rowlike, self.operands[i]
+            if i not in found:  # nothing was added
+                length = self.selection.n_rows if rowlike else len(operand)
+                found[i] = torch.zeros((length, *operand.shape[1:]), dtype=dtype, device=operand.device)
+            if i in self.inverse_norms:
+                self._through_norms_(i, found[i], self.selection.order if rowlike else None)
+        return [found.pop(i, None) for i in range(len(self.dtypes))]
+
+    def _through_norms_(self, i: int, grad: Tensor, order: Tensor | None) -> None:
+        """``order``: the rows of the tensor that the gradient's belong to; None: all."""
+        operand, inverse, power = self.operands[i], self.inverse_norms[i], self.powers.get(i)
+        if order is None:
+            through_norms_(grad, operand, inverse)
+        else:
+            for part, index in zip(*(t.split(_rows_of_block(grad)) for t in (grad, order)), strict=True):
+                through_norms_(part, operand.index_select(0, index), inverse.index_select(0, index))
+            power = None if power is None else power.index_select(0, order)
+        if power is not None:
+            grad *= power[:, None]
 
 
 def power_of_two(weights: Sequence[Tensor]) -> Tensor:
@@ -143,7 +163,26 @@ def scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     if grad.numel() < BLOCK:
         scale_(grad, factor, result)
         return result
-    rows = max(1, BLOCK * grad.shape[0] // grad.numel())
+    rows = _rows_of_block(grad)
     for part, out in zip(grad.split(rows), result.split(rows), strict=True):
         scale_(part, factor, out)
     return result
+
+
+def in_places(
+    grad: Tensor,  # (used rows, ...)
+    factor: Tensor | None,
+    dtype: torch.dtype,
+    order: Tensor,  # (used rows,)
+    rows: int,
+) -> Tensor:
+    """``scaled``, each row in its place among ``rows``, and zeros elsewhere."""
+    result = torch.zeros((rows, *grad.shape[1:]), dtype=dtype, device=grad.device)
+    n = _rows_of_block(grad)
+    for part, index in zip(grad.split(n), order.split(n), strict=True):
+        result.index_copy_(0, index, scaled(part, factor, dtype))
+    return result
+
+
+def _rows_of_block(t: Tensor) -> int:
+    return max(1, BLOCK * len(t) // max(t.numel(), 1))

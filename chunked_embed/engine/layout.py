@@ -257,7 +257,7 @@ class Layout:
             grad=self.wanted,
             learns=self.any_grad,
             trains=any(spec.wants_grad for spec in specs),
-            terms=max(len(spec.terms) for spec in specs),
+            terms=max(0 if spec.identity else len(spec.terms) for spec in specs),
             depth=max(self.shapes[term.input][-1] for spec in specs for term in spec.terms),
             bias=max((self._bias_of(spec) for spec in specs), key=BIASES.index),
         )

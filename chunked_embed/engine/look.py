@@ -90,7 +90,7 @@ def look(
         return
     device = tensors[0].device
     run = functools.partial(_run, call)
-    with torch.autocast(device.type, enabled=False), warnings.catch_warnings(), _kept_generators(device) as drawn:
+    with torch.autocast(device.type, enabled=False), warnings.catch_warnings(), kept_generators(device) as drawn:
         warnings.simplefilter("ignore")  # the step itself warns
         with _unchanged(name, sample):
             found = run(sample)
@@ -244,7 +244,7 @@ def _sources(device: torch.device) -> Iterator[Source]:
 
 
 @contextmanager
-def _kept_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
+def kept_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
     """The user's random numbers go on as if nothing had been drawn. Yields whether something was."""
     states = [(source, source.get()) for source in _sources(device)]
     try:

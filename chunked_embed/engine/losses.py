@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.segment_sums import segment_sums
-from .functions import grad_or_zero, split_metrics, weighted
+from .functions import grad_or_none, split_metrics, weighted
+from .gradients import BySegment
 from .pack import Block, Packed
-from .step import LOSS, METRIC
+from .step import LOSS, METRIC, Step
 from .sweep import Call, Sweep, join
 from .types import HALF, Named
 from .values import out_of_inference
@@ -66,7 +67,11 @@ class GroupLoss:
         sweep = Sweep(call, tensors, with_grad)
         weight, scale = _weights(self.weight, call.selection.n_groups, sweep, with_grad)
         groups = {name: tensors[i] for name, i in self.groups.items()}
-        results = [self._block(sweep, block, groups, weight, with_grad) for block in call.plan.blocks]
+        blocks = list(enumerate(call.plan.blocks))
+        # Those that are pulled by segment first: sums of the first segment take the place of the call's.
+        blocks.sort(key=lambda told: not told[1].segments)
+        by_block = {n: self._block(sweep, block, groups, weight, with_grad) for n, block in blocks}
+        results = [by_block[n] for n in range(len(blocks))]
         metrics = join([named for _, named, _ in results])
         loss = total([value for value, _, _ in results], call.layout.dtype)
         grads = sweep.finish() if with_grad else []
@@ -79,17 +84,21 @@ class GroupLoss:
     ) -> tuple[Tensor, Named, Named]:
         """-> loss, metrics and gradients of group arguments of a block."""
         call, layout = sweep.call, sweep.layout
-        scored = sweep.score(block.spans, keep=with_grad and len(block.spans) == 1)
+        ahead, in_parts = call.plan.ahead, list[BySegment]()
+        if ahead is not None and block.segments:
+            scored, in_parts = sweep.ahead(block, ahead)
+        else:
+            scored = sweep.score(block.spans, keep=with_grad and len(block.spans) == 1)
         scores = by_segment(scored.rows, call, block)
         trained = {
             unit.label: [
                 name
                 for name, v in scores[unit.label].items()
-                if unit.pulled and v.is_floating_point() and name not in call.steps[unit.label].constants
+                if unit.pulled and v.is_floating_point() and _may_learn(call.steps[unit.label], name)
             ]
             for unit in layout.units
         }
-        leaves = [scores[label][name].requires_grad_(with_grad) for label in trained for name in trained[label]]
+        leaves = {(label, n): scores[label][n].requires_grad_(with_grad) for label in trained for n in trained[label]}
         here = widened({name: t.detach()[block.start : block.stop] for name, t in groups.items()})
         wanted = {name: here[name] for name in here if layout.wants_grad[self.groups[name]]}
         for leaf in wanted.values():
@@ -100,13 +109,23 @@ class GroupLoss:
         metrics = as_metrics(metrics, layout.dtype)
         if not with_grad:
             return value, metrics, {}
-        grads = grad_or_zero(value, leaves + list(wanted.values()))
-        flat = iter(grads[: len(leaves)])
-        upstream = {
-            label: to_rows({name: next(flat) for name in names}, call, block, label) for label, names in trained.items()
-        }
-        sweep.pull(block.spans, scored, upstream, {})
-        return value.detach(), metrics, dict(zip(wanted, grads[len(leaves) :]))
+        taken = grad_or_none(value, [*leaves.values(), *wanted.values()])
+        of_leaves = {leaf: g for leaf, g in zip(leaves, taken) if g is not None}
+        of_ahead = [g for (_, name), g in of_leaves.items() if name == ahead]
+        # What the loss reads beside that is constant, unless the functions have changed their mind.
+        if in_parts and (len(of_ahead) == len(of_leaves) or {*call.differentiable(sweep.operands)} == {ahead}):
+            (g,) = of_ahead or [torch.zeros(1, call.selection.segments_per_group, device=layout.device)]
+            sweep.gradients.fold(in_parts, [g[0, segment] for segment in dict.fromkeys(block.segments)])
+        else:
+            zeros = {leaf: torch.zeros_like(t) for leaf, t in leaves.items()} | of_leaves
+            upstream = {
+                label: to_rows({name: zeros[label, name] for name in names}, call, block, label)
+                for label, names in trained.items()
+            }
+            in_parts.clear()
+            sweep.pull(block.spans, scored, upstream, {})
+        of_groups = zip(wanted, taken[len(leaves) :])
+        return value.detach(), metrics, {n: torch.zeros_like(wanted[n]) if g is None else g for n, g in of_groups}
 
     def call(
         self, scores: Mapping[str, Named], groups: Named, count: Tensor, of_columns: Mapping[str, Tensor] = {}
@@ -127,6 +146,10 @@ class GroupLoss:
             if not self.couples and (value.dim() == 0 or len(value) != size):
                 raise ValueError(f"expected metric {name!r} of shape ({size}, ...), got {tuple(value.shape)}")
         return loss, metrics
+
+
+def _may_learn(step: Step, score: str) -> bool:
+    return score not in step.constants and (step.differentiable is None or score in step.differentiable)
 
 
 def _weights(given: Tensor | None, n: int, sweep: Sweep, with_grad: bool) -> tuple[Tensor, Tensor | None]:
@@ -177,7 +200,7 @@ def by_segment(rows: Mapping[str, Named], call: Packed, block: Block) -> dict[st
     found: dict[str, Named] = {}
     summed: dict[tuple[str, str], Tensor] = {}
     for label, named in rows.items():
-        if selection.lengths is None or call.layout.unit(label).needs.rows == "whole segments":
+        if selection.bounds is None or call.layout.unit(label).needs.rows == "whole segments":
             found[label] = {name: v.reshape(-1, per_group, *v.shape[1:]) for name, v in named.items()}
         else:
             found[label] = {}
@@ -233,7 +256,7 @@ def rows_of_segments(call: Packed, block: Block) -> Tensor:
     """(groups, segments): how many rows each has."""
     selection, layout = call.selection, call.layout
     per_group = selection.segments_per_group
-    if selection.lengths is None:
+    if selection.bounds is None:
         return torch.ones(block.stop - block.start, per_group, dtype=layout.dtype, device=layout.device)
     return selection.offsets_of(block).diff().view(-1, per_group).to(layout.dtype)
 

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import accumulate
+from operator import sub
 from typing import Protocol
 
 import torch
@@ -29,7 +29,7 @@ class Selection:
     segments_per_group: int = 1
     order: Tensor | None = None  # positions of the used rows; None: all rows as they come
     segment: Tensor | None = None  # the segment of each used row, ascending; None: each row is one of its own
-    lengths: list[int] | None = None  # rows of each segment; None likewise
+    bounds: list[int] | None = None  # (segments + 1), the rows before each segment; None likewise
     offsets: Tensor | None = None  # (segments + 1,), the rows before each segment, on the device
 
     def offsets_of(self, block: Block) -> Tensor:
@@ -40,11 +40,15 @@ class Selection:
             return self.offsets[: block.stop * k + 1]
         return self.offsets[block.start * k : block.stop * k + 1] - self.offsets[block.start * k]
 
+    def segment_lengths(self, group: int) -> list[int]:
+        assert self.bounds is not None
+        bounds = self.bounds[group * self.segments_per_group : (group + 1) * self.segments_per_group + 1]
+        return list(map(sub, bounds[1:], bounds))
+
     def group_ends(self) -> list[int]:
         """The row behind each group."""
-        assert self.lengths is not None
-        k = self.segments_per_group
-        return list(accumulate(sum(self.lengths[i : i + k]) for i in range(0, len(self.lengths), k)))
+        assert self.bounds is not None
+        return self.bounds[self.segments_per_group :: self.segments_per_group]
 
 
 class Packed(Protocol):
@@ -71,12 +75,14 @@ class Span:
 class Block:
     """Groups ``[start, stop)`` whose loss is computed together, and the chunks that hold their rows.
 
-    One chunk: a single pass. Several: scores first, then every chunk again.
+    One chunk: a single pass. Several: scores first, then every chunk again; or, where each chunk is of one segment,
+    a single pass.
     """
 
     start: int
     stop: int
     spans: tuple[Span, ...]
+    segments: tuple[int, ...] = ()  # of the group, that each span belongs to
 
     @property
     def rows(self) -> Span:
@@ -146,15 +152,15 @@ def _by_segment(rows: _Rows, segments: Tensor, known_groups: int | None) -> Sele
             f"got {int(segments.masked_fill(rows.unused(), -1).max())} among others"
         )
     rows.check_targets(found.ranges)
-    lengths = [stop - start for start, stop in zip(found.bounds, found.bounds[1:])]
+    bounds = found.bounds
     if known_groups is None:
         for g in range(n_groups):
-            if not any(lengths[g * per_group : (g + 1) * per_group]):
+            if bounds[g * per_group] == bounds[(g + 1) * per_group]:
                 raise ValueError(
                     f"expected segment ids without gaps, got no row for group {g} of {n_groups}; where a group may be "
                     "empty, say how many there are by group arguments or a group_weight"
                 )
-    return Selection(found.bounds[-1], n_groups, per_group, found.order, found.segment, lengths, found.offsets)
+    return Selection(bounds[-1], n_groups, per_group, found.order, found.segment, bounds, found.offsets)
 
 
 @dataclass
@@ -201,16 +207,20 @@ class _Rows:
 # --- packing ---------------------------------------------------------------------------------------------------------
 
 
-def pack(layout: Layout, selection: Selection, size: int, together: bool) -> tuple[Block, ...]:
+def pack(
+    layout: Layout, selection: Selection, size: int, together: bool, by_segment: bool = False
+) -> tuple[Block, ...]:
     """Whole groups into chunks of ``size`` rows, in order; a group longer than a chunk spreads over several.
 
-    ``together``: all groups are one block, since a loss couples them or scores alone are wanted.
+    Args:
+        together: all groups are one block, since a loss couples them or scores alone are wanted.
+        by_segment: chunks of a longer group end where its segments end.
     """
     n, groups = selection.n_rows, selection.n_groups
     whole = any(unit.needs.rows == "whole segments" for unit in layout.units)
     if any(unit.needs.rows == "all" for unit in layout.units):
         return (Block(0, groups, (Span(0, n, (0, groups)),)),)
-    if selection.lengths is None:
+    if selection.bounds is None:
         spans = _split(0, n, size)
         return (Block(0, groups, spans),) if together else tuple(Block(s.start, s.stop, (s,)) for s in spans)
     ends = selection.group_ends()
@@ -221,11 +231,28 @@ def pack(layout: Layout, selection: Selection, size: int, together: bool) -> tup
     while group < groups:
         stop = max(bisect_right(ends, row + size), group + 1)
         end = ends[stop - 1]
-        blocks.append(Block(group, stop, (Span(row, end, (group, stop)),) if whole else _split(row, end, size)))
+        if whole:
+            blocks.append(Block(group, stop, (Span(row, end, (group, stop)),)))
+        elif by_segment and end - row > size:
+            blocks.append(_of_segments(selection, group, row, size))
+        else:
+            blocks.append(Block(group, stop, _split(row, end, size)))
         group, row = stop, end
     if not blocks:
         return (Block(0, 0, (Span(0, 0, (0, 0)),)),)
     return (Block(0, groups, tuple(b.spans[0] for b in blocks)),) if together else tuple(blocks)
+
+
+def _of_segments(selection: Selection, group: int, row: int, size: int) -> Block:
+    """The block of one group from ``row`` on."""
+    spans: list[Span] = []
+    segments: list[int] = []
+    for n, length in enumerate(selection.segment_lengths(group)):
+        pieces = _split(row, row + length, size) if length else ()
+        spans += pieces
+        segments += [n] * len(pieces)
+        row += length
+    return Block(group, group + 1, tuple(spans), tuple(segments))
 
 
 def _split(start: int, stop: int, size: int) -> tuple[Span, ...]:

@@ -7,19 +7,22 @@ gradient is summed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from operator import sub
 
 import torch
 
 from .layout import DIRECT_BYTES, Layout, Spec
 from .pack import Block, Selection, pack
+from .types import accumulator_dtype
 
 CUDA_CHUNK_BYTES = (1 << 29, 5 << 28)  # least and most; between them, as much as the gradients take anyway
 CPU_CHUNK_BYTES = (1 << 27, 1 << 27)
 ONE_CHUNK_BYTES = {"cuda": 1 << 30}  # one chunk up to this: no sums of gradients, and the host waits less
 CUDA_ROWS = ((2048, 5 << 29), (4096, 1 << 30))  # rows that wide outputs get beyond that, where those take no more
-GROUP_BYTES = {"cuda": 5 << 29, "cpu": 1 << 28}  # a chunk grows to hold the longest group, up to this: one product less
+# A chunk grows to hold the longest group, and a longer one has sums of its segments, up to this: one product less.
+GROUP_BYTES = {"cuda": 5 << 29, "cpu": 1 << 28}
 LOWEST_RUNG = 256
 SMALL_BYTES = 1 << 26  # gradients up to this are held from forward to backward: one step is faster than two
 KEEP_RATIO = 1.5  # outputs up to so many times the inputs are kept for backward
@@ -55,6 +58,8 @@ class ChunkPlan:
     row_wise: bool
     row_bytes: int  # of a chunk
     layout: Layout = field(repr=False, compare=False)
+    ahead: str | None = None  # a score whose gradient is taken before the small loss of a long group is known
+    apart_bytes: int = 0  # the sums of that by segment, beside those of the call
     direct: bool = False  # by ordinary autograd, all at once: see ``direct.py``
 
     @property
@@ -80,8 +85,14 @@ class ChunkPlan:
 
     @property
     def sums(self) -> tuple[torch.dtype | None, ...]:
-        """The dtype in which each tensor's gradient is summed."""
-        return self.layout.sums[self.chunks > 1]
+        """The dtype in which each tensor's gradient is summed; or waits for its factor."""
+        layout = self.layout
+        found = layout.sums[self.chunks > 1]
+        if self.ahead is None:
+            return found
+        return tuple(
+            dtype and accumulator_dtype(dtype) if i in layout.rowlike else dtype for i, dtype in enumerate(found)
+        )
 
     @property
     def chunks(self) -> int:
@@ -90,7 +101,7 @@ class ChunkPlan:
     @property
     def passes(self) -> int:
         again = self.deferred and not self.keeps_outputs
-        return 2 if again or any(len(block.spans) > 1 for block in self.blocks) else 1
+        return 2 if again or any(len(block.spans) > 1 and not block.segments for block in self.blocks) else 1
 
     @property
     def products(self) -> int:
@@ -113,7 +124,15 @@ class ChunkPlan:
 
     @property
     def gathered_bytes(self) -> int:
-        return _bytes(self.layout, self.sums)
+        return sum(self._bytes_of(i, dtype, self.used_rows) for i, dtype in enumerate(self.sums))
+
+    def _bytes_of(self, i: int, dtype: torch.dtype | None, rows: int) -> int:
+        """A gradient in this dtype; a row-aligned one of so many rows."""
+        layout = self.layout
+        if dtype is None or not layout.wants_grad[i]:
+            return 0
+        n = layout.shapes[i].numel()
+        return dtype.itemsize * (n // layout.n_rows * rows if i in layout.rowlike else n)
 
     @property
     def gradient_bytes(self) -> int:
@@ -121,14 +140,20 @@ class ChunkPlan:
 
     @property
     def peak_bytes(self) -> int:
-        layout, chunk, gathered, returned = self.layout, self.chunk_bytes, self.gathered_bytes, self.gradient_bytes
+        layout, chunk, gathered = self.layout, self.chunk_bytes, self.gathered_bytes
         if not layout.any_grad:
             return chunk
-        # A gradient that is still to be scaled, or is wider than its tensor, is returned as a copy.
-        copied = returned if not self.deferred or gathered > returned else 0
+        forward, backward, held = chunk + gathered + self.apart_bytes, gathered, gathered
+        for i in sorted(range(len(layout.dtypes)), key=lambda i: i in layout.rowlike):
+            # What is still to be scaled, is wider than its tensor, or of fewer rows, is returned as a copy.
+            dropped = i in layout.rowlike and self.used_rows < self.rows
+            if dropped or not self.deferred or self.sums[i] != layout.dtypes[i]:
+                held += self._bytes_of(i, layout.dtypes[i], layout.n_rows)
+                backward = max(backward, held)
+                held -= self._bytes_of(i, self.sums[i], self.used_rows)
         cast = [(i, dtype) for i, dtype in layout.cast.items() if dtype != layout.dtypes[i]]
         operands = sum(layout.shapes[i].numel() * dtype.itemsize for i, dtype in cast)
-        return operands + max(chunk + gathered, gathered + copied)
+        return operands + max(forward, backward)
 
     def __str__(self) -> str:
         lines = [
@@ -140,6 +165,7 @@ class ChunkPlan:
             f"chunk         {size_text(self.chunk_bytes)}",
             f"gathered      {size_text(self.gathered_bytes)}",
             f"gradients     {size_text(self.gradient_bytes)}",
+            *([f"by segment    {size_text(self.apart_bytes)}"] if self.apart_bytes else []),
             f"peak          {size_text(self.peak_bytes)}",
         ]
         return "\n".join(lines + [f"no kernel     {refusal}" for refusal in self.refusals])
@@ -149,10 +175,23 @@ def size_text(n: int) -> str:
     return f"{n / 2**30:.2f} GiB" if n >= 2**28 else f"{n / 2**20:.2f} MiB"
 
 
-def make_plan(layout: Layout, selection: Selection, *, row_wise: bool, together: bool) -> ChunkPlan:
-    """Lay out the chunks and count what they take. ``together``: all scores first."""
-    if selection.lengths is not None:
-        return _make_plan(layout, selection, row_wise, together)
+def make_plan(
+    layout: Layout,
+    selection: Selection,
+    *,
+    row_wise: bool,
+    together: bool,
+    only_score: Callable[[], str | None] = lambda: None,
+) -> ChunkPlan:
+    """Lay out the chunks and count what they take.
+
+    Args:
+        together: all scores first.
+        only_score: tells the name of the one score that has a gradient, if there is one.
+    """
+    if selection.bounds is not None:
+        plan = _make_plan(layout, selection, row_wise, together)
+        return _ahead(plan, selection, only_score)
     key = (selection.n_rows, selection.order is None, row_wise, together)
     found = layout.plans.found(key)
     return found or layout.plans.keep(key, _make_plan(layout, selection, row_wise, together), PLANS)
@@ -180,6 +219,25 @@ def _make_plan(layout: Layout, selection: Selection, row_wise: bool, together: b
         row_bytes=per_row,
         layout=layout,
     )
+
+
+def _ahead(plan: ChunkPlan, selection: Selection, only_score: Callable[[], str | None]) -> ChunkPlan:
+    """A group longer than a chunk in one pass, where one score alone has a gradient: that of each segment's sum waits
+    for its factor, and the outputs are not formed again."""
+    layout = plan.layout
+    long = [block for block in plan.blocks if len(block.spans) > 1]
+    pulled = [unit for unit in layout.units if unit.pulled]
+    if plan.deferred or not long or [unit.trains for unit in pulled] != [True]:
+        return plan
+    sums = [None if i in layout.rowlike else dtype for i, dtype in enumerate(plan.sums)]
+    filled = [sum(map(bool, selection.segment_lengths(block.start))) for block in long]
+    # The first segment of all takes the place of the call's own sums.
+    apart = _bytes(layout, sums) * max(filled[0] - 1, *filled[1:], 0)
+    chunking = layout.options.chunking
+    if apart > (chunking.max_chunk_bytes or GROUP_BYTES.get(layout.device.type, 0)) or (score := only_score()) is None:
+        return plan
+    blocks = pack(layout, selection, plan.chunk_rows, together=False, by_segment=True)
+    return replace(plan, blocks=blocks, ahead=score, apart_bytes=apart)
 
 
 def _keeps(layout: Layout, rows: int) -> bool:
@@ -213,8 +271,8 @@ def bytes_per_output(layout: Layout, spec: Spec, gathers: bool) -> int:
         total += spec.output_dtype.itemsize
         if spec.wants_grad and not spec.in_place:
             total += spec.operand_dtype.itemsize
-    elif gathers:  # else an identity's outputs are the user's tensor, and its gradients are what is returned
-        total += 2 * spec.output_dtype.itemsize
+    elif gathers:  # else an identity's outputs are the user's tensor; its gradients are what is returned
+        total += spec.output_dtype.itemsize
     if not layout.compiled:
         total += EAGER_BYTES * layout.dtype.itemsize // 4
     elif layout.device.type == "cpu" and spec.wants_grad:  # see functions.store
@@ -284,12 +342,12 @@ def _rows_per_chunk(layout: Layout, per_row: int, rows: int) -> tuple[int, int]:
 
 def longest_group(layout: Layout, selection: Selection, per_row: int) -> int:
     """Its rows, where a chunk may hold them all and the caller has no say in chunks; else 0. A group longer than
-    a chunk is scored in one pass and pulled in another, which forms its outputs again."""
+    a chunk takes sums by segment (`_ahead`), or a second pass, which forms its outputs again."""
     chunking = layout.options.chunking
-    if selection.lengths is None or (chunking.chunk_size, chunking.max_chunk_bytes) != (None, None):
+    if selection.bounds is None or (chunking.chunk_size, chunking.max_chunk_bytes) != (None, None):
         return 0
     ends = selection.group_ends()
-    rows = max((end - start for start, end in zip([0, *ends], ends)), default=0)
+    rows = max(map(sub, ends, [0, *ends]), default=0)
     return rows if rows * per_row <= GROUP_BYTES.get(layout.device.type, 0) else 0
 
 
@@ -308,12 +366,14 @@ def tiles(rows: int, ladder: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
 
 
 def ladder(layout: Layout, step_rows: int) -> tuple[int, ...] | None:
-    """The row counts that compiled steps are specialised to. None: natural ones, uncompiled or with dynamic rows.
+    """The row counts that compiled steps are specialised to. None: natural ones, of kernels, uncompiled or with dynamic
+    rows.
 
     With a dynamic row count inductor splits a long reduction and drops its online softmax (measured at a 128k
     vocabulary: 2.1 against 1.5 ms), so wide outputs get a few fixed sizes. Narrow ones do not split.
     """
-    if not layout.compiled or all(spec.width <= NARROW for spec in layout.specs.values()):
+    kernels = len(layout.taken) == len(layout.units)
+    if kernels or not layout.compiled or all(spec.width <= NARROW for spec in layout.specs.values()):
         return None
     rungs = [step_rows, -(-step_rows // 4), -(-step_rows // 16)]
     while rungs[-1] > LOWEST_RUNG:  # a chunk size far above the batch must not pad it to that size

@@ -68,6 +68,7 @@ class Kind:
         self.labels = labels
         self.steps = steps
         self.looked: set[Hashable] = set()
+        self.differentiable: dict[str, tuple[str, ...]] = {}  # scores of plain functions that have a gradient, by unit
         self.whole = Selection(layout.n_rows, layout.n_rows)
 
     def formula(self, loss: Any, numbers: Mapping[str, Tensor]) -> Formula:

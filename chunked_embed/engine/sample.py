@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from ..kernels.norms import inverse_norms_reference
 from .direct import Direct
 from .formula import NAMES, Formula
 from .functions import Form, FunctionStep, score_step
-from .layout import Spec
-from .look import look
+from .layout import Layout, Spec, Unit
+from .look import kept_generators, look
 from .losses import GroupLoss, RowLoss
+from .pack import Selection
 from .products import mm
 from .step import Step
 from .sweep import Call
@@ -74,6 +76,28 @@ def look_at(
                 scores[unit.label] = values | {name: totals[name] for name, _ in form.totals.rows}
     if isinstance(loss, GroupLoss) and len(scores) == len(layout.units):
         _look_at_groups(loss, scores, call, tensors, _functions(next(iter(formulas.values()))))
+
+
+def differentiable(
+    step: FunctionStep, unit: Unit, layout: Layout, selection: Selection, tensors: list[Tensor]
+) -> tuple[str, ...]:
+    """The scores of plain functions that have a gradient; none if they fail, which the step says better."""
+    n = min(ROWS, selection.n_rows)
+    operands = layout.operands(tensors, layout.powers(tensors))
+    first = operands[0].new_ones(n, dtype=torch.int64).cumsum(0) - 1  # a fake tensor if those are
+    order = first if selection.order is None else selection.order[:n]
+
+    def leaves(named: Named) -> Named:
+        return {name: t.requires_grad_(t.is_floating_point()) for name, t in named.items()}
+
+    outputs = leaves({name: _outputs(layout.specs[name], operands, order) for name in unit.names})
+    rows = leaves({name: operands[i].index_select(0, order) for name, i in layout.rows.items()})
+    columns = leaves({name: operands[i].detach() for name, i in layout.columns.items()})
+    with torch.enable_grad(), warnings.catch_warnings(), kept_generators(first.device), suppress(Exception):
+        warnings.simplefilter("ignore")
+        values = step.form.values(step.formula.bind(), outputs, rows, columns)
+        return (*[n for n, v in values.items() if v.requires_grad], *[n for n, _ in step.form.totals.rows])
+    return ()
 
 
 def _warn_of_ignored(call: Direct | Call, rows: Named) -> None:

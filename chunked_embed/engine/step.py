@@ -56,7 +56,7 @@ class Shape(NamedTuple):
     grad: tuple[str, ...]  # row and column arguments that want a gradient
     learns: bool  # anything of the call wants one
     trains: bool  # the outputs do
-    terms: int  # that a projection sums, at most
+    terms: int  # products that a projection sums, at most: none, of outputs as they are given
     depth: int  # of an input's rows, the widest
     bias: str  # of the projections: "none", "frozen" or "learns"
 
@@ -135,6 +135,13 @@ class Step:
     def constants(self) -> Collection[str]:
         """Scores without a gradient, such as metrics: a loss over groups is not asked for theirs."""
         return ()
+
+    @property
+    def differentiable(self) -> Collection[str] | None:
+        """The scores that have a gradient, where that is known before a chunk is scored. Of one alone, a group longer
+        than a chunk has its outputs formed once: ``pull`` is linear in the upstream, takes ones, and what it hands on
+        is multiplied later. (Of float16 outputs that gradient must not leave the range.)"""
+        return None
 
     def needs(self, shape: Shape) -> Needs:
         return Needs()

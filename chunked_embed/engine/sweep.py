@@ -2,6 +2,7 @@
 
     row-wise   the upstream of a row is its weight: ``both`` in one pass                      3 products
     grouped    for each block: ``score``; the small loss by autograd; ``pull``                3, or 4 beyond a chunk
+               beyond a chunk, of one score: ``score`` and ``pull`` by segment; the small loss  3
     scores     ``score`` in forward, ``pull`` in backward (autograd.py)                       4, or 3 with outputs kept
 
 The products are those of a trainable projection: outputs, and the gradients of its input and its weight.
@@ -10,7 +11,7 @@ The products are those of a trainable projection: outputs, and the gradients of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +21,9 @@ from torch import Tensor
 from ..kernels.norms import AT_FLOOR, inverse_norms
 from .chunk import Chunk, Visit
 from .functions import cat, combine
-from .gradients import Gradients, power_of_two
+from .gradients import BySegment, Gradients, power_of_two
 from .layout import Layout, Unit
-from .pack import Selection, Span
+from .pack import Block, Selection, Span
 from .plan import ChunkPlan, padded_rows, places, tiles
 from .step import Step
 from .types import Named
@@ -37,6 +38,8 @@ class Call:
     plan: ChunkPlan
     steps: dict[str, Step]  # by the label of their unit
     loss: Any  # as it was when the call was made
+    differentiable: Callable[[list[Tensor]], Collection[str]] = lambda tensors: ()
+    """Of the call's tensors: the scores with a gradient, looked at anew, of the one unit that is pulled."""
 
 
 @dataclass
@@ -121,6 +124,26 @@ class Sweep:
                 for chunk, kept in zip(chunks, reused):
                     chunk.visit = visit
                     self.call.steps[unit.label].pull(chunk, kept, merged | scored.columns, named, chunk.into())
+
+    def ahead(self, block: Block, name: str) -> tuple[Scored, list[BySegment]]:
+        """Scores of a group whose chunks are of one segment each, and by segment the gradient of one score's sum, for
+        ``Gradients.fold``: a gradient is linear in its upstream, which may come later."""
+        label = next(unit.label for unit in self.layout.units if unit.pulled)
+        scored, found, before = Scored({}), dict[int, BySegment](), self.gradients.sums
+        rows: dict[str, list[Named]] = {unit.label: [] for unit in self.layout.units}
+        for span, segment in zip(block.spans, block.segments, strict=True):
+            one = self.score([span], keep=True)
+            for unit, named in one.rows.items():
+                rows[unit].append(named)
+            scored.parts += one.parts
+            scored.chunks.append({})
+            part, self.gradients.sums = found.get(segment, (span, {}))
+            found[segment] = Span(part.start, span.stop), self.gradients.sums
+            ones = torch.ones(span.rows, dtype=self.layout.dtype, device=self.layout.device)
+            self.pull([span], one, {label: {name: ones}}, {})
+        self.gradients.sums = before
+        scored.rows = {unit: join(named) for unit, named in rows.items()}
+        return scored, list(found.values())
 
     # --- what chunks ask for ---
 

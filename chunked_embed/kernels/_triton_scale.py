@@ -25,3 +25,32 @@ def scale_(x: Tensor, factor: Tensor, out: Tensor) -> None:
         factor = factor.to(torch.float32)
         with on_device(x):
             _scale_kernel[(cdiv(n, BLOCK),)](x, factor, out, n, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True)
+
+
+@Launched
+@triton.jit
+def _combine_kernel(
+    total_ptr, factor_ptr, x_ptr, of_x_ptr, n, SCALES: tl.constexpr, ADDS: tl.constexpr, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.load(total_ptr + at, mask=at < n, other=0.0)
+    if SCALES:
+        factor = tl.load(factor_ptr)
+        total = tl.where(factor == 0, 0.0, total * factor)
+    if ADDS:
+        of_x = tl.load(of_x_ptr)
+        x = tl.load(x_ptr + at, mask=at < n, other=0.0)
+        total += tl.where(of_x == 0, 0.0, x * of_x)
+    tl.store(total_ptr + at, total, mask=at < n)
+
+
+def combine_(total: Tensor, factor: Tensor | None, x: Tensor | None, of_x: Tensor | None) -> Tensor:
+    n = total.numel()
+    if n:
+        given = [total if t is None else t.to(torch.float32) for t in (factor, x, of_x)]
+        constants = {"SCALES": factor is not None, "ADDS": x is not None}
+        with on_device(total):
+            _combine_kernel[(cdiv(n, BLOCK),)](
+                total, *given, n, **constants, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
+            )
+    return total

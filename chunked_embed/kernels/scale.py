@@ -1,4 +1,4 @@
-"""A tensor times one number into another dtype, rounded once.
+"""A tensor times one number into another dtype, rounded once; and a sum of two such.
 
 Torch reads the number's other dtype element by element, at a third of the bandwidth: 2.4 ms of a 55 ms step for the
 gradient of a 128k x 4096 head in bf16 on an H100.
@@ -20,6 +20,29 @@ def scale_(x: Tensor, factor: Tensor, out: Tensor) -> None:
         kernels.scale_(x, factor, out)
     else:
         scale_reference_(x, factor, out)
+
+
+def combine_(
+    total: Tensor,  # float32 or float64, contiguous; changed in place
+    factor: Tensor | None,  # of one element; None: one
+    x: Tensor | None = None,  # like total; may be used up
+    of_x: Tensor | None = None,  # its factor
+) -> Tensor:
+    """``total = factor * total + of_x * x``. A factor of zero makes nothing of anything, NaN included."""
+    if available(total.device) and total.dtype == torch.float32:
+        from chunked_embed.kernels import _triton_scale as kernels
+
+        return kernels.combine_(total, factor, x, of_x)
+    return combine_reference_(total, factor, x, of_x)
+
+
+def combine_reference_(total: Tensor, factor: Tensor | None, x: Tensor | None, of_x: Tensor | None) -> Tensor:
+    if factor is not None:
+        total.mul_(factor).masked_fill_(factor == 0, 0.0)
+    if x is not None:
+        assert of_x is not None
+        total.add_(x.mul_(of_x).masked_fill_(of_x == 0, 0.0))
+    return total
 
 
 def scale_reference_(x: Tensor, factor: Tensor, out: Tensor) -> None:

@@ -58,9 +58,11 @@ def row_values(outputs, rows, columns=None, *, sharpness):
     return energy.sin() + 0.5 * energy, {"energy": energy, "target": rows["target"]}
 
 
-def row_scores(outputs, rows, columns=None, *, sharpness):
+def row_scores(outputs, rows, columns=None, *, sharpness, wave):
     energy = energies(outputs, rows, columns, sharpness)
-    return {"energy": energy, "wave": energy.sin()}
+    if wave == "none":
+        return {"energy": energy}
+    return {"energy": energy, "wave": energy.sin() if wave == "learns" else energy.detach().sin()}
 
 
 def elements_of(outputs, rows, columns=None, *, totals):
@@ -101,14 +103,15 @@ class RowWise(FlexChunkLoss):
 
 
 class Grouped(FlexChunkLoss):
-    def __init__(self, sharpness, coupling, names, **options):
+    def __init__(self, sharpness, wave, coupling, names, **options):
         super().__init__(**options)
         self.sharpness = sharpness
+        self.wave = wave
         self.coupling = coupling
         self.names = names
 
     def score_fn(self, outputs, rows, columns=None):
-        return row_scores(outputs, rows, columns, sharpness=self.sharpness)
+        return row_scores(outputs, rows, columns, sharpness=self.sharpness, wave=self.wave)
 
     def loss_fn(self, scores, groups):
         return group_values(scores, groups, coupling=self.coupling, names=self.names)
@@ -158,6 +161,7 @@ class Draft:
     separate: bool
     totals: tuple[str, ...]
     scalar: bool
+    wave: str  # the second score: "learns", "constant", "none"
     functions: bool  # plain functions instead of a class
     chunk_size: int | None
     max_chunk_bytes: int | None
@@ -239,6 +243,7 @@ def drafts(draw: st.DrawFn, kinds: tuple[str, ...], chunked: bool) -> Draft:
         separate=separate,
         totals=totals,
         scalar=scalar,
+        wave=draw(st.sampled_from(["learns", "constant", "none"])) if kind == "grouped" else "learns",
         functions=draw(st.booleans()),
         chunk_size=draw(CHUNKS) if chunked else None,
         max_chunk_bytes=draw(BYTES) if chunked else None,
@@ -410,7 +415,8 @@ def engine_loss(draft: Draft, compiled: bool | None) -> FlexChunkLoss:
         row_totals={name: TOTALS[name] for name in draft.totals if name.startswith("row")},
         column_totals={name: TOTALS[name] for name in draft.totals if name.startswith("column")},
     )
-    numbers: dict[str, Any] = {"sharpness": SHARPNESS, "coupling": coupling_of(draft), "names": names_of(draft)}
+    numbers: dict[str, Any] = {"sharpness": SHARPNESS, "wave": draft.wave}
+    numbers |= {"coupling": coupling_of(draft), "names": names_of(draft)}
     if draft.totals:
         numbers["totals"] = draft.totals
     if draft.functions:
@@ -427,7 +433,7 @@ def names_of(draft: Draft) -> tuple[str, ...]:
     """Of the scores of a group."""
     if draft.separate:
         return tuple(f"p{n}" for n in range(len(draft.sides)))
-    return ("energy", "wave", *draft.totals)
+    return ("energy", *(() if draft.wave == "none" else ("wave",)), *draft.totals)
 
 
 def arguments(draft: Draft, made: Tensors) -> tuple[tuple, dict[str, Any]]:
@@ -481,9 +487,9 @@ def plain(draft: Draft, made: Tensors) -> Expected:
     by_row: dict[str, Any] = {}
     if draft.separate:
         for name, z in outputs.items():
-            by_row[name] = row_scores(z, kept, made.columns, sharpness=SHARPNESS)
+            by_row[name] = row_scores(z, kept, made.columns, sharpness=SHARPNESS, wave=draft.wave)
     else:
-        by_row = row_scores(outputs, kept, made.columns, sharpness=SHARPNESS)
+        by_row = row_scores(outputs, kept, made.columns, sharpness=SHARPNESS, wave=draft.wave)
     of_columns = {}
     for name, x in elements_of(outputs, kept, made.columns, totals=draft.totals).items():
         dim = 1 if name.startswith("row") else 0

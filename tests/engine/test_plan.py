@@ -39,26 +39,29 @@ class NLL(TokenStatistics):
         return -scores["logps"][:, 0]
 
 
-SHAPES = {  # loss, rows, hidden, columns
-    "one chunk": (CrossEntropy, 256, 64, 4500),
-    "many chunks": (CrossEntropy, 2048, 64, 4500),
-    "grouped": (NLL, 1024, 64, 4500),
+SHAPES = {  # loss, rows, hidden, columns; of how many rows one is used, rows of a segment
+    "one chunk": (CrossEntropy, 256, 64, 4500, 1, None),
+    "many chunks": (CrossEntropy, 2048, 64, 4500, 1, None),
+    "grouped": (NLL, 1024, 64, 4500, 1, None),
+    "long groups": (NLL, 2048, 64, 4500, 1, 1024),
+    "few rows of many": (CrossEntropy, 40_000, 256, 20_000, 20, None),
 }
 
 
 def call(name, device, dtype, **options):
-    make_loss, m, h, v = SHAPES[name]
+    make_loss, m, h, v, dropped, length = SHAPES[name]
     hidden = torch.randn(m, h, device=device, dtype=dtype, requires_grad=True)
     weight = torch.randn(v, h, device=device, dtype=dtype, requires_grad=True)
-    target = torch.randint(0, v, (m,), device=device)
+    target = torch.where(torch.arange(m) % dropped == 0, torch.randint(0, v, (m,)), -100).to(device)
     loss = make_loss(**options)
     arguments = (Projection(hidden, weight), {"target": target})
+    named = {} if length is None else {"segments": torch.arange(m, device=device) // length}
 
     def run():
-        loss(*arguments).loss.backward()
+        loss(*arguments, **named).loss.backward()
         hidden.grad = weight.grad = None
 
-    return loss.plan(*arguments), run
+    return loss.plan(*arguments, **named), run
 
 
 @pytest.mark.parametrize("name", list(SHAPES))
@@ -171,15 +174,25 @@ def test_a_ladder_has_three_rungs_where_rows_are_wide():
     assert ladder.__doc__
 
 
-@pytest.mark.parametrize("rows, passes", [(800, 1), (2400, 2)])
-def test_a_chunk_grows_to_hold_a_group_that_is_a_little_longer(rows, passes):
+@pytest.mark.parametrize("rows, longer", [(800, False), (2400, True)])
+def test_a_chunk_grows_to_hold_a_group_that_is_a_little_longer(rows, longer):
     hidden, weight = torch.randn(2 * rows, 4, requires_grad=True), torch.randn(30_000, 4, requires_grad=True)
     loss = NLL(segments_per_group=1)
     segments = torch.arange(2).repeat_interleave(rows)
     arguments = (Projection(hidden, weight), {"target": torch.zeros(2 * rows, dtype=torch.long)})
-    assert loss.plan(*arguments, segments=segments).passes == passes
+    plan = loss.plan(*arguments, segments=segments)
+    assert (plan.chunk_rows < rows) is longer and (plan.passes, plan.products) == (1, 3)
     told = NLL(segments_per_group=1, max_chunk_bytes=1 << 27).plan(*arguments, segments=segments)
-    assert told.passes == 2 and told.chunk_rows < 800
+    assert told.chunk_rows < 800 and told.passes == 1
+
+
+def test_gradients_of_used_rows_are_gathered_and_sums_let_go():
+    plan, run = call("few rows of many", "cpu", torch.float32, compiled=False, max_chunk_bytes=8 << 20)
+    used, full, head = (4 * 256 * n for n in (2000, 40_000, 20_000))
+    assert (plan.gathered_bytes, plan.gradient_bytes) == (used + head, full + head)
+    assert plan.peak_bytes == used + full + head  # the sum of the weight's gradient is gone
+    run()
+    assert 0.9 * plan.peak_bytes < peak_on_cpu(run) < 1.1 * plan.peak_bytes
 
 
 def test_groups_are_packed_whole():

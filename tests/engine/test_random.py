@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -137,6 +138,13 @@ def test_direct_in_half_precision(request, dtype, autocast):
 
 def test_chunked(request):
     run(request, compiled=False, sample=120)
+
+
+def test_groups_of_several_chunks(request):
+    def how(draft: Draft) -> None:
+        check(replace(draft, chunk_size=1 + draft.seed % 3, max_chunk_bytes=None), compiled=False)
+
+    run(request, compiled=False, kinds=("grouped",), how=how, sample=60)
 
 
 def test_padded(request, monkeypatch):

@@ -1,11 +1,11 @@
-"""The scaling kernel against torch in float64: on a GPU, else through Triton's interpreter."""
+"""The scaling kernels against torch in float64: on a GPU, else through Triton's interpreter."""
 
 import os
 
 import pytest
 import torch
 
-from chunked_embed.kernels.scale import scale_, scale_reference_
+from chunked_embed.kernels.scale import combine_, combine_reference_, scale_, scale_reference_
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -28,3 +28,28 @@ def test_scales_and_rounds_once(source, target, size):
         function(x, factor, buffer[:size])
         torch.testing.assert_close(buffer[:size], expected, rtol=torch.finfo(target).eps, atol=1e-7)
         assert buffer[size:].isnan().all()
+
+
+@pytest.mark.parametrize("function", [combine_, combine_reference_])
+@pytest.mark.parametrize("size", [0, 1, 8191, 20_000])
+@pytest.mark.parametrize("factor", [None, -1 / 3])
+@pytest.mark.parametrize("of_x", [None, 2.7])
+def test_combines(function, size, factor, of_x):
+    generator = torch.Generator().manual_seed(size)
+    total, x = (torch.randn(size + 3, generator=generator).to(DEVICE) for _ in range(2))
+    total[size:] = torch.nan
+    expected = total[:size].double() * (1 if factor is None else factor)
+    expected += 0 if of_x is None else x[:size].double() * of_x
+    a, b = (None if f is None else torch.tensor(f, dtype=torch.float64, device=DEVICE) for f in (factor, of_x))
+    function(total[:size], a, None if b is None else x[:size], b)
+    torch.testing.assert_close(total[:size].double(), expected, rtol=1e-6, atol=1e-6)
+    assert total[size:].isnan().all()
+
+
+@pytest.mark.parametrize("function", [combine_, combine_reference_])
+def test_a_factor_of_zero_makes_nothing_of_nan(function):
+    zero, one = torch.zeros((), device=DEVICE), torch.ones((), device=DEVICE)
+    bad, good = torch.tensor([torch.nan, torch.nan, 1.0], device=DEVICE), torch.arange(3.0, device=DEVICE)
+    torch.testing.assert_close(function(bad.clone(), zero, good.clone(), one), good)
+    torch.testing.assert_close(function(good.clone(), None, bad.clone(), zero), good)
+    assert function(good.clone(), one / 0 * 0, None, None).isnan().all()
