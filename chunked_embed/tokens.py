@@ -15,12 +15,16 @@ from .checks import POSITIVE
 from .chunking import Chunking
 from .engine.chunk import Chunk, Into
 from .engine.compile import outside_compile
+from .engine.products import mm
 from .engine.step import Needs, Shape, Step
 from .engine.types import Named, Projection, accumulator_dtype
 from .kernels import available
-from .kernels.linear_scores import linear_statistics, serves
+from .kernels._launch import room
+from .kernels.linear_scores import linear_statistics, scaled_exponentials_, scaled_exponentials_again_, serves
 from .kernels.token_scores import DIFFERENTIABLE, STATISTICS, token_gradient_, token_scores, token_statistics
 from .loss import FlexChunkLoss
+
+FEW_OUTPUTS = 1 << 23  # of a call: up to here it is the host that is waited for, and it has fewer kernels to launch
 
 
 class TokenLogps(NamedTuple):
@@ -196,26 +200,23 @@ class TokenStatistics(FlexChunkLoss):
         )
         return {name: value if name in self.gradients_of else value.detach() for name, value in found.items()}
 
-    def make_step(self, projections: tuple[str, ...]) -> Step | None:
+    def make_step(self, projections: tuple[str, ...]) -> Sequence[Step] | None:
         self._check_transform()
         if type(self).score_fn is not TokenStatistics.score_fn or len(projections) != 1:
             return None
         scale, softcap = self.transform_of(projections[0])
-        return TokenKernel(self.names_of(projections[0]), self.gradients_of, scale, softcap, self.temperature)
+        asked = self.names_of(projections[0]), self.gradients_of, scale, softcap, self.temperature
+        return ScaledExponentials(*asked), TokenKernel(*asked)
 
 
 @dataclass(frozen=True)
-class TokenKernel(Step):
-    """The token statistics by a hand-written kernel pair; the gradient reuses them and takes the outputs' place. Where
-    nothing wants one, the product and its statistics are one kernel, and no outputs are formed. (A reference beside a
-    policy that learns has its outputs formed like those, so that equal models have equal log-probabilities.)"""
-
+class _TokenStep(Step):
     row_wise = False
-    names: tuple[str, ...]
-    gradients_of: tuple[str, ...]
-    logit_scale: float
-    softcap: float | None
-    temperature: float
+    names: tuple[str, ...] = ("logps",)
+    gradients_of: tuple[str, ...] = ("logps",)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
 
     @property
     def key(self) -> Hashable:
@@ -228,6 +229,81 @@ class TokenKernel(Step):
     @property
     def constants(self) -> tuple[str, ...]:
         return tuple(name for name in self.names if name not in self.gradients_of or name not in DIFFERENTIABLE)
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        return tuple(name for name in self.names if name not in self.constants)
+
+
+@dataclass(frozen=True)
+class ScaledExponentials(_TokenStep):
+    """Statistics and the gradient of log-probabilities by a product whose logits are not written. Their exponentials
+    are, and a number a row makes these the gradient of the outputs: it multiplies the rows of one product of backward,
+    and those of the other's second operand."""
+
+    def needs(self, shape: Shape) -> Needs:
+        return Needs(self._refusal(shape), scratch=shape.operands.itemsize if shape.trains else 0, forms_outputs=False)
+
+    def _refusal(self, shape: Shape) -> str | None:
+        others = sorted({*self.names}.intersection(self.gradients_of, DIFFERENTIABLE) - {"logps"})
+        if (refusal := kernel_refusal(shape)) is not None:
+            return refusal
+        if _before_hopper(shape.device):
+            return "GPUs before Hopper form outputs sooner"
+        if shape.operands != torch.bfloat16:
+            return f"exponentials need the range of bfloat16, operands are {shape.operands}"
+        if shape.terms != 1:
+            return f"outputs are to be one product, not the sum of {shape.terms}"
+        if shape.outputs == shape.operands:
+            return "outputs in half precision are asked for"
+        if shape.learns and others:
+            return f"the gradient of {', '.join(others)} takes logits"
+        if shape.bias == "learns":
+            return "the gradient of a bias takes that of the outputs"
+        if shape.rows * sum(shape.widths) < FEW_OUTPUTS:
+            return "few outputs are formed sooner"
+        return None
+
+    def score(self, chunk: Chunk) -> tuple[Named, Named]:
+        (((x, weight),), bias), target = chunk.operands(), chunk.rows["target"].long()
+        assert weight is not None
+        names = {*self.names, "logps"}
+        if chunk.keeps:
+            chunk.held["exponentials"] = e = room(len(x), len(weight), x, x.dtype)
+            found, factor = scaled_exponentials_(x, weight, bias, target, e, names=names, **self.transform)
+            chunk.held["factor"] = factor
+        else:
+            found = linear_statistics(x, weight, bias, target, names=names, **self.transform)
+        return {name: found[name] for name in self.names}, {name: found[name] for name in ("logps", "lse")}
+
+    def pull(self, chunk: Chunk, kept: Named, parts: Named, upstream: Named, into: Into) -> None:
+        if not into.wants(chunk.names[0]) or "logps" not in upstream:
+            return
+        (((x, weight),), bias), target = chunk.operands(), chunk.rows["target"].long()
+        assert weight is not None
+        if chunk.held:
+            e, factor = chunk.held["exponentials"], chunk.held["factor"]
+        else:
+            e = room(len(x), len(weight), x, x.dtype)
+            factor = scaled_exponentials_again_(x, weight, bias, target, kept, e, **self.transform)
+        factor = (upstream["logps"].float() * factor)[:, None]
+        if into.wants_input():
+            product = torch.empty(x.shape, device=x.device, dtype=torch.float32)
+            into.inputs(mm(e, weight, out=product).mul_(factor))
+        into.product(e, torch.mul(x, factor, out=torch.empty_like(x)))  # rounded once
+
+
+def _before_hopper(device: torch.device) -> bool:
+    if device.type != "cuda" or not torch.cuda.is_available():  # calls may be laid out for a device elsewhere
+        return False
+    return torch.cuda.get_device_capability(device) < (9, 0)
+
+
+@dataclass(frozen=True)
+class TokenKernel(_TokenStep):
+    """The token statistics by a hand-written kernel pair; the gradient reuses them and takes the outputs' place. Where
+    nothing wants one, the product and its statistics are one kernel, and no outputs are formed. (A reference beside a
+    policy that learns has its outputs formed like those, so that equal models have equal log-probabilities.)"""
 
     def needs(self, shape: Shape) -> Needs:
         whole = not shape.learns and shape.terms == 1 and serves(shape.operands, shape.device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -54,9 +54,34 @@ def on_device(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device)
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@cache
+def copies_tiles(device: torch.device) -> bool:
+    """A Hopper GPU has an engine that reads and writes whole tiles."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def can_be_described(t: Tensor) -> bool:
+    """To that engine."""
+    if not copies_tiles(t.device):
+        return False
+    return t.stride(1) == 1 and (t.stride(0) * t.element_size()) % 16 == 0 and t.data_ptr() % 16 == 0
+
+
 def cdiv(n: int, size: int) -> int:
     return -(-n // size)
 
 
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def room(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:  # (rows, columns)
+    """Of half precision: rows begin at multiples of 16 bytes, as products like it, and end with zeros up to there."""
+    whole = torch.empty(rows, cdiv(columns, 8) * 8, device=like.device, dtype=dtype)
+    whole[:, columns:] = 0.0
+    return whole[:, :columns]
