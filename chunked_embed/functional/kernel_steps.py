@@ -111,5 +111,6 @@ class TwoSidedScore(KernelStep):
 def scaled_factors(chunk: Chunk, scale: float | None) -> tuple[Tensor, Tensor | None]:
     """What a row's outputs are multiplied by, the scale among it, and a column's."""
     factors = chunk.factors()
-    of_rows = chunk.rows["scale"] if scale is None else torch.full((chunk.size,), scale, device=chunk.outputs().device)
+    device = chunk.rows["target"].device
+    of_rows = chunk.rows["scale"] if scale is None else torch.full((chunk.size,), scale, device=device)
     return (of_rows, None) if factors is None else (of_rows * factors[0], factors[1])
