@@ -17,9 +17,11 @@ from ..engine.compile import outside_compile
 from ..engine.types import accumulator_dtype
 from ..gather import ranks
 from .arguments import Activation, Rows, check_embeddings, shared
+from .attention_steps import AttentionRows, AttentionStep, TwoSidedAttention
 from .by_rows import Similarity, mean_by_rows
 from .kernel_steps import CrossEntropyRows, TwoSidedScore
 from .known import known_pairs, make_ids
+from .product_steps import CrossEntropyProduct, TwoSidedProduct
 from .projected import embedded, of_formed
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -61,6 +63,9 @@ class Contrast(FlexChunkLoss):
     def plain(self) -> bool:
         """Nothing but similarities, which the kernels take."""
         return not self.masked and self.hardness_mode is None
+
+    def step(self, kind: type[AttentionStep]) -> Step:
+        return kind(self.scale, self.masked, self.shared_ids, self.hardness_mode is not None)
 
     def scale_of(self, rows: Rows) -> Any:  # () or (R, 1)
         return rows["scale"][:, None] if self.scale is None else self.scale
@@ -106,8 +111,11 @@ class InfoNCE(Contrast):
         total = lses[0] if len(lses) == 1 else _partition(torch.stack(lses), self.partition_mode)
         return total - self.positive(outputs["query_to_doc"], rows)
 
-    def make_step(self, projections: tuple[str, ...]) -> Step | None:
-        return CrossEntropyRows(self.scale) if self.plain and projections == ("query_to_doc",) else None
+    def make_step(self, projections: tuple[str, ...]) -> Sequence[Step]:
+        if projections != ("query_to_doc",):
+            return ()
+        plain = (CrossEntropyProduct(self.scale), CrossEntropyRows(self.scale)) if self.plain else ()
+        return (self.step(AttentionRows), *plain)
 
 
 class TwoSided(Contrast):
@@ -132,8 +140,9 @@ class TwoSided(Contrast):
                 of_document = torch.where(of_query == LOWEST, LOWEST, of_document)
         return {"over_documents": of_query, "over_queries": of_document}
 
-    def make_step(self, projections: tuple[str, ...]) -> Step | None:
-        return TwoSidedScore(self.scale) if self.plain else None
+    def make_step(self, projections: tuple[str, ...]) -> Sequence[Step]:
+        plain = (TwoSidedProduct(self.scale), TwoSidedScore(self.scale)) if self.plain else ()
+        return (self.step(TwoSidedAttention), *plain)
 
 
 def _partition(lses: Tensor, mode: str) -> Tensor:  # (directions, N) -> (N,)
@@ -185,9 +194,11 @@ def info_nce(
     "joint" takes one Z over all of them (the four of them together are the loss of GTE, arXiv 2308.03281); with
     "per_direction" ``log Z_i`` is the mean of theirs (two directions: CLIP's symmetric loss, arXiv 2103.00020). One
     direction takes three products of the size N x N x D, ``query_to_doc`` and ``doc_to_query`` together four (row and
-    column sums of one matrix), all four twelve. No N x N matrix is ever held. Embeddings that are formed here
-    (``weight``, ``activation``, ``normalize``) in half precision are two operands each, a high and a low half: seven
-    products instead of three. ``float32_outputs=False`` rounds them instead.
+    column sums of one matrix), all four twelve. No N x N matrix is ever held; nor a chunk of one, where many
+    half-precision embeddings are compared on a GPU in one direction (up to 256 numbers wide; four products) or in those
+    two (up to 128; six).
+    Embeddings that are formed here (``weight``, ``activation``, ``normalize``) in half precision are two operands each,
+    a high and a low half: seven products instead of three. ``float32_outputs=False`` rounds them instead.
 
     Ids leave candidates out of Z, never the positive. With ``q_i`` for the id of query i, ``d_i`` for that of its
     document, and ``c`` for that of a candidate document of row j, its own or a hard negative (an id of either kind that

@@ -188,15 +188,21 @@ def test_not_available_on_cpu(monkeypatch):
     assert not available(torch.device("cpu"))
 
 
+KERNELS = ("", "_contrast", "_linear", "_long_groups", "_norms", "_pairwise", "_ranking", "_scale", "_similarity")
+INTERPRETED = [f"kernels/test_triton{name}.py" for name in (*KERNELS, "_similarity_product")]
+INTERPRETED += ["test_attention_shaped.py", "test_product_steps.py"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kernels", ["", "_similarity", "_scale", "_norms", "_ranking", "_pairwise", "_linear"])
-def test_triton_in_the_interpreter(kernels):
+@pytest.mark.parametrize("tests", INTERPRETED)
+def test_triton_in_the_interpreter(tests, pytestconfig):
     """Triton reads TRITON_INTERPRET once, when it is imported: a process of its own leaves the other tests alone."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("it runs on the GPU itself")
-    checks = Path(__file__).with_name(f"test_triton{kernels}.py")
+    checks = Path(__file__).parents[1] / tests
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    command += [f"--slow={pytestconfig.getoption('--slow')}"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, str(checks)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr
