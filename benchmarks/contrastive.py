@@ -6,11 +6,14 @@
 
 A floor is the bare matrix products in the same chunks: three for one direction, four for both (row and column sums of
 one matrix), twelve for the four directions of GTE. Inputs are unit vectors, so that all candidates do the same work;
-"normalising" takes them for raw ones. Peers that are not installed are left out. The value is the loss.
+"normalising" takes them for raw ones. Cross-entropies of a product are peers of one direction: the documents are the
+vocabulary, and queries are multiplied by the scale in their dtype where a kernel takes none, within the time. The value
+is the loss.
 
-`near-duplicates` has errors alone, of what a model in half precision gives: raw embeddings whose cosines are .9 to 1,
-at scales of 20, 50 and 100. There a gradient is a small difference of large sums, and rounded similarities or unit
-vectors show in it. `mined` has errors at fewer rows than times, because the truth is the library's class in float64.
+`confident` and `near-duplicates` have errors alone. The first are pairs that all win: a gradient is `p - 1` there. The
+others are what a model in half precision gives: raw embeddings whose cosines are .9 to 1, at scales of 20, 50 and 100.
+There a gradient is a small difference of large sums, and rounded similarities or unit vectors show in it. `mined` has
+errors at fewer rows than times, because the truth is the library's class in float64.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,9 +36,11 @@ from measure import (
     Missing,
     Out,
     Peers,
+    Profile,
     as_candidates,
     errors_of,
     floors,
+    linear_cross_entropies,
     once,
     precisions,
     value_and_gradients,
@@ -45,7 +50,10 @@ from torch import Tensor, nn
 from chunked_embed import FlexChunkLoss, Projection
 from chunked_embed import functional as CF
 
-CASES = ("infonce", "symmetric", "gte", "sigmoid", "matryoshka", "guided", "mined", "near-duplicates", "step")
+CASES = (
+    *("infonce", "symmetric", "masked", "confident", "gte", "sigmoid", "matryoshka", "guided"),
+    *("mined", "near-duplicates", "step"),
+)
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-4}
 # Where a rounding in float32 turns a near-tie another negative is mined: a few rows of thousands.
 MINED_BOUNDS = {torch.bfloat16: 1e-1, torch.float16: 1e-1, torch.float32: 1e-4}
@@ -55,6 +63,10 @@ SCALE, WIDEST_WHOLE = 20.0, 32768  # rows up to which a whole similarity matrix 
 BOTH = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 GTE = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 Loss = Callable[[], Tensor]
+# Rows x width of one direction and of both; those of other people's who are slow, and of a plain function, are few.
+ONE_WAY = "65536x1024,65536x768,65536x512,65536x384,65536x256,65536x128,65536x64,16384x1024,16384x64,4096x256,4096x64"
+TWO_WAY = "65536x1024,65536x768,65536x256,65536x64,16384x1024"
+WIDE = 1024  # at which everybody is measured
 
 
 class UserInfoNCE(FlexChunkLoss):
@@ -85,6 +97,16 @@ class Embedded(nn.Identity):
 
 def one_way(a: Tensor, b: Tensor, rows: slice, scale: float | Tensor = SCALE) -> Tensor:
     z = scale * a[rows] @ b.T
+    return (z.logsumexp(1) - z.diagonal(rows.start)).sum()
+
+
+def masked(a: Tensor, b: Tensor, rows: slice, kept: Callable[[slice], Tensor]) -> Tensor:
+    z = SCALE * a[rows] @ b.T
+    return (z.masked_fill(~kept(rows), -torch.inf).logsumexp(1) - z.diagonal(rows.start)).sum()
+
+
+def with_hard_negatives(a: Tensor, b: Tensor, hard: Tensor, rows: slice) -> Tensor:
+    z = SCALE * a[rows] @ torch.cat([b, hard]).T
     return (z.logsumexp(1) - z.diagonal(rows.start)).sum()
 
 
@@ -155,7 +177,7 @@ def product_floors(sides: Sequence[tuple[Tensor, Tensor]], rows: int, forwards: 
 
     chunks = [[len(part) for part in torch.arange(len(a)).split(rows)] for a, _ in sides]
     found = [floors(label, side, [], sizes, forwards=forwards) for side, sizes in zip(sides, chunks, strict=True)]
-    return [Candidate(parts[0].name, FLOOR, joined(parts)) for parts in zip(*found, strict=True)]
+    return [Candidate(parts[0].name, FLOOR, joined(parts), note=parts[0].note) for parts in zip(*found, strict=True)]
 
 
 def library_loss(a: Tensor, b: Tensor, scale: float = SCALE, raw: bool = False, **options: Any) -> dict[str, Loss]:
@@ -202,20 +224,13 @@ def one_way_peers(a: Tensor, b: Tensor, scale: float = SCALE, raw: bool = False)
     if hasattr(F, "linear_cross_entropy"):
         losses["F.linear_cross_entropy"] = lambda x, y: F.linear_cross_entropy(x * scale, y, target)
     if a.is_cuda:
-        try:
-            from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
-
-            losses["Liger fused linear CE"] = lambda x, y: Liger.apply(x * scale, y, target)[0]
-        except ImportError:
-            pass
-        try:
-            from cut_cross_entropy import linear_cross_entropy
-
-            losses["cut-cross-entropy"] = lambda x, y: linear_cross_entropy(x * scale, y, target)
-        except ImportError:
-            pass
+        for name, loss in linear_cross_entropies().items():
+            if name != "quack, base" or (a.shape[1] == WIDE and not raw):
+                losses[name] = lambda x, y, loss=loss: loss(x, y, target, scale=scale)
     found = {name: lambda loss=loss: loss(*sides()) for name, loss in losses.items()}
-    return found | (inf_cl(a, b, scale=scale, raw=raw) if a.is_cuda else {}) | library_loss(a, b, scale, raw)
+    if a.is_cuda and (a.shape[1] == WIDE or raw):  # twenty times the others' time
+        found |= inf_cl(a, b, scale=scale, raw=raw)
+    return found | (library_loss(a, b, scale, raw) if a.shape[1] == WIDE or len(a) <= WIDEST_WHOLE else {})
 
 
 def inf_cl(a: Tensor, b: Tensor, both: bool = False, scale: float = SCALE, raw: bool = False) -> dict[str, Loss]:
@@ -281,8 +296,12 @@ def pair(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, unit: bool
     return [side.to(dtype).requires_grad_() for side in sides]
 
 
+def shaped(name: str, rows: int, width: int, dtype: torch.dtype) -> str:
+    return f"{name} {rows}x{width}, {str(dtype).removeprefix('torch.')}"
+
+
 def title(name: str, a: Tensor) -> str:
-    return f"{name} {len(a)}x{a.shape[1]}, {str(a.dtype).removeprefix('torch.')}"
+    return shaped(name, len(a), a.shape[1], a.dtype)
 
 
 def call_of(function: Callable[..., Tensor], label: str, dtype: torch.dtype, *given: Any, **keywords: Any):
@@ -292,47 +311,109 @@ def call_of(function: Callable[..., Tensor], label: str, dtype: torch.dtype, *gi
 
 
 def run_infonce(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    name, normalising = (shaped(name, rows, width, dtype) for name in ("InfoNCE", "InfoNCE, normalising"))
+    if not bench.chosen(name, normalising):
+        return
     leaves = a, b = pair(bench, rows, width, dtype)
     target, bound = torch.arange(rows, device=bench.device), BOUNDS[dtype]
     size = UserInfoNCE(**options).plan(Projection(a, b), {"target": target}).chunk_rows
     ours: dict[str, Loss] = call_of(CF.info_nce, "CF.info_nce", dtype, a, b, scale=SCALE, similarity="dot", **options)
-    for label, more in precisions("a user's loss_fn", dtype).items():
-        user = UserInfoNCE(**options, **more)
-        ours[label] = lambda user=user: user(Projection(a, b), {"target": target}).loss
-    normalising = {"CF.info_nce, normalising": partial(CF.info_nce, a, b, scale=SCALE, **options)}
+    if width == WIDE or not a.is_cuda:
+        for label, more in precisions("a user's loss_fn", dtype).items():
+            user = UserInfoNCE(**options, **more)
+            ours[label] = lambda user=user: user(Projection(a, b), {"target": target}).loss
+    floor = product_floors([(a, b)], size, 1, "3 products")
     candidates = [
-        *product_floors([(a, b)], size, 1, f"3 products, chunks of {size}"),
+        *floor,
         *as_candidates(ours, leaves, OURS, bound),
         *as_candidates(one_way_peers(a, b), leaves, PEER, bound),
     ]
     cached = cached_stage(a, b, 1024)
-    if cached and rows > 1024:
+    if cached and rows > 1024 and width == WIDE:
         candidates.append(Candidate("sentence-transformers cached, 1024", PEER, cached, bound))
-    bench.case(title("InfoNCE", a), candidates, truth(one_way, leaves), gradients=PAIR)
+    bench.case(name, candidates, truth(one_way, leaves), gradients=PAIR)
+    if width not in (WIDE, 256) and a.is_cuda:
+        return
     # Unit vectors stay what they are, but their gradients lose what lies along them.
-    candidates = [*candidates[:1], *as_candidates(normalising, leaves, OURS, bound)]
-    bench.case(title("InfoNCE, normalising", a), candidates, truth(one_way, leaves, raw=True), gradients=PAIR)
+    raw = {"CF.info_nce, normalising": partial(CF.info_nce, a, b, scale=SCALE, **options)}
+    candidates = [*floor[:1], *as_candidates(raw, leaves, OURS, bound)]
+    bench.case(normalising, candidates, truth(one_way, leaves, raw=True), gradients=PAIR)
 
 
 def run_symmetric(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    name = shaped("symmetric InfoNCE", rows, width, dtype)
+    if not bench.chosen(name):
+        return
     leaves = a, b = pair(bench, rows, width, dtype)
     target, bound = torch.arange(rows, device=bench.device), BOUNDS[dtype]
     size = UserInfoNCE(**options).plan(Projection(a, b), {"target": target}).chunk_rows
     settings = {"scale": SCALE, "similarity": "dot", **BOTH, **options}
     ours = call_of(CF.info_nce, "CF.info_nce", dtype, a, b, **settings)
-    peers = library_loss(a, b, **BOTH) | (inf_cl(a, b, both=True) if a.is_cuda else {})
+    few = rows <= WIDEST_WHOLE
+    peers = (library_loss(a, b, **BOTH) | (inf_cl(a, b, both=True) if a.is_cuda else {})) if few else {}
     candidates = [
-        *product_floors([(a, b)], size, 2, f"4 products, chunks of {size}"),
+        *product_floors([(a, b)], size, 2, "4 products"),
         *as_candidates(ours, leaves, OURS, bound),
         *as_candidates(peers, leaves, PEER, bound),
     ]
     cached = cached_stage(a, b, 1024, **BOTH)
-    if cached and rows > 1024:
+    if cached and rows > 1024 and width == WIDE:
         candidates.append(Candidate("sentence-transformers cached, 1024", PEER, cached, bound))
-    bench.case(title("symmetric InfoNCE", a), candidates, truth(both_ways, leaves), gradients=PAIR)
+    bench.case(name, candidates, truth(both_ways, leaves), gradients=PAIR)
+
+
+def run_masked(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Documents that occur eight times, and are no negatives of each other's queries; a hard negative a query."""
+    told = [shaped(name, rows, width, dtype) for name in ("InfoNCE, false negatives", "InfoNCE, hard negatives")]
+    if not bench.chosen(*told):
+        return
+    leaves = a, b = pair(bench, rows, width, dtype)
+    hard = F.normalize(b.detach().float() + 0.5 * torch.randn_like(b, dtype=torch.float32), dim=1)
+    hard = hard.to(dtype).requires_grad_()
+    ids, own = torch.arange(rows, device=bench.device) // 8, torch.arange(rows, device=bench.device)
+
+    def kept(part: slice) -> Tensor:  # (R, N)
+        return (ids != ids[part, None]) | (own == own[part, None])
+
+    settings = {"scale": SCALE, "similarity": "dot", **options}
+    kinds = {
+        told[0]: ({"document_ids": ids}, [(a, b)], partial(masked, kept=kept), leaves),
+        told[1]: ({"hard_negatives": [hard]}, [(a, b), (a, hard)], with_hard_negatives, [a, b, hard]),
+    }
+    for name, (given, sides, formula, learns) in kinds.items():
+        ours = call_of(CF.info_nce, "CF.info_nce", dtype, a, b, **given, **settings)
+        blocks = {str(k): Projection(*side) for k, side in enumerate(sides)}
+        size = FlexChunkLoss(total, **options).plan(blocks).chunk_rows
+        candidates = [
+            *product_floors(sides, size, 1, f"{3 * len(sides)} products"),
+            *as_candidates(ours, learns, OURS, BOUNDS[dtype]),
+        ]
+        names = (*PAIR, "hard negatives")[: len(learns)]
+        bench.case(name, candidates, truth(formula, learns), gradients=names)
+
+
+def run_confident(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Pairs whose cosines are about .98 among random ones: the positive has all but a few ten-thousandths."""
+    name = shaped("confident InfoNCE", rows, width, dtype)
+    if not bench.chosen(name):
+        return
+    torch.manual_seed(0)
+    x = torch.randn(rows, width, device=bench.device)
+    pairs = x, x + 0.2 * torch.randn_like(x)
+    leaves = a, b = [F.normalize(side, dim=1).to(dtype).requires_grad_() for side in pairs]
+    bound = BOUNDS[torch.bfloat16]  # of any dtype: float32 has few digits left of `p - 1`
+    ours = call_of(CF.info_nce, "ours", dtype, a, b, scale=SCALE, similarity="dot", **options)
+    peers = {who: loss for who, loss in one_way_peers(a, b).items() if who not in ("Inf-CL", "sentence-transformers")}
+    candidates = [
+        *as_candidates(ours, leaves, OURS, bound),
+        *as_candidates(peers, leaves, PEER, bound),
+    ]
+    bench.case(name, candidates, truth(one_way, leaves), gradients=PAIR, timed=False)
 
 
 def run_gte(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    if not bench.chosen(shaped("GTE softmax", rows, width, dtype)):
+        return
     leaves = a, b = pair(bench, rows, width, dtype)
     bound = BOUNDS[dtype]
     blocks = {name: Projection(x, y) for name, x, y in zip(GTE, (a, a, b, b), (b, a, a, b), strict=True)}
@@ -341,7 +422,7 @@ def run_gte(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, options
     ours = call_of(CF.info_nce, "CF.info_nce", dtype, a, b, **settings)
     sides = [(a, b), (a, a), (b, a), (b, b)]
     candidates = [
-        *product_floors(sides, size, 1, f"12 products, chunks of {size}"),
+        *product_floors(sides, size, 1, "12 products"),
         *as_candidates(ours, leaves, OURS, bound),
         *as_candidates(library_loss(a, b, directions=GTE), leaves, PEER, bound),
     ]
@@ -361,13 +442,15 @@ def our_sigmoid(a: Tensor, b: Tensor, log_scale: Tensor, bias: Tensor, **options
 
 
 def run_sigmoid(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    if not bench.chosen(shaped("sigmoid pairs", rows, width, dtype)):
+        return
     a, b = pair(bench, rows, width, dtype)
     leaves, bound = [a, b, *learnable(bench, 10.0, -10.0)], BOUNDS[dtype]
     target = torch.arange(rows, device=bench.device)
     size = UserInfoNCE(**options).plan(Projection(a, b), {"target": target}).chunk_rows
     ours = call_of(our_sigmoid, "CF.sigmoid_pairs", dtype, *leaves, similarity="dot", **options)
     candidates = [
-        *product_floors([(a, b)], size, 1, f"3 products, chunks of {size}"),
+        *product_floors([(a, b)], size, 1, "3 products"),
         *as_candidates(ours, leaves, OURS, bound),
         *as_candidates(siglip_kernel(*leaves), leaves, PEER, bound),
     ]
@@ -383,8 +466,11 @@ def run_matryoshka(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, 
         from chunked_embed import losses
     except ImportError:
         return
-    leaves = a, b = pair(bench, rows, width, dtype, unit=False)
     dims, bound, model = [width >> k for k in range(5)], BOUNDS[dtype], Embedded(width)
+    name = shaped(f"Matryoshka ({', '.join(map(str, dims))}) over InfoNCE", rows, width, dtype)
+    if not bench.chosen(name):
+        return
+    leaves = a, b = pair(bench, rows, width, dtype, unit=False)
     ours: dict[str, Loss] = {}
     for label, more in precisions("MatryoshkaLoss", dtype).items():
         loss = losses.MatryoshkaLoss(model, losses.MultipleNegativesRankingLoss(model, **options, **more), dims)
@@ -402,13 +488,14 @@ def run_matryoshka(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, 
             return torch.stack([inner.compute_loss_from_embeddings(sides, None) for sides in cut]).sum()
 
         candidates.extend(as_candidates({"sentence-transformers": theirs}, leaves, PEER, bound))
-    name = title(f"Matryoshka ({', '.join(map(str, dims))}) over InfoNCE", a)
     bench.case(name, candidates, truth(partial(matryoshka, dims=dims), leaves), gradients=PAIR)
 
 
 def run_guided(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
     """GISTEmbed: three blocks of the student's similarities, three of the guide's, whose pairs are far nearer to each
     other than to anything else: which it leaves out does not hang on rounding."""
+    if not bench.chosen(shaped("GISTEmbed", rows, width, dtype)):
+        return
     leaves = a, b = pair(bench, rows, width, dtype)
     guides = [side.detach().roll(1, 1) for side in leaves]
     settings = {"temperature": 1 / SCALE, **options}
@@ -419,7 +506,7 @@ def run_guided(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, opti
     blocks = {str(k): Projection(*side) for k, side in enumerate(sides + guided_by)}
     size = FlexChunkLoss(total, **options).plan(blocks).chunk_rows
     candidates = [
-        *product_floors(sides, size, 1, f"9 of its 12 products, chunks of {size}"),
+        *product_floors(sides, size, 1, "9 of its 12 products"),
         *as_candidates(ours, leaves, OURS, BOUNDS[dtype]),
         *as_candidates(whole_guided(a, b, guides, raw=True), leaves, PEER, BOUNDS[dtype]),
     ]
@@ -470,6 +557,9 @@ def run_mined(bench: Benchmark, rows: int, width: int, dtype: torch.dtype, optio
                 bench.case(told, candidates, exact, gradients=PAIR[: len(sides)], timed=False)
 
 
+NEAR = ("InfoNCE", "symmetric InfoNCE", "GTE softmax", "sigmoid pairs", "GISTEmbed")
+
+
 def near_duplicates(bench: Benchmark, rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     """Raw embeddings of a model in this dtype. Cosines of queries are about .92, of a query and its document .98."""
     torch.manual_seed(0)
@@ -494,6 +584,9 @@ def run_near_duplicates(bench: Benchmark, rows: int, width: int, dtype: torch.dt
     pair = a, b = near_duplicates(bench, rows, width, dtype)
     guides = clear_guides(bench, rows, dtype)
     for scale in SCALES:
+        told = {name: title(f"near duplicates, {name}, scale {scale:.0f}", a) for name in NEAR}
+        if not bench.chosen(*told.values()):
+            continue
         scalars = learnable(bench, scale, -0.95 * scale)  # pairs lie on one side of the bias, all others on the other
         leaves = [*pair, *scalars]
         # name: our function and its arguments; other people's; the formula of unit vectors; what learns
@@ -535,9 +628,8 @@ def run_near_duplicates(bench: Benchmark, rows: int, width: int, dtype: torch.dt
                 *as_candidates(ours, learns, OURS, BOUNDS[dtype]),
                 *as_candidates(peers, learns, PEER, BOUNDS[dtype]),
             ]
-            told = title(f"near duplicates, {name}, scale {scale:.0f}", a)
             names = (*PAIR, "log scale", "bias")[: len(learns)]
-            bench.case(told, candidates, truth(formula, learns, raw=True), gradients=names, timed=False)
+            bench.case(told[name], candidates, truth(formula, learns, raw=True), gradients=names, timed=False)
 
 
 def untrained(device: torch.device, layers: int, width: int, heads: int, autocast: bool) -> nn.Module:
@@ -629,6 +721,7 @@ def main(
     peers: Peers = True,
     missing: Missing = False,
     budget: Budget = 0,
+    profile: Profile = False,
     repeats: int = 5,
     out: Out = RESULTS,
 ) -> None:
@@ -638,9 +731,13 @@ def main(
         raise typer.BadParameter(f"expected cases out of {CASES}, got {sorted(unknown)}")
     kind = getattr(torch, dtype or ("float32" if cpu else "bfloat16"))
     options = {"chunk_size": chunk_size or None, "compiled": compiled}
-    bench = Benchmark("contrastive", torch.device(device), out, 2, repeats, match, peers, missing, budget)
-    usual = sizes or ("256x32" if cpu else "16384x1024,65536x1024")
+    bench = Benchmark("contrastive", torch.device(device), out, 2, repeats, match, peers, missing, budget, profile)
     where = {
+        "infonce": sizes or ("256x32" if cpu else ONE_WAY),
+        "symmetric": sizes or ("256x32" if cpu else TWO_WAY),
+        "masked": sizes or ("256x32" if cpu else "65536x256"),
+        "confident": small or ("128x32" if cpu else "16384x1024,16384x256,16384x64"),
+        "matryoshka": sizes or ("256x32" if cpu else "65536x1024"),
         "sigmoid": sigmoid_size or ("256x32" if cpu else "65536x768"),
         "gte": small or ("128x32" if cpu else "16384x1024"),
         "guided": small or ("128x32" if cpu else "16384x1024"),
@@ -650,6 +747,8 @@ def main(
     runs = {
         "infonce": run_infonce,
         "symmetric": run_symmetric,
+        "masked": run_masked,
+        "confident": run_confident,
         "gte": run_gte,
         "sigmoid": run_sigmoid,
         "matryoshka": run_matryoshka,
@@ -661,7 +760,7 @@ def main(
         if name == "step":
             run_step(bench, *_shape(step or ("64x16x8x1" if cpu else "16384x1024x32x12")), options)
             continue
-        for size in where.get(name, usual).split(","):
+        for size in where[name].split(","):
             rows, width = _shape(size)
             runs[name](bench, rows, width, kind, options)
     bench.finish()

@@ -35,6 +35,7 @@ from measure import (
     Missing,
     Out,
     Peers,
+    Profile,
     as_candidates,
     precisions,
     products,
@@ -79,10 +80,11 @@ class Sides:
         """Of a loss that takes float32 logits, in its chunks; the second one's are as wide as the inputs."""
         sizes = [span.rows for block in plan.blocks for span in block.spans]
         frozen = [(self.teacher, self.teacher_weight)] if teacher else []
-        trained, name = (self.student, self.student_weight), f"{3 + teacher} products, chunks of {plan.chunk_rows}"
-        found = [Candidate(f"floor: {name}", FLOOR, products(trained, frozen, sizes, outputs=torch.float32))]
+        trained, name, note = (self.student, self.student_weight), f"{3 + teacher} products", f"chunks of {max(sizes)}"
+        wide = products(trained, frozen, sizes, outputs=torch.float32)
+        found = [Candidate(f"floor: {name}", FLOOR, wide, note=note)]
         if self.student.dtype != torch.float32:
-            found.append(Candidate(f"floor, {HALF}", FLOOR, products(trained, frozen, sizes)))
+            found.append(Candidate(f"floor, {HALF}", FLOOR, products(trained, frozen, sizes), note=note))
         return found
 
 
@@ -273,6 +275,7 @@ def main(
     peers: Peers = True,
     missing: Missing = False,
     budget: Budget = 0,
+    profile: Profile = False,
     repeats: int = 5,
     out: Out = RESULTS,
 ) -> None:
@@ -282,7 +285,7 @@ def main(
         raise typer.BadParameter(f"expected cases out of {CASES}, got {sorted(unknown)}")
     kind = getattr(torch, dtype or ("float32" if cpu else "bfloat16"))
     options = {"compiled": compiled}
-    bench = Benchmark("distillation", torch.device(device), out, 2, repeats, match, peers, missing, budget)
+    bench = Benchmark("distillation", torch.device(device), out, 2, repeats, match, peers, missing, budget, profile)
     sizes = _numbers(vocabularies or ("100,200,300" if cpu else "32000,128256,262144"))
     middle = sizes[len(sizes) // 2]
     tokens, student, teacher = _numbers(head or ("64x16x24" if cpu else "8192x2048x4096"), "x")

@@ -13,12 +13,13 @@ other people's, and the ratios of four parts of the run say how far to trust the
 Every run adds to `<out>/<family>-<device>.csv`, replacing the lines that it measured again, so that a long benchmark
 can be split over several calls, or over GPUs at once: by `--only` and `--match`, or by `--budget 500 --missing` until
 nothing is missing. `--out`, or BENCH_OUT in the environment, says where the files are. Tables are made from them by
-tables.py, figures by plots.py.
+tables.py, figures by plots.py. `--profile` writes where the time of a call goes, kernel by kernel, in place of a csv.
 """
 
 import csv
 import datetime
 import fcntl
+import fnmatch
 import gc
 import math
 import os
@@ -30,7 +31,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
@@ -54,7 +55,8 @@ LONG_MS = 500  # calls that take longer are timed once: they do not waver
 RESULTS = Path(__file__).parent / "results"
 
 # Options that every benchmark takes.
-Match = Annotated[str, typer.Option(help="only cases whose title contains this")]
+Match = Annotated[str, typer.Option(help="only cases whose title contains this: patterns (*), and | between several")]
+Profile = Annotated[bool, typer.Option("--profile", help="the kernels of a call of each, in <family>-profile.txt")]
 Peers = Annotated[bool, typer.Option("--peers/--no-peers", help="other people's, beside the floor and ours")]
 Missing = Annotated[bool, typer.Option("--missing", help="only cases that the file does not have yet")]
 Budget = Annotated[float, typer.Option(help="seconds after which no further case is begun; 0: no limit")]
@@ -83,6 +85,7 @@ class Candidate:
     run: Callable[[], Sequence[Tensor]]
     bound: float = 0.0  # the largest relative error that is still correct; floors are not checked
     read: Loss | None = None  # the value of a case, where it is not the loss; in a call of its own, which is not timed
+    note: str = ""
 
 
 @dataclass
@@ -265,6 +268,22 @@ def _collect(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def kernel_times(run: Callable[[], object], device: torch.device, most: int = 12) -> list[str]:
+    """Lines of a table of one call, after two: the longest kernels (on a CPU, operations), and what all take."""
+    for _ in range(2):
+        seconds_of(run, device)
+    kinds = torch.profiler.ProfilerActivity
+    on_cpu = device.type == "cpu"
+    with torch.profiler.profile(activities=[kinds.CPU] if on_cpu else [kinds.CPU, kinds.CUDA]) as profile:
+        seconds_of(run, device)
+    events = [e for e in profile.key_averages() if on_cpu or e.device_type == torch.autograd.DeviceType.CUDA]
+    times = {e.key: (e.self_cpu_time_total if on_cpu else e.self_device_time_total, e.count) for e in events}
+    total = sum(time for time, _ in times.values())
+    longest = sorted(times.items(), key=lambda item: item[1], reverse=True)[:most]
+    told = [f"{1e-3 * time:9.3f} ms {time / total:6.1%} {count:6d} x  {key[:100]}" for key, (time, count) in longest]
+    return [*told, f"{1e-3 * total:9.3f} ms in all, {len(times)} kinds"]
+
+
 def value_and_gradients(loss: Loss, leaves: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     """A training step of a loss: forward, backward, and the gradients of `leaves`."""
 
@@ -321,10 +340,11 @@ def floors(
     **more: Any,
 ) -> list[Candidate]:
     """`products`, with outputs as wide as the inputs, and with float32 ones beside them."""
-    found = [Candidate(f"floor: {label}", FLOOR, products(trained, frozen, sizes, **more))]
+    note = f"chunks of {max(sizes)}"
+    found = [Candidate(f"floor: {label}", FLOOR, products(trained, frozen, sizes, **more), note=note)]
     if trained[0].dtype in HALF_DTYPES:
         wide = products(trained, frozen, sizes, outputs=torch.float32, **more)
-        found.append(Candidate("floor, float32 outputs", FLOOR, wide))
+        found.append(Candidate("floor, float32 outputs", FLOOR, wide, note=note))
     return found
 
 
@@ -356,6 +376,56 @@ def products(
         return results
 
     return run
+
+
+Fused = Callable[..., Tensor]  # (input (M, H), weight (V, H), target (M,), reduction, scale) -> the loss, or each row's
+
+
+def linear_cross_entropies() -> dict[str, Fused]:
+    """Other people's cross-entropy of a product, each imported where it is called. Liger's scaled one alone takes a
+    scale: the others' inputs are multiplied by it, in their dtype."""
+
+    def liger(x: Tensor, weight: Tensor, target: Tensor, reduction: str = "mean", scale: float = 1.0) -> Tensor:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Kernel
+
+        return Kernel.apply(times(x, scale), weight, target, None, None, -100, 0.0, 0.0, reduction)[0]
+
+    def liger_scaled(x: Tensor, weight: Tensor, target: Tensor, reduction: str = "mean", scale: float = 1.0) -> Tensor:
+        from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Kernel
+
+        losses = Kernel.apply(x, weight, target, 1 / scale)
+        return losses if reduction == "none" else losses.mean()
+
+    def cce(x: Tensor, weight: Tensor, target: Tensor, reduction: str = "mean", scale: float = 1.0) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return linear_cross_entropy(times(x, scale), weight, target, reduction=reduction)
+
+    def quack(
+        x: Tensor, weight: Tensor, target: Tensor, reduction: str = "mean", scale: float = 1.0, base: bool = False
+    ) -> Tensor:
+        from quack import linear_cross_entropy as kernels
+
+        x = times(x, scale)
+        if reduction != "none":
+            options = {"reduction": reduction, "tuned": False, "use_scaled_exp": not base}
+            return kernels.chunked_linear_cross_entropy(x, weight, target, **options)
+        given, alone = (x.detach(), weight.detach(), target, 4096), {"need_dx": False, "need_dw": False}
+        if base:
+            return kernels.chunked_linear_cross_entropy_fwd(*given, tuned=False, **alone)[0]
+        return kernels.scaled_exp_linear_cross_entropy_fwd(*given, **alone)[0][: len(x)]  # in whole tiles
+
+    return {
+        "Liger fused linear CE": liger,
+        "Liger scaled cross-entropy": liger_scaled,
+        "cut-cross-entropy": cce,
+        "quack, scaled exponentials": quack,
+        "quack, base": partial(quack, base=True),
+    }
+
+
+def times(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1.0 else x * scale
 
 
 def trl_kernel(module: str, name: str) -> Any:
@@ -415,18 +485,24 @@ class Benchmark:
     out: Path
     warmups: int = 2
     repeats: int = 5
-    match: str = ""  # measure only cases whose name contains this
+    match: str = ""  # measure only cases whose name contains this, or one of several patterns
     peers: bool = True
     missing: bool = False  # leave out cases of which every candidate has its line in the file
     budget: float = 0.0  # seconds; 0: no limit
+    profile: bool = False
     lines: list[Line] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)  # cases for which there was no time
     began: float = field(default_factory=time.perf_counter)
 
+    def chosen(self, *cases: str) -> bool:
+        """Whether any of these cases is asked for: worth its inputs."""
+        patterns = [f"*{part.strip()}*" for part in self.match.split("|")]
+        return any(fnmatch.fnmatchcase(case, pattern) for case in cases for pattern in patterns)
+
     def wants(self, case: str, names: Collection[str]) -> bool:
         """Whether to measure these candidates of a case now."""
-        if self.match not in case:
+        if not self.chosen(case):
             return False
         if self.missing and set(names) <= {line.name for line in self.known if line.case == case and line.is_done}:
             return False
@@ -455,6 +531,9 @@ class Benchmark:
             return
         if timed and "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # peers compile a closure in every call; past dynamo's limit they would run eagerly
+        if self.profile:
+            self._profile(name, candidates if timed else ())
+            return
         expected = None if truth is None else truth()
         floor = None
         for candidate in sorted(candidates, key=lambda c: c.role != FLOOR):
@@ -462,6 +541,7 @@ class Benchmark:
             try:
                 if candidate.role == FLOOR or expected is None:
                     timing = measure(candidate.run, self.device, self.warmups, self.repeats)
+                    timing.note = candidate.note
                 else:
                     timing, errors = self._checked(candidate, expected, value, gradients, timed)
             except Exception as problem:
@@ -513,6 +593,20 @@ class Benchmark:
                 self.wrong.append(f"{name}, {c.name}: {timing.note}")
             self.add(name, c.name, c.role, timing, errors, ratio=ratio)
         _collect(self.device)
+
+    def _profile(self, case: str, candidates: Sequence[Candidate]) -> None:
+        """Where a call's time goes, by kernels, the longest first."""
+        for candidate in candidates:
+            try:
+                told = kernel_times(candidate.run, self.device)
+            except Exception as problem:
+                told = [failure(problem)]
+            _collect(self.device)
+            text = "".join(f"{line}\n" for line in [f"{case} | {candidate.name}", *told, ""])
+            print(text, flush=True)
+            self.out.mkdir(parents=True, exist_ok=True)
+            with (self.out / f"{self.family}-profile.txt").open("a") as file:
+                file.write(text)
 
     def _checked(
         self, candidate: Candidate, expected: Sequence[Tensor], value: str, gradients: Sequence[str], timed: bool
@@ -592,7 +686,7 @@ class Benchmark:
         """Print the table. Exits with an error if something of ours was wrong."""
         for case in self.left:
             print(f"no time: {case}")
-        if not self.lines and not self.left and not self.missing:
+        if not self.lines and not self.left and not self.missing and not self.profile:
             raise SystemExit("no case was chosen")
         if self.lines:
             print_table(self.lines)
@@ -645,7 +739,7 @@ def read_csv(path: Path) -> list[Line]:
 def write_csv(path: Path, lines: Sequence[Line]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Line)])
+        writer = csv.DictWriter(file, [f.name for f in fields(Line)], lineterminator="\n")
         writer.writeheader()
         for line in lines:
             writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(line).items()})

@@ -19,7 +19,8 @@ from tables import DEVICE, number, quantity
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-BLUE, ORANGE, INK, FAINT = "#1f6fb2", "#e3a05c", "#222222", "#dddddd"
+BLUE, INK, FAINT = "#1f6fb2", "#222222", "#dddddd"
+OTHERS = ("#e3a05c", "#b9b2a6")  # other people's, in turn
 LOOK = {
     "figure.facecolor": "white",  # opaque: pages may be dark
     "axes.edgecolor": FAINT,
@@ -68,26 +69,34 @@ class Figure:
     floor: str = ""  # its name in the csv
     floor_is: str = "the bare matrix products"
 
+    def measured(self, lines: Sequence[Line]) -> tuple[dict[str, str], dict[str, str]]:
+        """Its cases and names of which there is a line."""
+        found = {(line.case, line.name) for line in lines if line.ms or line.peak_gib}
+        cases = {case: told for case, told in self.cases.items() if any((case, name) in found for name in self.names)}
+        names = {name: told for name, told in self.names.items() if any((case, name) in found for case in cases)}
+        return cases, names
+
     def draw(self, lines: Sequence[Line]) -> Any:
         """With several cases their names stand at the axis and colours tell who; with one, the names do."""
+        cases, names = self.measured(lines)
         many = len(self.cases) > 1
-        apart = len(self.names) + 0.7  # from case to case
-        places = [(case, name, k * apart + n) for k, case in enumerate(self.cases) for n, name in enumerate(self.names)]
+        apart = len(names) + 0.7  # from case to case
+        places = [(case, name, k * apart + n) for k, case in enumerate(cases) for n, name in enumerate(names)]
         height = 1.6 + (0.28 if many else 0.36) * (places[-1][-1] + 1)
         figure, axes = pyplot.subplots(
             1, len(self.panels), sharey=True, squeeze=False, figsize=(10.5, height), layout="constrained"
         )
         roles = {line.name: line.role for line in lines}
+        colours = self.colours(roles, names)
         for axis, panel in zip(axes[0], self.panels):
             shown = {(case, name): panel.values(lines, case, name) for case, name, _ in places}
             most = max((value for values in shown.values() for value in values), default=1.0)
             for case, name, place in places:
-                colour = BLUE if roles.get(name) == OURS else ORANGE
                 for value in shown[case, name]:
-                    axis.barh(place, value, 0.86, color=colour)
+                    axis.barh(place, value, 0.86, color=colours[name])
                     axis.annotate(panel.text(value), (value, place), (4, 0), textcoords="offset points", va="center")
-            for k, case in enumerate(self.cases if self.floor else ()):
-                ends = [k * apart - 0.55, k * apart + len(self.names) - 0.45]
+            for k, case in enumerate(cases if self.floor else ()):
+                ends = [k * apart - 0.55, k * apart + len(names) - 0.45]
                 for value in panel.values(lines, case, self.floor) if panel.column == "ms" else []:
                     axis.plot([value] * 2, ends, color=INK, linestyle=(0, (3, 2)))
             axis.set_xlim(0, 1.22 * most)
@@ -99,27 +108,33 @@ class Figure:
             axis.grid(axis="x", color=FAINT, linewidth=0.6)
             axis.set_axisbelow(True)
         if many:
-            middle = (len(self.names) - 1) / 2
-            where = {told: k * apart + middle for k, told in enumerate(self.cases.values())}
+            middle = (len(names) - 1) / 2
+            where = {told: k * apart + middle for k, told in enumerate(cases.values())}
         else:
-            where = {told: place for told, (_, _, place) in zip(self.names.values(), places)}
+            where = {told: place for told, (_, _, place) in zip(names.values(), places)}
         axes[0][0].set_yticks(list(where.values()), list(where))
         figure.suptitle(f"{self.title}\n", x=0.01, ha="left", fontsize=12.5, fontweight="bold", linespacing=0.6)
         figure.supxlabel(self.told(lines), x=0.01, ha="left", fontsize=8.5, color="#666666")
-        self.legend(figure, roles, many)
+        self.legend(figure, roles, names if many else {})
         return figure
 
-    def legend(self, figure: Any, roles: dict[str, str], many: bool) -> None:
-        handles: list[Any] = []
-        if many:
-            colours = {told: BLUE if roles.get(name) == OURS else ORANGE for name, told in self.names.items()}
-            handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour, label=told) for told, colour in colours.items()]
+    def legend(self, figure: Any, roles: dict[str, str], names: dict[str, str]) -> None:
+        colours = self.colours(roles, names)
+        handles: list[Any] = [
+            pyplot.Rectangle((0, 0), 1, 1, color=colours[name], label=told) for name, told in names.items()
+        ]
         if roles.get(self.floor) == FLOOR:
             handles.append(pyplot.Line2D([], [], color=INK, linestyle=(0, (3, 2)), label=self.floor_is))
         if handles:
             figure.legend(
                 handles=handles, loc="lower right", ncols=len(handles), frameon=False, fontsize=9, borderpad=0.1
             )
+
+    def colours(self, roles: dict[str, str], names: dict[str, str]) -> dict[str, str]:
+        """Of ours, and of other people's: those are told apart where colours alone do so."""
+        others = [name for name in names if roles.get(name) != OURS]
+        tones = OTHERS if len(self.cases) > 1 else OTHERS[:1]
+        return {name: tones[others.index(name) % len(tones)] if name in others else BLUE for name in names}
 
     def told(self, lines: Sequence[Line]) -> str:
         """What it was measured on."""
@@ -130,6 +145,8 @@ class Figure:
 
 US = "chunked-embed"
 SBERT = "sentence-transformers"
+QUACK = "quack, scaled exponentials"
+THREE, FOUR = (f"{count} matrix products, and nothing else" for count in ("three", "four"))
 TRAINED = {"ours": US, "TRL": "TRL"}
 SWAPPED = {"ours": US, SBERT: SBERT}
 HELD = Panel("peak_gib", "memory held at the peak, GiB")
@@ -151,27 +168,25 @@ FIGURES = {
         floor_is="reading and writing all once",
     ),
     "contrastive": Figure(
-        "InfoNCE of 65,536 pairs x 1024: every other pair is a negative",
-        {"InfoNCE 65536x1024, bfloat16": "InfoNCE"},
-        {
-            "CF.info_nce": US,
-            "Liger fused linear CE": "Liger",
-            "cut-cross-entropy": "cut-cross-entropy",
-            SBERT: SBERT,
-            "sentence-transformers cached, 1024": f"{SBERT},\ncached",
-        },
-        floor="floor: 3 products, chunks of 2048",
+        "InfoNCE of 65,536 pairs by their width: every other pair is a negative",
+        {f"InfoNCE 65536x{width}, bfloat16": f"width {width}" for width in (1024, 768, 384, 256, 64)},
+        {"CF.info_nce": US, QUACK: "quack", "Liger fused linear CE": "Liger"},
+        (TIME, GRADIENTS),
+        floor="floor: 3 products",
+        floor_is=THREE,
     ),
     "token_losses": Figure(
         "Cross-entropy of 8,192 tokens through a head of 128,256 x 4096",
         {"cross-entropy, 8192 tokens, V=128256, H=4096, bfloat16": "cross-entropy"},
         {
+            "TokenStatistics, grouped": f"{US},\nTokenStatistics",
             "loss_fn, row-wise": f"{US},\na loss_fn of one line",
-            "torch, whole logits": "torch, whole logits",
+            QUACK: "quack",
             "Liger fused linear CE": "Liger",
-            "cut-cross-entropy": "cut-cross-entropy",
+            "torch, whole logits": "torch, whole logits",
         },
         floor="floor: 3 products",
+        floor_is=THREE,
     ),
     "preference": Figure(
         "DPO of 4 pairs x 1,024 tokens, reference included, head of 128,256 x 4096",
@@ -180,16 +195,19 @@ FIGURES = {
             "DPOLoss": US,
             "TRL fused head": "TRL",
             "Liger, chunks of 1 pair": "Liger",
+            "Liger scaled cross-entropy": "Liger's scaled\ncross-entropy",
             "torch, whole logits": "torch, whole logits",
         },
         (TIME, MEMORY, Panel("value_error / value_mean", "reward margin off by", percent=True)),
         floor="floor: 4 products",
+        floor_is=FOUR,
     ),
     "distillation": Figure(
         "Jensen-Shannon divergence from a teacher: 8,192 tokens, a vocabulary of 128,256",
         {"JSD, 8192 tokens, V=128256, H=2048 from 4096, bfloat16": "JSD"},
         {"JSDLoss": US, "TRL": "TRL", "Liger, chunked": "Liger, chunked", "Liger, Triton": "Liger, Triton"},
-        floor="floor: 4 products, chunks of 2048",
+        floor="floor: 4 products",
+        floor_is=FOUR,
     ),
     "trainers": Figure(
         "TRL's trainers and ours: Llama of 4 layers, vocabulary of 128,256",

@@ -17,6 +17,7 @@ what they are in training, small differences of large sums, and rounded logits s
 """
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain
@@ -38,6 +39,7 @@ from measure import (
     Missing,
     Out,
     Peers,
+    Profile,
     as_candidates,
     floors,
     likely_tokens,
@@ -212,6 +214,15 @@ def trl_logps(hidden: Tensor, weight: Tensor, target: Tensor, outputs: tuple[str
     return found.new_zeros(used.shape).masked_scatter(used, found)
 
 
+def liger_logps(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Liger's scaled cross-entropy of the tokens in use, scattered back."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Kernel
+
+    used = target != -100
+    found = -Kernel.apply(hidden[used], weight, target[used])
+    return found.new_zeros(used.shape).masked_scatter(used, found)
+
+
 def whole_logps(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     log_p = (hidden @ weight.T).log_softmax(-1, dtype=torch.float32)
     return log_p.gather(2, target.clamp_min(0)[..., None])[..., 0] * (target != -100)
@@ -236,6 +247,7 @@ def dpo_of(
 
 large = partial(Shape, vocabulary=128256, width=4096)
 narrow = partial(Shape, vocabulary=128256, width=2048)
+LONG_PAIR = (8192,) + 15 * (256,)
 DPO_CASES = {
     "dpo": [large(4, 1024), Shape(8, 1024, vocabulary=151936, width=2048)],
     "completion": [large(4, 2048, lengths=(length,)) for length in (512, 1024, 2048)],
@@ -243,12 +255,15 @@ DPO_CASES = {
         narrow(8, 1024),
         narrow(1, 8192),
         narrow(1, 32768),
-        narrow(16, 8192, lengths=(8192,) + 15 * (256,)),
+        narrow(16, 8192, lengths=LONG_PAIR),
+        narrow(16, 8192, lengths=LONG_PAIR, width=1024),
     ],
 }
 
 
 def run_dpo(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    if not bench.chosen(*(shape.title(name, dtype) for name in ("DPO", "DPO, ref_logps given"))):
+        return
     batch, bound = random_batch(bench, shape, dtype), BOUNDS[dtype]
     expected = cache(partial(true_step, batch, dpo))
 
@@ -264,6 +279,7 @@ def run_dpo(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, optio
     candidates = batch.floor(al.DPOLoss(beta=0.1, **options).plan(*batch.policy, **batch.reference))
     candidates += ours("DPOLoss", batch.reference)
     candidates += peer("TRL fused head", *dpo_of(trl_logps, batch, TRL_STATISTICS))
+    candidates += peer("Liger scaled cross-entropy", *dpo_of(liger_logps, batch))
     if case != "length":
         label = "DPOLoss, token_metrics=False"
         candidates += [c for c in ours(label, batch.reference, token_metrics=False) if c.name == label]
@@ -292,6 +308,42 @@ def run_dpo(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, optio
     bench.case(shape.title("DPO, ref_logps given", dtype), candidates, expected, MARGINS, GRADIENTS)
 
 
+def run_packed(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """The tokens in use alone, one sequence behind the other, and DPO of their sums by code of one's own."""
+    name = shape.title("DPO, packed rows", dtype)
+    if not bench.chosen(name):
+        return
+    padded = random_batch(bench, shape, dtype)
+    used, sequences = padded.used, 2 * shape.pairs
+    of_token = used.nonzero()[:, 0]  # the sequence of each
+    rows = [side.detach()[used][None] for side in (padded.hidden, padded.ref_hidden)]
+    batch = Batch(rows[0].requires_grad_(), padded.weight, padded.target[used][None], rows[1], padded.ref_weight)
+    del padded
+
+    def summed(logps: Tensor) -> Tensor:  # (1, M) -> (S, 1)
+        zeros = torch.zeros(sequences, dtype=torch.float64, device=logps.device)
+        return zeros.index_add(0, of_token, logps[0].double())[:, None]
+
+    def of_scorer(scorer: Callable[..., Tensor]) -> tuple[Loss, Loss]:
+        return dpo_of(lambda *given: summed(scorer(*given)), batch)
+
+    def formula(logps: Tensor, ref: Tensor, kl: Tensor) -> tuple[Tensor, Tensor]:
+        return dpo(summed(logps), summed(ref))
+
+    sample = {"target": batch.target[0]}
+    plan = TokenStatistics(loss_fn=token_loss, **options).plan(Projection(rows[0][0], batch.weight), sample)
+    scorers = {
+        label: (OURS, lambda *given, more=more: linear_logps(*given, **options, **more).logps)
+        for label, more in precisions("linear_logps", dtype).items()
+    }
+    scorers |= {"TRL fused head": (PEER, trl_logps), "Liger scaled cross-entropy": (PEER, liger_logps)}
+    candidates = batch.floor(plan)
+    for label, (role, scorer) in scorers.items():
+        loss, read = of_scorer(scorer)
+        candidates += as_candidates({label: loss}, batch.leaves, role, BOUNDS[dtype], {label: read})
+    bench.case(name, candidates, partial(true_step, batch, formula), MARGINS, GRADIENTS)
+
+
 # --- log-probabilities -----------------------------------------------------------------------------------------------
 
 
@@ -301,13 +353,11 @@ def token_loss(scores: dict[str, Tensor], groups: dict[str, Tensor]) -> Tensor:
 
 def run_logps(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, options: dict[str, Any]) -> None:
     """TRL's published case. Sequences of a batch do not matter here."""
+    name = shape.title("log-probabilities", dtype)
+    if not bench.chosen(name):
+        return
     batch = random_batch(bench, shape, dtype)
     flat = batch.hidden.flatten(0, 1)
-
-    def fused() -> Tensor:
-        from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Kernel
-
-        return -Kernel.apply(batch.hidden.flatten(0, 1), batch.weight, batch.target.flatten()).view(batch.target.shape)
 
     def add(scores: dict[str, Loss], role: str) -> None:
         losses = {name: lambda f=f: -f().mean() for name, f in scores.items()}
@@ -322,11 +372,11 @@ def run_logps(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, opt
     peers = {
         "TRL fused head": partial(trl_logps, *batch.policy),
         "torch, whole logits": partial(whole_logps, *batch.policy),
-        "Liger scaled cross-entropy": fused,
+        "Liger scaled cross-entropy": partial(liger_logps, *batch.policy),
     }
     add(peers, PEER)
     expected = partial(true_step, batch, lambda logps, ref, kl: (-logps.mean(), logps), reference=False)
-    bench.case(shape.title("log-probabilities", dtype), candidates, expected, "log-probabilities", GRADIENTS)
+    bench.case(name, candidates, expected, "log-probabilities", GRADIENTS)
 
 
 # --- every other loss ------------------------------------------------------------------------------------------------
@@ -395,6 +445,8 @@ def own_formula(loss: Any, used: Tensor, given: dict[str, Tensor]) -> Formula:
 
 
 def run_losses(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    if not bench.chosen(*(shape.title(name, dtype) for name in LOSSES)):
+        return
     batch, bound = random_batch(bench, shape, dtype), BOUNDS[dtype]
     labels = torch.arange(2 * shape.pairs, device=bench.device) < shape.pairs
     for name, kind in LOSSES.items():
@@ -465,14 +517,29 @@ def true_cpo(logps: Tensor, completion: Tensor) -> Tensor:
     return -F.logsigmoid(0.1 * (chosen - rejected)).mean() + nll
 
 
-STEPS = {"orpo-step": (al.ORPOLoss, whole_orpo, true_orpo), "cpo-step": (al.CPOLoss, whole_cpo, true_cpo)}
+STEPS: dict[str, tuple[Any, Any, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "dpo-step": (al.DPOLoss, None, lambda logps, ref, completion: dpo(logps, ref)[0]),
+    "orpo-step": (al.ORPOLoss, whole_orpo, lambda logps, ref, completion: true_orpo(logps, completion)),
+    "cpo-step": (al.CPOLoss, whole_cpo, lambda logps, ref, completion: true_cpo(logps, completion)),
+}
+
+
+def near(model: torch.nn.Module) -> torch.nn.Module:
+    """A frozen copy whose weights are a fiftieth away."""
+    other = deepcopy(model).requires_grad_(False)
+    for parameter in other.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.02 * float(parameter.std()))
+    return other
 
 
 def run_step(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, options: dict[str, Any]) -> None:
     """Forward and backward of a Llama of four layers with random weights, completions behind their prompts.
 
-    TRL's way: the model's logits in float32, as mixed precision hands them to its trainers.
+    TRL's way: the model's logits in float32, as mixed precision hands them to its trainers; of DPO, its fused head.
     """
+    name = shape.title(f"{case.split('-')[0].upper()} step, Llama of 4 layers", dtype)
+    if not bench.chosen(name):
+        return
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as problem:
@@ -500,8 +567,17 @@ def run_step(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, opti
     kinds = {label: make(**options, **more) for label, more in precisions(make.__name__, dtype).items()}
     nll = {"nll_target": following} if case == "orpo-step" else {}
 
+    reference = near(model) if case == "dpo-step" else None
+    frozen = weight if reference is None else reference.lm_head.weight
+
     def backbone() -> Tensor:
         return model.model(ids, use_cache=False).last_hidden_state
+
+    def given() -> dict[str, Tensor]:
+        if reference is None:
+            return nll
+        with torch.no_grad():
+            return {"ref_hidden": reference.model(ids, use_cache=False).last_hidden_state, "ref_weight": frozen}
 
     # The tokens that the truth looks at: ORPO's NLL also has the prompt's.
     every = target.clone()
@@ -509,40 +585,55 @@ def run_step(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, opti
         every[: shape.pairs] = following[: shape.pairs]
 
     def true_loss(logps: Tensor, ref: Tensor, kl: Tensor) -> tuple[Tensor, Tensor]:
-        found = formula(logps, (target != -100).double())
+        found = formula(logps, ref, (target != -100).double())
         return found, found
 
     def expected() -> list[Tensor]:
         """The head by blocks in float64, the backbone as it is."""
         hidden = backbone()
-        value, of_hidden, of_weight = true_step(Batch(hidden.detach(), weight, every, hidden, weight), true_loss, False)
+        batch = Batch(hidden.detach(), weight, every, given().get("ref_hidden", hidden), frozen)
+        value, of_hidden, of_weight = true_step(batch, true_loss, reference is not None)
         others = [leaf for leaf in leaves if leaf is not weight]
         grads = iter(torch.autograd.grad(hidden, others, of_hidden.to(dtype)))
         return [value, *(of_weight if leaf is weight else next(grads) for leaf in leaves)]
 
     with torch.no_grad():
-        sample = backbone()
-    plan = kinds[make.__name__].plan(sample, weight, target, **nll)
-    head = products((sample.flatten(0, 1), weight), [], chunk_sizes(plan))
+        sample, others = backbone(), given()
+    plan = kinds[make.__name__].plan(sample, weight, target, **others)
+    sides = [] if reference is None else [(others["ref_hidden"].flatten(0, 1), frozen)]
+    head = products((sample.flatten(0, 1), weight), sides, chunk_sizes(plan))
 
     def floor() -> list[Tensor]:
         hidden = backbone()
+        if reference is not None:
+            given()
         head()
         return list(torch.autograd.grad(hidden, [p for p in leaves if p is not weight], torch.ones_like(hidden)))
 
-    ours = {label: lambda loss=loss: loss(backbone(), weight, target, **nll).loss for label, loss in kinds.items()}
-    peers = {"TRL's way, whole logits": lambda: whole(model(ids, use_cache=False).logits.float(), ids, target)}
+    def through(scorer: Callable[..., Tensor], *statistics: Any) -> Tensor:
+        with torch.no_grad():
+            ref = scorer(given()["ref_hidden"], frozen, target)
+        return dpo(scorer(backbone(), weight, target, *statistics), ref)[0]
+
+    ours = {label: lambda loss=loss: loss(backbone(), weight, target, **given()).loss for label, loss in kinds.items()}
+    if reference is None:
+        peers = {"TRL's way, whole logits": lambda: whole(model(ids, use_cache=False).logits.float(), ids, target)}
+    else:
+        peers = {
+            "TRL fused head": partial(through, trl_logps, TRL_STATISTICS),
+            "Liger scaled cross-entropy": partial(through, liger_logps),
+        }
     candidates = [
-        Candidate("floor: backbone and 3 products", FLOOR, floor),
+        Candidate(f"floor: backbone and {3 + len(sides)} products", FLOOR, floor),
         *as_candidates(ours, leaves, OURS, STEP_BOUNDS[dtype]),
         *as_candidates(peers, leaves, PEER, STEP_BOUNDS[dtype]),
     ]
-    name = f"{case.split('-')[0].upper()} step, Llama of 4 layers"
-    bench.case(shape.title(name, dtype), candidates, expected)
+    bench.case(name, candidates, expected)
 
 
 CASES: dict[str, tuple[Callable[..., None], list[Shape]]] = {
     **{case: (run_dpo, shapes) for case, shapes in DPO_CASES.items()},
+    "packed": (run_packed, [narrow(16, 8192, lengths=LONG_PAIR, width=width) for width in (2048, 1024)]),
     "logps": (run_logps, [Shape(4, 1024, vocabulary=151936, width=4096)]),
     "losses": (run_losses, [Shape(4, 1024, vocabulary=32000, width=2048)]),
     **{case: (run_step, [narrow(4, 1024, lengths=(512,))]) for case in STEPS},
@@ -561,6 +652,7 @@ def main(
     peers: Peers = True,
     missing: Missing = False,
     budget: Budget = 0,
+    profile: Profile = False,
     repeats: int = 5,
     out: Out = RESULTS,
 ) -> None:
@@ -569,7 +661,7 @@ def main(
         raise typer.BadParameter(f"expected cases out of {tuple(CASES)}, got {sorted(unknown)}")
     kind = getattr(torch, dtype or ("float32" if cpu else "bfloat16"))
     options = {"chunk_size": chunk_size or None, "compiled": compiled}
-    bench = Benchmark("preference", torch.device(device), out, 2, repeats, match, peers, missing, budget)
+    bench = Benchmark("preference", torch.device(device), out, 2, repeats, match, peers, missing, budget, profile)
     for case in only.split(","):
         run, shapes = CASES[case]
         sized = [shape.small() if cpu else shape for shape in shapes]

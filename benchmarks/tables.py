@@ -31,6 +31,7 @@ from typing import Annotated
 
 import typer
 from measure import FLOOR, HALF, OURS, PEER, RESULTS, Line, read_csv
+from targets import TARGETS, Target
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -221,6 +222,13 @@ TABLES = {
         under="{loss}",
         column="scale {scale}",
     ),
+    "confident": Table(
+        "contrastive",
+        r"confident InfoNCE (?P<rows>\d+x\d+), bfloat16",
+        ("error of gradients",),
+        under="",
+        column="{rows}",
+    ),
     "mined": Table(
         "contrastive",
         r"(?P<loss>(mega-batch|batch-).*) (?P<rows>\d+x\d+), bfloat16",
@@ -252,7 +260,7 @@ TABLES = {
         row="{loss}",
         column="{who}",
     ),
-    "steps": Table("preference", r"(ORPO|CPO) step.*", (*LONG, "error of the loss")),
+    "steps": Table("preference", r"(DPO|ORPO|CPO) step.*", (*LONG, "error of the loss")),
     "distillation": Table("distillation", r"(JSD|KL|reverse KL).* 8192 tokens.*", (*LONG, "error of the loss")),
     "divergences": Table(
         "distillation",
@@ -277,6 +285,7 @@ TABLES = {
         "swap", rf"losses, {SWAPPED}", ("difference", "x spread"), under="", row="{loss}", column="{name}"
     ),
     "ranks": Table("swap-ranks", r"(?P<loss>\w+, .*) rows, bfloat16", ("ms", "GiB"), under="{loss}"),
+    "gathered": Table("swap-ranks", r"gathered InfoNCE.*", ("ms", "GiB", "error of gradients", "error of the loss")),
     "ranks-errors": Table(
         "swap-ranks",
         r"errors, (?P<loss>.*) rows, float32",
@@ -312,13 +321,43 @@ def rendered(page: str, folder: Path = RESULTS, device: str = DEVICE) -> str:
         if name in WHERE:
             files = {(spec.family, spec.device) for spec in TABLES.values() if spec.device == WHERE[name]}
             body = where([line for file in sorted(files) for line in read(*file)])
+        elif name == "targets":
+            body = targets(read)
         elif name in TABLES:
             body = TABLES[name].render(read(TABLES[name].family, TABLES[name].device))
         else:
-            raise SystemExit(f"expected figures among {[*WHERE, *TABLES]}, got {name!r}")
+            raise SystemExit(f"expected figures among {['targets', *WHERE, *TABLES]}, got {name!r}")
         return f"{found[1]}\n{body}\n{found[4]}"
 
     return tied(MARK.sub(table, page), read)
+
+
+def targets(read: "Read") -> str:
+    """What is wanted, and where it is."""
+    table = [["", "at most", "measured", "met"], ["---", "---:", "---:", "---"]]
+    for under, wanted in TARGETS.items():
+        table.append([f"**{under}**", "", "", ""])
+        table.extend(target_row(target, read) for target in wanted())
+    return "".join(f"| {' | '.join(row)} |\n" for row in table)
+
+
+def target_row(target: Target, read: "Read") -> list[str]:
+    source = Source("", *target.source)
+    if not source.values(read):
+        return [target.what, told(target.most, target.unit), "not yet", ""]
+    value = source.value(read)
+    return [
+        target.what,
+        told(target.most, target.unit),
+        told(value, target.unit),
+        "yes" if value <= target.most else "**no**",
+    ]
+
+
+def told(value: float, unit: str) -> str:
+    if unit == "%":
+        return f"{100 * value:.2g}%"
+    return f"{value:.2f} x" if unit == "x" else f"{number(value)} {unit}"
 
 
 # --- figures in a text ---
@@ -347,10 +386,9 @@ class Source:
     name: str
     column: str
 
-    def value(self, read: Read) -> float:
+    def values(self, read: Read) -> list[float]:
         family, _, device = self.family.partition(" @ ")
-        first, _, rest = self.column.partition(" ")
-        which, column = (first, rest) if first in ("least", "most") else ("", self.column)
+        _, column = self.which
         name, *other = re.split(rf"({'|'.join(map(re.escape, COMPARED))})", self.name)
 
         def of(name: str) -> Iterator[tuple[str, float]]:
@@ -364,6 +402,16 @@ class Source:
         if other:
             compare, others = COMPARED[other[0]], dict(of(other[1]))
             values = [compare(value, others[case]) for case, value in of(name) if case in others]
+        return values
+
+    @property
+    def which(self) -> tuple[str, str]:
+        """Of several lines, and the column."""
+        first, _, rest = self.column.partition(" ")
+        return (first, rest) if first in ("least", "most") else ("", self.column)
+
+    def value(self, read: Read) -> float:
+        values, (which, _) = self.values(read), self.which
         if not values or (len(values) > 1 and not which):
             expected = "one line or more" if which else "one line"
             raise SystemExit(f"expected {expected} of a csv for {self}, got {len(values)}")

@@ -33,11 +33,13 @@ from measure import (
     Missing,
     Out,
     Peers,
+    Profile,
     Timing,
     as_candidates,
     errors_of,
     floors,
     likely_tokens,
+    linear_cross_entropies,
     precisions,
     value_and_gradients,
 )
@@ -115,7 +117,7 @@ def true_step(hidden: Tensor, weight: Tensor, target: Tensor, rows: int = 1024) 
 
 
 def others(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, Callable[[str], Tensor]]:
-    """Other ways to the same loss, by the reduction: whole logits, and what is installed here of the fused kernels."""
+    """Other ways to the same loss, by the reduction: whole logits, and fused kernels."""
 
     def whole(reduction: str) -> Tensor:
         return F.cross_entropy((hidden @ weight.T).float(), target, reduction=reduction)
@@ -124,19 +126,8 @@ def others(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, Callable
     if hasattr(F, "linear_cross_entropy"):
         losses["F.linear_cross_entropy"] = lambda r: F.linear_cross_entropy(hidden, weight, target, reduction=r)
     if hidden.is_cuda:
-        try:
-            from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
-
-            arguments = (hidden, weight, target, None, None, -100, 0.0, 0.0)
-            losses["Liger fused linear CE"] = lambda r: Liger.apply(*arguments, r)[0]
-        except ImportError:
-            pass
-        try:
-            from cut_cross_entropy import linear_cross_entropy
-
-            losses["cut-cross-entropy"] = lambda r: linear_cross_entropy(hidden, weight, target, reduction=r)
-        except ImportError:
-            pass
+        for name, loss in linear_cross_entropies().items():
+            losses[name] = partial(loss, hidden, weight, target)
     return losses
 
 
@@ -155,12 +146,15 @@ def run_head(
     bench: Benchmark, chosen: set[str], shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     tokens, vocabulary, width = shape
+    size = f"{tokens} tokens, V={vocabulary}, H={width}, {str(dtype).removeprefix('torch.')}"
+    of_logps, of_loss = f"log-probabilities, {size}", f"cross-entropy, {size}"
+    if not bench.chosen(of_logps, of_loss):
+        return
     hidden, weight, target = random_head(bench, tokens, vocabulary, width, dtype)
     leaves, bound = [hidden, weight], BOUNDS[dtype]
     head, rows = Projection(hidden, weight), {"target": target}
     plan = CrossEntropy(**options).plan(head, rows)
     sizes = [span.rows for block in plan.blocks for span in block.spans]
-    size = f"{tokens} tokens, V={vocabulary}, H={width}, {str(dtype).removeprefix('torch.')}"
     expected = cache(partial(true_step, hidden, weight, target))
 
     def add(name: str, losses: dict[str, Loss], reads: dict[str, Loss], role: str) -> None:
@@ -171,7 +165,7 @@ def run_head(
         for label, more in precisions("linear_logps", dtype).items():
             logps = partial(linear_logps, hidden, weight, target, **options, **more)
             add(label, {label: lambda f=logps: -f().logps.mean()}, {label: lambda f=logps: f().logps}, OURS)
-        bench.case(f"log-probabilities, {size}", candidates, expected, VALUE, GRADIENTS)
+        bench.case(of_logps, candidates, expected, VALUE, GRADIENTS)
     candidates = floors("3 products", (hidden, weight), [], sizes)
     n_floors = len(candidates)
     if "cross-entropy" in chosen:
@@ -192,7 +186,7 @@ def run_head(
         steps = {name: partial(loss, "mean") for name, loss in peers.items()}
         reads = {name: lambda f=loss: -f("none") for name, loss in peers.items()}
         add("", steps, reads, PEER)
-        bench.case(f"cross-entropy, {size}", candidates, expected, VALUE, GRADIENTS)
+        bench.case(of_loss, candidates, expected, VALUE, GRADIENTS)
 
 
 def run_weight_error(bench: Benchmark, shape: tuple[int, ...], dtype: torch.dtype, compiled: bool) -> None:
@@ -329,6 +323,7 @@ def main(
     peers: Peers = True,
     missing: Missing = False,
     budget: Budget = 0,
+    profile: Profile = False,
     repeats: int = 5,
     out: Out = RESULTS,
 ) -> None:
@@ -338,7 +333,7 @@ def main(
         raise typer.BadParameter(f"expected cases out of {CASES}, got {sorted(unknown)}")
     kind = getattr(torch, dtype or ("float32" if cpu else "bfloat16"))
     options = {"chunk_size": chunk_size or (64 if cpu else None), "compiled": compiled}
-    bench = Benchmark("token-losses", torch.device(device), out, 2, repeats, match, peers, missing, budget)
+    bench = Benchmark("token-losses", torch.device(device), out, 2, repeats, match, peers, missing, budget, profile)
     if chosen & {"linear-logps", "cross-entropy", "grouped"}:
         usual = "256x1000x64" if cpu else "8192x128256x2048,8192x128256x4096,16384x151936x2048"
         for shape in (head or usual).split(","):
