@@ -516,7 +516,7 @@ def test_tables_and_figures_of_the_pages_are_what_the_files_say(monkeypatch):
     marks = {"targets", *tables.WHERE, *tables.TABLES}
     assert {found["name"] for found in tables.MARK.finditer(page)} == marks
     for text in (page, (ROOT / "README.md").read_text()):
-        assert len(list(tables.places(text))) >= 15 and tables.untied(text) == []
+        assert len(list(tables.places(text))) >= 10 and tables.untied(text) == []
 
 
 def few_lines(measure, folder, family="preference"):
@@ -585,7 +585,7 @@ def test_sources_that_say_nothing_are_refused(tmp_path, monkeypatch, line, told)
 
 
 def test_each_family_has_a_figure(tmp_path, monkeypatch):
-    """With a time for each bar, of the cases and names that its file has; some families are drawn."""
+    """With a time for each bar of ours, and of others that its file has; some families are drawn."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     measure, plots = pytest.importorskip("measure"), pytest.importorskip("plots")
     files = {path.name for path in measure.RESULTS.glob(f"*-{plots.DEVICE}.csv") if "curves" not in path.name}
@@ -597,8 +597,8 @@ def test_each_family_has_a_figure(tmp_path, monkeypatch):
         assert len(names) >= 2, family
         for case in cases:
             for panel in spec.panels:
-                missing = [name for name in names if len(panel.values(lines, case, name)) != 1]
-                assert not missing, (family, case, panel)
+                found = [len(panel.values(lines, case, name)) for name in names]  # the first of them is ours
+                assert found[0] == 1 and set(found) <= {0, 1}, (family, case, panel)
             assert not spec.floor or len(plots.TIME.values(lines, case, spec.floor)) == 1, (family, case)
     monkeypatch.setattr(
         plots, "FIGURES", {family: plots.FIGURES[family] for family in ("contrastive", "preference", "trainers")}
