@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_device import DEVICE, INTERPRETED, MARKS
 from torch import Tensor
 
 from chunked_embed import Projection
@@ -16,12 +16,7 @@ from chunked_embed.functional import attention_steps
 from chunked_embed.functional.contrastive import InfoNCE
 from chunked_embed.kernels.contrast import WIDEST, logsumexps, softmaxes, weighted_sums
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [pytest.mark.slow if INTERPRETED else pytest.mark.gpu]
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("no GPU, and not under TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
+pytestmark = [pytest.mark.slow] if INTERPRETED else MARKS
 
 DTYPE = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter multiplies no bfloat16
 BOUND = 2 * torch.finfo(DTYPE).eps / 3  # of gradients, twice rounded

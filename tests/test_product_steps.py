@@ -3,23 +3,17 @@ Triton's interpreter."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_device import DEVICE, INTERPRETED, MARKS
 
 from chunked_embed import Projection
 from chunked_embed.functional import product_steps
 from chunked_embed.functional.contrastive import InfoNCE, TwoSided
 from chunked_embed.functional.product_steps import CrossEntropyProduct, TwoSidedProduct
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [pytest.mark.slow if INTERPRETED else pytest.mark.gpu]
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("no GPU, and not under TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
+pytestmark = [pytest.mark.slow] if INTERPRETED else MARKS
 
 N, V, DEPTH = (140, 290, 40) if INTERPRETED else (2100, 4400, 128)
 DTYPES = [torch.float16] if INTERPRETED else [torch.bfloat16]  # the interpreter multiplies the bits of these

@@ -4,10 +4,10 @@ The interpreter needs TRITON_INTERPRET=1 before Triton is imported; test_token_s
 """
 
 import itertools
-import os
 
 import pytest
 import torch
+from kernel_device import DEVICE, INTERPRETED, MARKS
 
 from chunked_embed.kernels.token_scores import (
     DIFFERENTIABLE,
@@ -18,12 +18,7 @@ from chunked_embed.kernels.token_scores import (
     token_statistics_reference,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("no GPU, and not under TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
+pytestmark = MARKS
 
 SCALE = {"logit_scale": 0.5, "temperature": 0.7}
 SOFTCAP = {"logit_scale": 3.0, "softcap": 20.0, "temperature": 1.5}

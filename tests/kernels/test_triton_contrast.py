@@ -1,11 +1,11 @@
 """The kernels of attention-shaped contrast against the formulas in float64: on a GPU, else in Triton's interpreter."""
 
-import os
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_device import DEVICE, INTERPRETED, MARKS
 
 from chunked_embed.kernels import contrast
 from chunked_embed.kernels.contrast import (
@@ -21,12 +21,7 @@ from chunked_embed.kernels.contrast import (
     weighted_sums_reference,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("no GPU, and not under TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
+pytestmark = MARKS
 
 DTYPES = [torch.float16] if INTERPRETED else [torch.bfloat16]  # the interpreter multiplies none of these
 BOUND = {torch.float16: 3.75e-4, torch.bfloat16: 3e-3}  # of gradients, whole tensors

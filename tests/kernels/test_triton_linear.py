@@ -1,9 +1,8 @@
 """Statistics of a product that is not written, against float64: on a GPU, else through Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
+from kernel_device import DEVICE, INTERPRETED, MARKS
 
 from chunked_embed.kernels.linear_scores import (
     linear_statistics,
@@ -13,12 +12,7 @@ from chunked_embed.kernels.linear_scores import (
 )
 from chunked_embed.kernels.token_scores import STATISTICS
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("no GPU, and not under TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
+pytestmark = MARKS
 DTYPE = torch.float16 if INTERPRETED else torch.bfloat16  # of which the interpreter multiplies the bits
 
 # Rows and columns that fill no tile, rows of one tile and of more than share a weight, depths that fill no step, and

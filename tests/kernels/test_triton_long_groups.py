@@ -1,20 +1,14 @@
 """A preference loss whose kernel scores pairs longer than a chunk, against float64: on a GPU, else through Triton's
 interpreter."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_device import DEVICE, INTERPRETED, MARKS
 
 from chunked_embed import Projection, TokenStatistics
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("no GPU, and not under TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
+pytestmark = MARKS
 
 LENGTHS = (40, 33, 5, 2, 0, 30, 4, 0)  # of the segments, two to a pair
 NAMES = ("logps", "entropy")

@@ -1,20 +1,14 @@
 """Inverse norms and projections against the formulas in float64: on a GPU, else through Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_device import DEVICE, INTERPRETED, MARKS
 
 from chunked_embed.kernels import norms
 from chunked_embed.kernels.norms import inverse_norms, through_norms_
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("no GPU, and not under TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
+pytestmark = MARKS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 WIDTHS = [1, 2, 31, 384, 4096, 5000, 9001]

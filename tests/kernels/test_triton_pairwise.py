@@ -1,20 +1,14 @@
 """The kernels of pairwise similarities, and their plain twins, against autograd in float64: on a GPU, else through
 Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
+from kernel_device import DEVICE, INTERPRETED, MARKS
 
 from chunked_embed.functional import SIMILARITIES, pairwise_scores
 from chunked_embed.kernels import pairwise
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("no GPU, and not under TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
+pytestmark = MARKS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -1,18 +1,12 @@
 """CoSENT's kernels and their plain twin against the double sum in float64: on a GPU, else by Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
+from kernel_device import DEVICE, INTERPRETED, MARKS
 
 from chunked_embed.kernels import ranking
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("no GPU, and not under TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
+pytestmark = MARKS
 
 SMALL = {"block": 32, "warps": 1, "sums": 2}  # several blocks, and several loads of what they come to
 SCALE = 1 / 0.07  # no number of float32

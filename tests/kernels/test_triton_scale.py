@@ -1,18 +1,12 @@
 """The scaling kernels against torch in float64: on a GPU, else through Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
+from kernel_device import DEVICE, MARKS
 
 from chunked_embed.kernels.scale import combine_, combine_reference_, scale_, scale_reference_
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("no GPU, and not under TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,10 +1,9 @@
 """The kernels on similarity matrices against the formulas in float64: on a GPU, else through Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_device import DEVICE, INTERPRETED, MARKS
 
 from chunked_embed.kernels import similarity
 from chunked_embed.kernels.similarity import (
@@ -18,12 +17,7 @@ from chunked_embed.kernels.similarity import (
     sigmoid_pairs_reference,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("no GPU, and not under TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
+pytestmark = MARKS
 
 SHAPES = [((1, 1), False), ((3, 2), True), ((9, 257), True), ((2, 2100), False), ((1, 17000), True)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

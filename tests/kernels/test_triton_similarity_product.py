@@ -1,11 +1,10 @@
 """The kernels on similarities that are never written, against the formulas in float64: on a GPU, else through Triton's
 interpreter."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_device import DEVICE, INTERPRETED, MARKS
 
 from chunked_embed.kernels import similarity_product
 from chunked_embed.kernels.similarity_product import (
@@ -15,12 +14,7 @@ from chunked_embed.kernels.similarity_product import (
     serves,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("no GPU, and not under TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
+pytestmark = MARKS
 KERNELS = "chunked_embed.kernels._triton_similarity_product."
 
 DTYPES = [torch.float16] if INTERPRETED else [torch.bfloat16]  # the interpreter multiplies the bits of these
