@@ -19,7 +19,7 @@ from .engine.products import mm
 from .engine.step import Needs, Shape, Step
 from .engine.types import Named, Projection, accumulator_dtype
 from .kernels import available
-from .kernels._launch import room
+from .kernels._launch import before_hopper, room
 from .kernels.linear_scores import linear_statistics, scaled_exponentials_, scaled_exponentials_again_, serves
 from .kernels.token_scores import DIFFERENTIABLE, STATISTICS, token_gradient_, token_scores, token_statistics
 from .loss import FlexChunkLoss
@@ -248,7 +248,7 @@ class ScaledExponentials(_TokenStep):
         others = sorted({*self.names}.intersection(self.gradients_of, DIFFERENTIABLE) - {"logps"})
         if (refusal := kernel_refusal(shape)) is not None:
             return refusal
-        if _before_hopper(shape.device):
+        if before_hopper(shape.device):
             return "GPUs before Hopper form outputs sooner"
         if shape.operands != torch.bfloat16:
             return f"exponentials need the range of bfloat16, operands are {shape.operands}"
@@ -290,13 +290,8 @@ class ScaledExponentials(_TokenStep):
         if into.wants_input():
             product = torch.empty(x.shape, device=x.device, dtype=torch.float32)
             into.inputs(mm(e, weight, out=product).mul_(factor))
-        into.product(e, torch.mul(x, factor, out=torch.empty_like(x)))  # rounded once
-
-
-def _before_hopper(device: torch.device) -> bool:
-    if device.type != "cuda" or not torch.cuda.is_available():  # calls may be laid out for a device elsewhere
-        return False
-    return torch.cuda.get_device_capability(device) < (9, 0)
+        if into.wants_weight():
+            into.product(e, torch.mul(x, factor, out=torch.empty_like(x)))  # rounded once
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import Chunk, Into, Needs, Shape, Step
-from ..kernels import available
 from ..kernels.contrast import HALF, WIDEST, Pairs, Similarities, Slopes, logsumexps, shifted, softmaxes, weighted_sums
+from ..tokens import kernel_refusal
 from .arguments import Rows
 from .kernel_steps import RowKernel
 from .known import NOTHING
@@ -39,8 +39,9 @@ class AttentionStep(Step):
         return type(self), self.scale is None, self.masked, self.shared_ids, self.hardness
 
     def refusal(self, shape: Shape) -> str | None:
-        if not shape.compiled:
-            return "steps run uncompiled"
+        refusal = kernel_refusal(shape._replace(columns=shape.columns and not self.masked))
+        if refusal is not None:
+            return refusal
         if shape.operands not in HALF:
             return f"{str(shape.operands).removeprefix('torch.')} operands take other products"
         if shape.depth > self.widest:
@@ -51,10 +52,6 @@ class AttentionStep(Step):
             return "weights by hardness take the plain functions"
         if shape.terms > 1 or shape.bias != "none":
             return "a sum of products, or one with a bias, takes other products"
-        if shape.columns and not self.masked:
-            return "column arguments take the plain functions"
-        if not available(shape.device):
-            return f"there is no Triton on {shape.device}"
         return None
 
     def similarities(self, chunk: Chunk) -> Similarities:
@@ -120,7 +117,7 @@ class TwoSidedAttention(AttentionStep):
 
     row_wise = False
     column_parts = {"over_queries": "logsumexp", OTHERS: "logsumexp"}
-    widest = 128  # wider ones are quicker with four products that write half-precision outputs than with six of these
+    widest = 128  # wider ones take four products, two of which leave nothing or half precision, where these are six
 
     def needs(self, shape: Shape) -> Needs:
         return Needs(refusal=self.refusal(shape), forms_outputs=False, products=6 if shape.trains else 2)

@@ -13,7 +13,8 @@ from ..tokens import kernel_refusal
 from .arguments import Rows
 from .kernel_steps import RowKernel, scaled_factors
 
-FEWEST_ROWS, FEWEST_COLUMNS = 2048, 4096  # below, products that write their outputs are as quick
+# 16,384 of both are quicker than outputs that are written, 4096 rows are not.
+FEWEST_ROWS, FEWEST_COLUMNS = 8192, 4096
 
 
 class ProductStep(Step):

@@ -62,7 +62,12 @@ def multiprocessors(device: torch.device) -> int:
 @cache
 def copies_tiles(device: torch.device) -> bool:
     """A Hopper GPU has an engine that reads and writes whole tiles."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def before_hopper(device: torch.device) -> bool:
+    """A GPU without that engine; none is here where calls are interpreted, or laid out for elsewhere."""
+    return device.type == "cuda" and torch.cuda.is_available() and not copies_tiles(device)
 
 
 def can_be_described(t: Tensor) -> bool:

@@ -25,8 +25,7 @@ from chunked_embed.kernels._triton_product import (
 from chunked_embed.kernels._triton_token_scores import _LOWEST, _START, _transform
 from chunked_embed.kernels.token_scores import STATISTICS
 
-# Measured on an H100, for 4096 x 128,256 x 2048 in bfloat16: 2.9 ms, and 3.3 with exponentials, where the product alone
-# takes 2.7 (3.0 with its float32 outputs written). Other tiles and stages take 5 to 50% longer.
+# The quickest of those that were tried on an H100, at 4096 x 128,256 x 2048 in bfloat16: others take 5 to 50% longer.
 ROWS, COLUMNS, DEPTH = 128, 256, 64
 WARPS, STAGES = 8, 3
 TOGETHER = 16  # tiles of rows that share what they read of the weight in the L2 cache

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from chunked_embed.kernels import available
+from chunked_embed.kernels._launch import before_hopper
 from chunked_embed.kernels.similarity import (
     both_gradients_reference,
     both_logsumexps_reference,
@@ -25,11 +26,7 @@ from chunked_embed.kernels.similarity import (
 
 def serves(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether there is a kernel for operands of this dtype, quicker than the product and what reads its outputs."""
-    if dtype not in (torch.bfloat16, torch.float16) or not available(device):
-        return False
-    if device.type != "cuda" or not torch.cuda.is_available():  # interpreted, or laid out for elsewhere
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9  # tiles are copied whole
+    return dtype in (torch.bfloat16, torch.float16) and available(device) and not before_hopper(device)
 
 
 def linear_cross_entropy(
