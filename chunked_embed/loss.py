@@ -333,8 +333,9 @@ class FlexChunkLoss(nn.Module):
             kind = standing.kinds.found(told[0])
             if kind is not None:
                 formula = kind.formula(self, self._checked_numbers(numbers))
-                if kind.steps is None or kind.steps == _keys(self._made(formula, kind.labels)):
-                    return _Laid(kind, formula, *kind.arguments(told[1]))
+                made = {} if kind.steps is None else self._made(formula, kind.labels)
+                if kind.steps is None or kind.steps == _keys(made):
+                    return _Laid(kind, formula, *kind.arguments(told[1]), made)
         else:
             standing = None
         self._check_attributes()
@@ -389,7 +390,7 @@ class FlexChunkLoss(nn.Module):
             _check_roles(type(self).__name__, layout, arguments.weights, grouped)
         has_steps = type(self).make_step is not FlexChunkLoss.make_step or "make_step" in vars(self)
         kind = Kind(arguments, given, formula, layout, form, labels, steps if has_steps else None)
-        return _Laid(kind, formula, arguments.tensors, arguments.weights)
+        return _Laid(kind, formula, arguments.tensors, arguments.weights, made)
 
     def _made(self, formula: Formula, labels: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[Step, ...]]:
         """The loss's own steps for each unit, the best first."""
@@ -481,9 +482,17 @@ class LaidOut(Exception):
 class _Laid:
     """A call of a known kind."""
 
-    def __init__(self, kind: Kind, formula: Formula, tensors: list[Tensor], weights: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        formula: Formula,
+        tensors: list[Tensor],
+        weights: dict[str, Tensor],
+        made: Mapping[str, Sequence[Step]],  # the loss's own steps, by unit
+    ) -> None:
         self.kind = kind
         self.formula = formula
+        self.made = made
         if kind.layout.options.separate_outputs:
             self.formulas = {label: formula.with_attributes({"projection": label}) for label in kind.labels}
         else:
@@ -509,7 +518,7 @@ class _Laid:
         kind, found = self.kind, {}
         for label, formula in self.formulas.items():
             if (place := kind.layout.taken.get(label)) is not None:
-                found[label] = _own_steps(self.formula, kind.labels[label])[place]
+                found[label] = self.made[label][place]
             else:
                 found[label] = FunctionStep(formula, kind.form, kind.layout.options.static_widths)
         return found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .formula import is_users
-from .gradients import in_places, scaled
+from .gradients import FEW, in_places, scaled, scaled_both
 from .layout import Layout
 from .losses import GroupLoss, RowLoss, by_segment, in_user_order, to_rows
 from .sweep import Call, Scored, Sweep
@@ -184,6 +184,10 @@ class _Put:
     def __call__(self, grads: list[Tensor | None], factor: Tensor | None, order: Tensor | None) -> list[Tensor | None]:
         """Lets go of ``grads`` one by one; of sums first, which take less where they are returned."""
         found: list[Tensor | None] = [None] * len(grads)
+        if factor is not None and order is None and _are_two_of_few(grads):
+            i, j = [n for n, grad in enumerate(grads) if grad is not None]
+            found[i], found[j] = scaled_both(grads[i], grads[j], factor, (self.dtypes[i], self.dtypes[j]))
+            return found
         for i in sorted(range(len(grads)), key=lambda i: i in self.rowlike):
             grad, grads[i] = grads[i], None
             if grad is None:
@@ -193,6 +197,12 @@ class _Put:
             else:
                 found[i] = in_places(grad, factor, self.dtypes[i], order, self.n_rows)
         return found
+
+
+def _are_two_of_few(grads: list[Tensor | None]) -> TypeGuard[list[Any]]:
+    """Nothing of them is held on to."""
+    sizes = [grad.numel() for grad in grads if grad is not None]
+    return len(sizes) == 2 and sum(sizes) <= FEW
 
 
 class _Beside(torch.autograd.Function):

@@ -36,7 +36,8 @@ class Visit:
         """The span's rows of what is aligned with the user's."""
         order = self.sweep.selection.order
         if order is None:
-            return given[self.span.start : self.span.stop]
+            whole = self.span.rows == self.sweep.layout.n_rows
+            return given if whole else given[self.span.start : self.span.stop]
         return given.index_select(0, order[self.span.start : self.span.stop])
 
 
@@ -246,13 +247,15 @@ class Into:
 
     def rows(self, name: str, value: Tensor) -> None:
         """The gradient of a row argument, ``(size, ...)``."""
-        self._rows(self.layout.rows[name], value)
+        i = self.layout.rows[name]
+        if self.layout.wants_grad[i]:
+            self.gradients.add_rows(i, self.visit, value)
 
     def columns(self, name: str, value: Tensor) -> None:
         """The chunk's part of a column argument's gradient, ``(V, ...)``."""
         self._add(self.layout.columns[name], value)
 
-    # For steps with products of their own:
+    # For steps with products of their own. Tensors are given away: the engine may keep them, and write to them.
 
     def wants_input(self, name: str | None = None, term: int = 0) -> bool:
         return self.layout.wants_grad[self._term(name, term).input]
@@ -261,9 +264,12 @@ class Into:
         i = self._term(name, term).weight
         return i is not None and self.layout.wants_grad[i]
 
-    def inputs(self, value: Tensor, name: str | None = None, term: int = 0) -> None:
-        """The gradient of a projection's input, ``(size, H)``."""
-        self._rows(self._term(name, term).input, value)
+    def inputs(self, value: Tensor, name: str | None = None, term: int = 0, *, through_norms: bool = False) -> None:
+        """The gradient of a projection's input, ``(size, H)``. Of cosines that is one of outputs as they are formed;
+        ``through_norms``: of the cosines themselves, at right angles to the input's rows."""
+        i = self._term(name, term).input
+        if self.layout.wants_grad[i]:
+            self.gradients.add_rows(i, self.visit, value, through_norms=through_norms, mine=True)
 
     def product(self, a: Tensor, b: Tensor, name: str | None = None, term: int = 0) -> None:
         """The chunk's part of a weight's gradient as a product, ``a.T @ b``."""
@@ -271,11 +277,11 @@ class Into:
         if i is not None and self.layout.wants_grad[i]:
             self.gradients.add_product(i, a, b)
 
-    def weight(self, value: Tensor, name: str | None = None, term: int = 0) -> None:
-        """The chunk's part of a weight's gradient, ``(V, H)``."""
+    def weight(self, value: Tensor, name: str | None = None, term: int = 0, *, through_norms: bool = False) -> None:
+        """The chunk's part of a weight's gradient, ``(V, H)``; likewise."""
         i = self._term(name, term).weight
-        if i is not None:
-            self._add(i, value)
+        if i is not None and self.layout.wants_grad[i]:
+            self.gradients.add(i, value, through_norms=through_norms, mine=True)
 
     def bias(self, value: Tensor, name: str | None = None) -> None:
         i = self.chunk.spec(name).bias
@@ -284,10 +290,6 @@ class Into:
 
     def _term(self, name: str | None, term: int) -> Term:
         return self.chunk.spec(name).terms[term]
-
-    def _rows(self, i: int, value: Tensor) -> None:
-        if self.layout.wants_grad[i]:
-            self.gradients.add_rows(i, self.visit, value)
 
     def _add(self, i: int, value: Tensor) -> None:
         if self.layout.wants_grad[i]:

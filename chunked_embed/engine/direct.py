@@ -24,7 +24,7 @@ from .layout import Layout, Spec
 from .losses import GroupLoss, RowLoss, as_metrics, by_segment, in_user_order, mean_or_weighted, rows_of_segments
 from .pack import Block, Selection, Span
 from .step import LOSS, METRIC
-from .types import Named
+from .types import Named, in_dtype
 from .values import out_of_inference
 
 
@@ -128,11 +128,6 @@ class _Given:
             return values
         theirs = {t.untyped_storage()._cdata for t in self.tensors}
         return {name: v.clone() if _is_shared(v, theirs) else v for name, v in values.items()}
-
-
-def in_dtype(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Without a word to torch where it is so: as dear as a small operation."""
-    return value if value.dtype == dtype else value.to(dtype)
 
 
 def _is_shared(value: Tensor, storages: Set[int]) -> bool:

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from ..kernels.norms import through_norms_
-from ..kernels.scale import combine_, scale_
+from ..kernels.scale import combine_, scale_, scale_both_
 from .layout import Layout
 from .pack import Selection, Span
 from .products import addmm_, mm
+from .types import in_dtype
 
 if TYPE_CHECKING:
     from .chunk import Visit
 
+FEW = 1 << 22  # elements of two gradients, whose launches take longer than they do
 BLOCK = 1 << 25  # elements cast at a time: where a device casts through a copy, the copy is small
 
 BySegment = tuple[Span, dict[int, Tensor]]
@@ -46,6 +48,7 @@ class Gradients:
         self.powers = powers
         self.rows: dict[int, Tensor] = {}  # (used rows, ...)
         self.sums: dict[int, Tensor] = {}
+        self.before_norms: set[int] = set()  # those that are not gradients of cosines' operands yet
 
     def _dtype(self, i: int) -> torch.dtype:
         dtype = self.dtypes[i]
@@ -67,8 +70,15 @@ class Gradients:
             return buffer[span.start : span.stop]
         return torch.empty(rows, *buffer.shape[1:], dtype=buffer.dtype, device=buffer.device)
 
-    def add_rows(self, i: int, visit: Visit, value: Tensor) -> None:
-        """The gradient of a chunk's rows; a second contribution to the same rows adds."""
+    def add_rows(self, i: int, visit: Visit, value: Tensor, *, through_norms: bool = False, mine: bool = False) -> None:
+        """The gradient of a chunk's rows; a second contribution to the same rows adds. ``mine``: the tensor is given
+        away, and is the gradient of all rows where the chunk is."""
+        if not through_norms:
+            self.before_norms.add(i)
+        if mine and i not in self.rows and len(value) == self.selection.n_rows:
+            self.rows[i] = in_dtype(value, self._dtype(i))
+            visit.written.add(i)
+            return
         place = self.row_buffer(i)[visit.span.start : visit.span.stop]
         if i in visit.written:
             place.add_(value)
@@ -78,6 +88,7 @@ class Gradients:
 
     def add_input(self, i: int, visit: Visit, grad_outputs: Tensor, weight: Tensor) -> None:
         """``grad_outputs @ weight`` for a chunk's rows."""
+        self.before_norms.add(i)
         place = self.row_buffer(i)[visit.span.start : visit.span.stop]
         if i in visit.written:
             addmm_(place, grad_outputs, weight)
@@ -87,6 +98,7 @@ class Gradients:
 
     def add_product(self, i: int, a: Tensor, b: Tensor) -> None:
         """``a.T @ b``, summed over chunks: a weight's gradient from those of the outputs, and the input."""
+        self.before_norms.add(i)
         if i in self.sums:
             addmm_(self.sums[i], a.t(), b)
         else:  # the first overwrites instead of adding
@@ -94,9 +106,14 @@ class Gradients:
             self.sums[i] = torch.empty(operand.shape, dtype=self._dtype(i), device=operand.device)
             mm(a.t(), b, out=self.sums[i])
 
-    def add(self, i: int, value: Tensor) -> None:
+    def add(self, i: int, value: Tensor, *, through_norms: bool = False, mine: bool = False) -> None:
         """A gradient summed over chunks: a column's, a bias's, or a weight's that a step has formed itself."""
+        if not through_norms:
+            self.before_norms.add(i)
         if i not in self.sums:
+            if mine:
+                self.sums[i] = in_dtype(value, self._dtype(i))
+                return
             operand = self.operands[i]
             self.sums[i] = torch.zeros(operand.shape, dtype=self._dtype(i), device=operand.device)
         self.sums[i].add_(value)
@@ -137,14 +154,15 @@ class Gradients:
     def _through_norms_(self, i: int, grad: Tensor, order: Tensor | None) -> None:
         """``order``: the rows of the tensor that the gradient's belong to; None: all."""
         operand, inverse, power = self.operands[i], self.inverse_norms[i], self.powers.get(i)
-        if order is None:
+        if i not in self.before_norms:
+            pass
+        elif order is None:
             through_norms_(grad, operand, inverse)
         else:
             for part, index in zip(*(t.split(_rows_of_block(grad)) for t in (grad, order)), strict=True):
                 through_norms_(part, operand.index_select(0, index), inverse.index_select(0, index))
-            power = None if power is None else power.index_select(0, order)
         if power is not None:
-            grad *= power[:, None]
+            grad *= (power if order is None else power.index_select(0, order))[:, None]
 
 
 def power_of_two(weights: Sequence[Tensor]) -> Tensor:
@@ -157,7 +175,7 @@ def power_of_two(weights: Sequence[Tensor]) -> Tensor:
 def scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``grad * factor`` in ``dtype``, rounded once, without a wide copy. Out of place unless there is nothing to do."""
     if factor is None:
-        return grad.to(dtype)
+        return in_dtype(grad, dtype)
     result = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
     grad = grad.contiguous()
     if grad.numel() < BLOCK:
@@ -167,6 +185,16 @@ def scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     for part, out in zip(grad.split(rows), result.split(rows), strict=True):
         scale_(part, factor, out)
     return result
+
+
+def scaled_both(x: Tensor, y: Tensor, factor: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> list[Tensor]:
+    """Of two in one launch, where those are what takes the time."""
+    results = [
+        torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
+        for grad, dtype in zip((x, y), dtypes)
+    ]
+    scale_both_(x.contiguous(), y.contiguous(), factor, *results)
+    return results
 
 
 def in_places(

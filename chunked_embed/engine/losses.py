@@ -18,7 +18,7 @@ from .gradients import BySegment
 from .pack import Block, Packed
 from .step import LOSS, METRIC, Step
 from .sweep import Call, Sweep, join
-from .types import HALF, Named
+from .types import HALF, Named, in_dtype
 from .values import out_of_inference
 
 Found = tuple[Tensor, Named, list[Tensor | None], Tensor | None]
@@ -45,7 +45,7 @@ class RowLoss:
 
     def of(self, values: Named, call: Call) -> tuple[Tensor, Named]:
         """The loss of the used rows' values, and metrics in the user's order."""
-        loss = mean_or_weighted(values[LOSS], self.weight).to(call.layout.dtype)
+        loss = in_dtype(mean_or_weighted(values[LOSS], self.weight), call.layout.dtype)
         named = {name: value for name, value in values.items() if name != LOSS}
         return loss, {name.removeprefix(METRIC): in_user_order(call, v.detach()) for name, v in named.items()}
 

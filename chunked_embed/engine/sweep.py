@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.norms import AT_FLOOR, inverse_norms
+from ..kernels.norms import AT_FLOOR, inverse_norms, inverse_norms_of_both
 from .chunk import Chunk, Visit
 from .functions import cat, combine
 from .gradients import BySegment, Gradients, power_of_two
@@ -60,7 +60,7 @@ class Sweep:
         self.layout, self.selection, self.plan = call.layout, call.selection, call.plan
         powers = call.layout.powers(tensors)
         self.operands = call.layout.operands(tensors, powers)
-        self.inverse_norms = {i: self._inverse_norms(self.operands[i]) for i in sorted(call.layout.normed)}
+        self.inverse_norms = self._inverse_norms()
         self.gradients = Gradients(
             call.layout, call.selection, self.operands, call.plan.sums, self.inverse_norms, powers
         )
@@ -77,7 +77,9 @@ class Sweep:
         step, found = self.call.steps[unit.label], []
         for span in spans:
             chunks = self._pieces(Visit(self, span), unit, keep=True)
-            of_rows = {name: u[span.start : span.stop] for name, u in upstream.items()}
+            of_rows = upstream
+            if len(spans) > 1:
+                of_rows = {name: u[span.start : span.stop] for name, u in upstream.items()}
             if len(chunks) == 1:
                 found.append(step.both(chunks[0], of_rows, chunks[0].into()))
                 continue
@@ -173,10 +175,16 @@ class Sweep:
         place = self.spaces[space][offset : offset + n_bytes]
         return place.view(spec.output_dtype).view(self.capacity, spec.width)
 
-    def _inverse_norms(self, operand: Tensor) -> Tensor:
-        found = inverse_norms(operand)
-        # Float16 cannot hold the gradient of a row of zeros, 1e12 times that of another row: it gets none.
-        return torch.where(found < AT_FLOOR, found, 0.0) if operand.dtype == torch.float16 else found
+    def _inverse_norms(self) -> dict[int, Tensor]:
+        given = {i: self.operands[i] for i in sorted(self.layout.normed)}
+        if len(given) == 2:  # a query and a document, mostly
+            found = dict(zip(given, inverse_norms_of_both(*given.values())))
+        else:
+            found = {i: inverse_norms(operand) for i, operand in given.items()}
+        for i, operand in given.items():
+            if operand.dtype == torch.float16:  # which cannot hold the gradient of a row of zeros: it gets none
+                found[i] = torch.where(found[i] < AT_FLOOR, found[i], 0.0)
+        return found
 
     def scale_for(self, upstream: Sequence[Tensor]) -> Tensor | None:
         """The power of two by which an upstream is divided, and gradients multiplied at the end, so that those of

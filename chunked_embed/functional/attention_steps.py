@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +16,8 @@ from .kernel_steps import RowKernel
 from .known import NOTHING
 
 OTHERS = "others_over_queries"
-FEWEST_ROWS = 8192  # below, too few programs are at work
+FEWEST_ROWS = 4096  # below, both ways wait for the host
+FEWEST_BOTH = 8192  # of two directions, which launch more
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
@@ -32,7 +32,6 @@ class AttentionStep(Step):
     hardness: bool = False
 
     takes_factors = True
-    widest: ClassVar[int] = WIDEST
 
     @property
     def key(self) -> Hashable:
@@ -44,10 +43,11 @@ class AttentionStep(Step):
             return refusal
         if shape.operands not in HALF:
             return f"{str(shape.operands).removeprefix('torch.')} operands take other products"
-        if shape.depth > self.widest:
-            return f"embeddings of {shape.depth} numbers are wider than {self.widest}"
-        if shape.rows < FEWEST_ROWS:
-            return f"fewer than {FEWEST_ROWS} rows take products that write their outputs"
+        if shape.depth > WIDEST:
+            return f"embeddings of {shape.depth} numbers are wider than {WIDEST}"
+        fewest = FEWEST_ROWS if self.row_wise else FEWEST_BOTH
+        if shape.rows < fewest:
+            return f"fewer than {fewest} rows take products that write their outputs"
         if self.hardness:
             return "weights by hardness take the plain functions"
         if shape.terms > 1 or shape.bias != "none":
@@ -57,35 +57,42 @@ class AttentionStep(Step):
     def similarities(self, chunk: Chunk) -> Similarities:
         ((x, y),), _ = chunk.operands()
         assert y is not None
-        target = chunk.rows["target"]
-        scale = (
-            chunk.rows["scale"] if self.scale is None else torch.full((chunk.size,), self.scale, device=target.device)
-        )
+        scale = chunk.rows["scale"] if self.scale is None else self.scale
         return Similarities(x, y, self.pairs(chunk), scale, chunk.factors())
 
     def pairs(self, chunk: Chunk) -> Pairs:
         rows, columns = chunk.rows, chunk.columns
         if not self.masked:
             return Pairs(rows["target"])
-        listed = rows["false_negatives"].t()
-        documents, queries = (
-            (rows["document_id"], listed, columns["document_id"]),
-            (rows["query_id"], columns["document_query"]),
-        )
+        documents, queries, listed = list[Tensor](), list[Tensor](), None
+        if "document_id" in rows:
+            documents = [rows["document_id"], columns["document_id"]]
+        if "false_negatives" in rows:  # ids of documents, which are there too
+            documents.append(rows["false_negatives"].t())
+        if "query_id" in rows:
+            queries = [rows["query_id"], columns["document_query"]]
         if self.shared_ids:
-            document, others, candidate, query, its_query = ranks(*documents, *queries)
+            together = ranks(*documents, *queries)
+            documents, queries = together[: len(documents)], together[len(documents) :]
         else:
-            (document, others, candidate), (query, its_query) = ranks(*documents), ranks(*queries)
-        others = torch.where(listed == NOTHING, -2, others)
+            documents, queries = ranks(*documents), ranks(*queries)
+        if "false_negatives" in rows:
+            listed = torch.where(rows["false_negatives"].t() == NOTHING, -2, documents.pop())
         if "document_has_id" in columns:
-            candidate = torch.where(columns["document_has_id"], candidate, -1)
-        of_rows = torch.cat([document[None], query[None], others]).int()
-        of_columns = torch.stack([candidate, its_query, columns["document_query_index"].int()])
-        return Pairs(rows["target"], of_rows, of_columns, self.shared_ids)
+            documents[1] = torch.where(columns["document_has_id"], documents[1], -1)
+        return Pairs(
+            rows["target"],
+            documents=(documents[0], documents[1]) if documents else None,
+            queries=(queries[0], queries[1], columns["document_query_index"].int()) if queries else None,
+            listed=listed,
+            shared=self.shared_ids,
+        )
 
 
 def ranks(*ids: Tensor) -> list[Tensor]:
     """The same in int32: a comparison costs half of what that of int64 does."""
+    if not ids:
+        return []
     order = torch.cat([x.flatten() for x in ids]).sort().values
     return [torch.searchsorted(order, x.contiguous(), out_int32=True) for x in ids]
 
@@ -105,9 +112,9 @@ class AttentionRows(AttentionStep, RowKernel):
         if found.moment is not None:
             into.rows("scale", found.moment / chunk.rows["scale"])
         if found.gradient is not None:
-            into.inputs(found.gradient)
+            into.inputs(found.gradient, through_norms=True)
         if into.wants_weight() and found.slopes is not None:
-            into.weight(weighted_sums(s, found.slopes, over_rows=True)[0])
+            into.weight(weighted_sums(s, found.slopes, over_rows=True)[0], through_norms=True)
         return found.loss
 
 
@@ -117,7 +124,6 @@ class TwoSidedAttention(AttentionStep):
 
     row_wise = False
     column_parts = {"over_queries": "logsumexp", OTHERS: "logsumexp"}
-    widest = 128  # wider ones take four products, two of which leave nothing or half precision, where these are six
 
     def needs(self, shape: Shape) -> Needs:
         return Needs(refusal=self.refusal(shape), forms_outputs=False, products=6 if shape.trains else 2)
@@ -151,8 +157,8 @@ class TwoSidedAttention(AttentionStep):
         learns = into.wants("scale")
         if into.wants_input() or learns:
             gradient, moment = weighted_sums(s, slopes, across, over_rows=False, moment=learns)
-            into.inputs(gradient)
+            into.inputs(gradient, through_norms=True)
             if moment is not None:
                 into.rows("scale", moment / chunk.rows["scale"])
         if into.wants_weight():
-            into.weight(weighted_sums(s, slopes, across, over_rows=True)[0])
+            into.weight(weighted_sums(s, slopes, across, over_rows=True)[0], through_norms=True)

@@ -195,8 +195,8 @@ def info_nce(
     "per_direction" ``log Z_i`` is the mean of theirs (two directions: CLIP's symmetric loss, arXiv 2103.00020). One
     direction takes three products of the size N x N x D, ``query_to_doc`` and ``doc_to_query`` together four (row and
     column sums of one matrix), all four twelve. No N x N matrix is ever held; nor a chunk of one, where many
-    half-precision embeddings are compared on a GPU in one direction (up to 256 numbers wide; four products) or in those
-    two (up to 128; six).
+    half-precision embeddings of up to 256 numbers are compared on a GPU, in one direction (four products) or in those
+    two (six).
     Embeddings that are formed here (``weight``, ``activation``, ``normalize``) in half precision are two operands each,
     a high and a low half: seven products instead of three. ``float32_outputs=False`` rounds them instead.
 
@@ -298,7 +298,7 @@ def info_nce(
     columns = None
     if ids is not None:
         rows |= ids.rows()
-        columns = ids.columns(of_queries, processes)
+        columns = ids.columns(len(lists), of_queries, processes)
     options: dict[str, Any] = {
         "scale": None if isinstance(scale, Tensor) else scale,
         "documents": len(lists),

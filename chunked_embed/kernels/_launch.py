@@ -22,12 +22,15 @@ class Launched:
         self.kernel = kernel
         self.interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         self.compiled: dict[Hashable, tuple[Any, tuple]] = {}  # and the constants in their order
+        self.kinds: tuple[Callable[[Any], Any], ...] = ()  # of the parameters
+        if not self.interpreted:
+            self.kinds = tuple([_any_kind if p.do_not_specialize else _kind for p in kernel.params])
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return self.kernel[grid] if self.interpreted else partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *given: Any, **constants: Any) -> None:
-        key = (given[0].device, *map(_kind, given), *constants.items())
+        key = (given[0].device, *[kind(x) for kind, x in zip(self.kinds, given)], *constants, *constants.values())
         found = self.compiled.get(key)
         if found is None:
             compiled = self.kernel[grid](*given, **constants)
@@ -39,12 +42,22 @@ class Launched:
 
 
 def _kind(given: Any) -> Any:
-    """What Triton looks at: the dtype and the alignment of a tensor, whether an integer is one or a multiple of 16."""
+    """What Triton looks at: the dtype and the alignment of a tensor, whether an integer is one or a multiple of 16,
+    which tiles of which dtype a descriptor is of."""
     if isinstance(given, Tensor):
         return given.dtype, given.data_ptr() % 16 == 0
     if type(given) is int:
         return given if given == 1 else (given % 16 == 0, given.bit_length() > 31)
+    if (tile := getattr(given, "block_shape", None)) is not None:
+        return given.base.dtype, *tile
     return type(given)
+
+
+def _any_kind(given: Any) -> Any:
+    """The same of a parameter that Triton does not specialise."""
+    if isinstance(given, Tensor):
+        return given.dtype
+    return given.bit_length() > 31 if type(given) is int else _kind(given)
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
@@ -86,7 +99,13 @@ def next_power_of_2(n: int) -> int:
 
 
 def room(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:  # (rows, columns)
-    """Of half precision: rows begin at multiples of 16 bytes, as products like it, and end with zeros up to there."""
-    whole = torch.empty(rows, cdiv(columns, 8) * 8, device=like.device, dtype=dtype)
-    whole[:, columns:] = 0.0
+    """Rows begin 16 numbers apart, or a multiple, as products in half precision like it and kernels are told; and end
+    with zeros up to there."""
+    whole = torch.empty(rows, cdiv(columns, 16) * 16, device=like.device, dtype=dtype)
+    whole[:, columns:] = 0
     return whole[:, :columns]
+
+
+def lines(count: int, length: int, like: Tensor) -> Tensor:  # (count, length), float32
+    """Each begins at a multiple of 16 bytes, whatever the length is: one kernel serves them all."""
+    return torch.empty(count, cdiv(length, 4) * 4, device=like.device, dtype=torch.float32)[:, :length]

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from chunked_embed.kernels._launch import Launched, can_be_described, cdiv, next_power_of_2, on_device
+from chunked_embed.kernels._launch import Launched, can_be_described, cdiv, lines, next_power_of_2, on_device
 from chunked_embed.kernels.contrast import Found, Pairs, Similarities, Slopes
+from chunked_embed.kernels.norms import AT_FLOOR
 
 # By the width of a row, padded: rows of a program, rows of the other side at a time, warps, stages. The quickest of
 # those that were tried on an H100 at 65,536 x 65,536; and for devices of little shared memory.
@@ -34,6 +35,7 @@ LITTLE: Launches = {
 }
 SCAN = 2048  # targets that a program reads at a time, to find those among its rows
 LINES = 6  # of what the kernel says of a row
+FEW_LISTS = 8  # of documents that do not count: compared without a loop
 
 _START = tl.constexpr(-1e15)  # of a running maximum: below all scores, above what does not count
 _NOTHING = tl.constexpr(-2e38)  # a log-sum-exp
@@ -41,6 +43,7 @@ _LEAST = tl.constexpr(-120.0)  # of one below which all is nothing
 _LOWEST = tl.constexpr(-1e23)  # of a product that does not count: times any factor it is far below all, and finite
 _LEAST_FACTOR = tl.constexpr(1e-18)  # in place of zero, by which nothing would tell what does not count
 _NEVER = tl.constexpr(1e38)  # a shift
+_AT_FLOOR = tl.constexpr(AT_FLOOR)
 _TINY = tl.constexpr(1e-37)
 _LOG2E = tl.constexpr(1.4426950408889634)  # exponents are taken to base 2: one instruction
 
@@ -64,6 +67,26 @@ def _tile(side, at, size, D, stride, DESCRIBED: tl.constexpr, BLOCK: tl.constexp
 @triton.jit
 def _vector(ptr, at, size, beyond, PART: tl.constexpr):
     return tl.load(ptr + at, mask=at < size, other=beyond) if PART else tl.load(ptr + at)
+
+
+@triton.jit
+def _factors(norms_ptr, scale_ptr, scale, at, SWAPPED: tl.constexpr):
+    """-> what the sums of my rows are multiplied by, and what their scores are, beside factors of the other side."""
+    factor = tl.full(at.shape, 1.0, tl.float32)
+    if norms_ptr is not None:
+        factor = tl.load(norms_ptr + at)
+    of_scores = factor * (scale if scale_ptr is None else tl.load(scale_ptr + at))
+    return factor if SWAPPED else of_scores, of_scores
+
+
+@triton.jit
+def _through_norms(gradient, x, norms_ptr, at):
+    """The gradient of rows, from that of rows of length one over their norms."""
+    if norms_ptr is not None:
+        inverse, wide = tl.load(norms_ptr + at), x.to(tl.float32)
+        along = tl.sum(gradient * wide, 1) * inverse * inverse
+        gradient -= wide * tl.where(inverse < _AT_FLOOR, along, 0.0)[:, None]
+    return gradient
 
 
 @triton.jit
@@ -123,8 +146,12 @@ def _own(target_ptr, mine, other, A, B, SWAPPED: tl.constexpr):
 @triton.jit
 def _known(
     target_ptr,
-    row_ids_ptr,
-    column_ids_ptr,
+    document_ptr,
+    candidate_ptr,
+    listed_ptr,
+    query_ptr,
+    its_query_ptr,
+    place_ptr,
     mine,
     other,
     A,
@@ -132,39 +159,56 @@ def _known(
     lists,
     SWAPPED: tl.constexpr,
     SHARED: tl.constexpr,
+    LISTS: tl.constexpr,
 ):
-    """Pairs that do not count by their ids, some of one's own among them."""
+    """Pairs that do not count by their ids, some of one's own among them. What is not there takes no time; a loop in
+    here, which many lists are, keeps that over tiles from being pipelined."""
     row, column, queries, documents = mine, other, A, B
     if SWAPPED:
         row, column, queries, documents = other, mine, B, A
     row, column = tl.minimum(row, queries - 1), tl.minimum(column, documents - 1)
-    target = _spread(tl.load(target_ptr + row).to(tl.int32), not SWAPPED)
-    document = _spread(tl.load(row_ids_ptr + row), not SWAPPED)
-    query = _spread(tl.load(row_ids_ptr + queries + row), not SWAPPED)
-    candidate = _spread(tl.load(column_ids_ptr + column), SWAPPED)
-    its_query = _spread(tl.load(column_ids_ptr + documents + column), SWAPPED)
-    place = _spread(tl.load(column_ids_ptr + 2 * documents + column), SWAPPED)
-    known = ((its_query == query) & (place != target)) | (candidate == document)
-    if SHARED:
-        known |= candidate == query
-    for k in range(lists):
-        known |= candidate == _spread(tl.load(row_ids_ptr + (2 + k) * queries + row), not SWAPPED)
+    if query_ptr is not None:
+        query = _spread(tl.load(query_ptr + row), not SWAPPED)
+    if document_ptr is not None:
+        candidate = _spread(tl.load(candidate_ptr + column), SWAPPED)
+        known = candidate == _spread(tl.load(document_ptr + row), not SWAPPED)
+        if SHARED:
+            known |= candidate == query
+        for k in tl.static_range(LISTS):
+            at = tl.minimum(k, lists - 1) * queries + row
+            known |= candidate == _spread(tl.load(listed_ptr + at), not SWAPPED)
+        if listed_ptr is not None and LISTS == 0:
+            for k in range(lists):
+                known |= candidate == _spread(tl.load(listed_ptr + k * queries + row), not SWAPPED)
+    if query_ptr is not None:
+        target = _spread(tl.load(target_ptr + row).to(tl.int32), not SWAPPED)
+        place = _spread(tl.load(place_ptr + column), SWAPPED)
+        of_query = (query == _spread(tl.load(its_query_ptr + column), SWAPPED)) & (place != target)
+        if document_ptr is not None:
+            known |= of_query
+        else:
+            known = of_query
     return known
 
 
 @Launched
-@triton.jit(do_not_specialize=["A", "B"])
+@triton.jit(do_not_specialize=["A", "B", "lists"])
 def _softmax_kernel(
     x_ptr,  # (A, D), mine
     y,  # (B, D), the other side, or its descriptor
     y_ptr,  # the other side
     target_ptr,  # (queries,)
-    rows_ptr,  # (A,), factors
-    columns_ptr,  # (B,), factors
+    rows_ptr,  # (A,), inverse norms
+    columns_ptr,  # (B,), inverse norms, times the scale where that is a query's own
+    scale_ptr,  # (A,), of queries, in place of `scale`
     weight_ptr,  # (A,)
-    row_ids_ptr,  # (2 + lists, queries) int32
-    column_ids_ptr,  # (3, documents) int32
-    found_ptr,  # (LINES, A)
+    document_ptr,  # (queries,) int32, and so are the next ones; none of it, or all but the lists
+    candidate_ptr,  # (documents,)
+    listed_ptr,  # (lists, queries)
+    query_ptr,  # (queries,); none of this and the next two, or all
+    its_query_ptr,  # (documents,)
+    place_ptr,  # (documents,)
+    found_ptr,  # (LINES, A), lines at multiples of 16 bytes
     gradient_ptr,  # (A, D)
     moment_ptr,  # (A,)
     A,
@@ -173,14 +217,14 @@ def _softmax_kernel(
     x_stride,
     y_stride,
     lists,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    scale,
     SLOPES: tl.constexpr,
     GRADIENT: tl.constexpr,
     MOMENT: tl.constexpr,
     SWAPPED: tl.constexpr,
     MASKED: tl.constexpr,
     SHARED: tl.constexpr,
+    LISTS: tl.constexpr,
     DESCRIBED: tl.constexpr,
     DEPTH: tl.constexpr,
     MINE: tl.constexpr,
@@ -198,10 +242,8 @@ def _softmax_kernel(
     mine = first_mine + tl.arange(0, MINE)
     there, at_most = mine < A, tl.minimum(mine, A - 1)
     x = _rows(x_ptr, mine, A, D, x_stride, DEPTH)
-    factor = tl.full((MINE,), 1.0, tl.float32)
-    if ROWS:
-        factor = tl.load(rows_ptr + at_most)
-    inner = tl.where(factor == 0, _LEAST_FACTOR, factor) * _LOG2E
+    factor, inner = _factors(rows_ptr, scale_ptr, scale, at_most, SWAPPED)
+    inner = tl.where(inner == 0, _LEAST_FACTOR, inner) * _LOG2E
 
     top = tl.full((MINE,), _START, tl.float32)
     total = tl.zeros((MINE,), tl.float32)
@@ -219,11 +261,14 @@ def _softmax_kernel(
             other = at + tl.arange(0, OTHER)
             tile = _tile(y, at, B, D, y_stride, DESCRIBED, OTHER, DEPTH)
             z = tl.dot(x, tile.T)
-            if COLUMNS:
+            if columns_ptr is not None:
                 column = _vector(columns_ptr, other, B, 0.0, part == 1)
                 z *= column[None, :]
             if MASKED:
-                out = _known(target_ptr, row_ids_ptr, column_ids_ptr, mine, other, A, B, lists, SWAPPED, SHARED)
+                out = _known(
+                    *(target_ptr, document_ptr, candidate_ptr, listed_ptr, query_ptr, its_query_ptr, place_ptr),
+                    *(mine, other, A, B, lists, SWAPPED, SHARED, LISTS),
+                )
                 z = tl.where(out, _LOWEST, z)
             if part == 1:
                 out = _own(target_ptr, mine, other, A, B, SWAPPED) | (other >= B)[None, :]
@@ -237,23 +282,25 @@ def _softmax_kernel(
             if MOMENT:
                 moment = moment * keep + tl.sum(e * z, 1)
             if GRADIENT:
-                if COLUMNS:
+                if columns_ptr is not None:
                     e *= column[None, :]
                 rounded = e.to(tile.dtype)
                 acc = tl.dot(rounded, tile, acc * keep[:, None])
-                if not COLUMNS:
+                if columns_ptr is None:
                     sums = tl.dot(rounded, ones, sums * keep[:, None])
 
     none = total == 0
     others = tl.where(none, _NOTHING, top + tl.log2(tl.where(none, 1.0, total)))
     found_ptr += mine
-    line = tl.full((), A, tl.int64)
+    line = (tl.cdiv(A, 4) * 4).to(tl.int64)
     if SWAPPED:
         tl.store(found_ptr, others / _LOG2E, mask=there)
     else:
         target = tl.load(target_ptr + at_most).to(tl.int32)
         document = _rows(y_ptr, target, B, D, y_stride, DEPTH).to(tl.float32)
-        column = tl.load(columns_ptr + target) if COLUMNS else tl.full((MINE,), 1.0, tl.float32)
+        column = tl.full((MINE,), 1.0, tl.float32)
+        if columns_ptr is not None:
+            column = tl.load(columns_ptr + target)
         positive = tl.sum(x.to(tl.float32) * document, 1) * column
         apart = others - positive * inner
         e = tl.exp2(-tl.abs(apart))
@@ -267,7 +314,7 @@ def _softmax_kernel(
             slope = tl.load(weight_ptr + at_most) * rest
             value = slope * factor
             # A row as good as zero has a factor of 1e12: nothing as part of a sum, but not what is rounded of it.
-            floor = tl.sum(x.to(tl.float32) * x.to(tl.float32), 1) < 1e-24 if COLUMNS else value < value
+            floor = tl.sum(x.to(tl.float32) * x.to(tl.float32), 1) < 1e-24 if rows_ptr is not None else value < value
             size = tl.where(floor, 0.0, tl.abs(value))
             shift = tl.where(size == 0, _NEVER, others - tl.log2(tl.where(size == 0, 1.0, size)))  # NaN stays NaN
             tl.store(found_ptr + 3 * line, shift, mask=there)
@@ -277,28 +324,34 @@ def _softmax_kernel(
             if MOMENT:
                 tl.store(moment_ptr + mine, value * (moment * over - positive), mask=there)
             if GRADIENT:
-                if not COLUMNS:
+                if columns_ptr is None:
                     column -= (total - tl.max(sums, 1)) * over
                 away = acc * over[:, None] - column[:, None] * document
-                _store(gradient_ptr, away * value[:, None], mine, A, D, DEPTH)
+                away = _through_norms(away * value[:, None], x, rows_ptr, at_most)
+                _store(gradient_ptr, away, mine, A, D, DEPTH)
 
 
 @Launched
-@triton.jit(do_not_specialize=["A", "B"])
+@triton.jit(do_not_specialize=["A", "B", "lists"])
 def _sum_kernel(
     a_ptr,  # (A, D), mine
     b,  # (B, D), the other side, or its descriptor
     b_ptr,  # the other side
     target_ptr,  # (queries,)
-    rows_ptr,  # (A,), factors
-    columns_ptr,  # (B,), factors
+    rows_ptr,  # (A,), inverse norms
+    columns_ptr,  # (B,), inverse norms, times the scale where that is a query's own
+    scale_ptr,  # (A,), of queries, in place of `scale`
     shift_ptr,  # (B,)
     sign_ptr,  # (B,)
     own_ptr,  # (queries,)
     row_shift_ptr,  # (A,)
     row_sign_ptr,  # (A,)
-    row_ids_ptr,  # (2 + lists, queries) int32
-    column_ids_ptr,  # (3, documents) int32
+    document_ptr,  # (queries,) int32, and so are the next ones; none of it, or all but the lists
+    candidate_ptr,  # (documents,)
+    listed_ptr,  # (lists, queries)
+    query_ptr,  # (queries,); none of this and the next two, or all
+    its_query_ptr,  # (documents,)
+    place_ptr,  # (documents,)
     out_ptr,  # (A, D)
     moment_ptr,  # (A,)
     A,
@@ -307,14 +360,14 @@ def _sum_kernel(
     a_stride,
     b_stride,
     lists,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    scale,
     BOTH: tl.constexpr,
     MOMENT: tl.constexpr,
     ONLINE: tl.constexpr,
     SWAPPED: tl.constexpr,
     MASKED: tl.constexpr,
     SHARED: tl.constexpr,
+    LISTS: tl.constexpr,
     DESCRIBED: tl.constexpr,
     DEPTH: tl.constexpr,
     MINE: tl.constexpr,
@@ -331,10 +384,10 @@ def _sum_kernel(
     mine = first_mine + tl.arange(0, MINE)
     at_most = tl.minimum(mine, A - 1)
     a = _rows(a_ptr, mine, A, D, a_stride, DEPTH)
-    factor = tl.full((MINE,), 1.0, tl.float32)
-    if ROWS:
-        factor = tl.load(rows_ptr + at_most)
-    inner = factor * _LOG2E
+    factor, inner = _factors(rows_ptr, scale_ptr, scale, at_most, SWAPPED)
+    if BOTH:
+        factor = inner
+    inner *= _LOG2E
     if BOTH:
         row_shift, row_sign = tl.load(row_shift_ptr + at_most), tl.load(row_sign_ptr + at_most)
     nearest = tl.full((MINE,), -1, tl.int32)
@@ -357,7 +410,7 @@ def _sum_kernel(
             other = at + tl.arange(0, OTHER)
             tile = _tile(b, at, B, D, b_stride, DESCRIBED, OTHER, DEPTH)
             z = tl.dot(a, tile.T)
-            if COLUMNS:
+            if columns_ptr is not None:
                 column = _vector(columns_ptr, other, B, 0.0, part == 1)
                 z *= column[None, :]
             z *= inner[:, None]
@@ -365,7 +418,10 @@ def _sum_kernel(
             if BOTH:
                 row_exponent = z - row_shift[:, None]
             if MASKED:
-                out = _known(target_ptr, row_ids_ptr, column_ids_ptr, mine, other, A, B, lists, SWAPPED, SHARED)
+                out = _known(
+                    *(target_ptr, document_ptr, candidate_ptr, listed_ptr, query_ptr, its_query_ptr, place_ptr),
+                    *(mine, other, A, B, lists, SWAPPED, SHARED, LISTS),
+                )
                 exponent = tl.where(out, _LOWEST, exponent)
                 if BOTH:
                     row_exponent = tl.where(out, _LOWEST, row_exponent)
@@ -403,64 +459,57 @@ def _sum_kernel(
                 slope = tl.where(own, of_own, slope)
             if MOMENT:
                 moment += tl.sum(slope * z, 1)
-            if BOTH and COLUMNS:
-                slope *= column[None, :]
+            if BOTH and columns_ptr is not None:
+                # A row as good as zero is nothing as part of a sum, but not what is rounded of its factor.
+                slope *= (tl.where(column < _AT_FLOOR, column, 0.0) if part == 1 else column)[None, :]
             rounded = slope.to(tile.dtype)
             acc = tl.dot(rounded, tile, acc)
-            if part == 1 or not (ROWS and COLUMNS):
+            if part == 1 or rows_ptr is None:
                 total += tl.sum(slope, 1)
                 sums = tl.dot(rounded, ones, sums)
 
     nearest = tl.where(nearest < 0, mine % B, nearest)
     lost = total - tl.max(sums, 1)
     acc += lost[:, None] * _rows(b_ptr, nearest, B, D, b_stride, DEPTH).to(tl.float32)
-    scale = tl.exp2(top) if ONLINE else tl.full((MINE,), 1.0, tl.float32)
+    size = tl.exp2(top) if ONLINE else tl.full((MINE,), 1.0, tl.float32)
     if MOMENT:
-        tl.store(moment_ptr + mine, moment * (scale / _LOG2E), mask=mine < A)
-    _store(out_ptr, acc * (scale * factor)[:, None], mine, A, D, DEPTH)
+        tl.store(moment_ptr + mine, moment * (size / _LOG2E), mask=mine < A)
+    _store(out_ptr, _through_norms(acc * (size * factor)[:, None], a, rows_ptr, at_most), mine, A, D, DEPTH)
 
 
 def softmaxes(s: Similarities, weight: Tensor | None, gradient: bool, moment: bool) -> Found:
-    sides = s.x, s.y, s.rows, s.without_floors().columns
-    (loss, positive, rest, *slopes), of_x, moments = _softmaxes(*sides, s.pairs, weight, gradient, moment, False)
+    (loss, positive, rest, *slopes), of_x, moments = _softmaxes(s, weight, gradient, moment, False)
     return Found(loss, positive, rest, None if weight is None else Slopes(*slopes), of_x, moments)
 
 
 def logsumexps(s: Similarities) -> Tensor:
-    return _softmaxes(s.y, s.x, s.columns, s.rows, s.pairs, None, False, False, True)[0][0]
+    return _softmaxes(s, None, False, False, True)[0][0]
 
 
 def _softmaxes(
-    x: Tensor,  # (A, D), mine
-    y: Tensor,  # (B, D)
-    rows: Tensor | None,  # (A,)
-    columns: Tensor | None,  # (B,)
-    pairs: Pairs,
+    s: Similarities,
     weight: Tensor | None,  # (A,)
     gradient: bool,
     moment: bool,
     swapped: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    (n, width), others = x.shape, len(y)
-    lines = 1 if swapped else 3 if weight is None else LINES
-    found, of_x, moments = _empty(x, (lines, n), (n, width) if gradient else None, (n,) if moment else None)
+    x, y, factors, scale = _sides_of(s, swapped)
+    (n, width), others, pairs = x.shape, len(y), s.pairs
+    found = lines(1 if swapped else 3 if weight is None else LINES, n, x)
+    of_x, moments = _empty(x, (n, width) if gradient else None, (n,) if moment else None)
     if n and others:
-        x, y, depth = _even(x), _even(y), _depth(width)
+        depth = _depth(width)
         launch = _launch(depth, x)
         with on_device(x):
             _softmax_kernel[(cdiv(n, launch["MINE"]),)](
-                *(x, *_sides(y, launch["OTHER"], depth), pairs.target.contiguous()),
-                *_vectors(found, rows, columns, weight),
-                *(*_ids(pairs), found, _or(of_x, found), _or(moments, found)),
-                *(n, others, width, x.stride(0), y.stride(0), _lists(pairs)),
-                ROWS=rows is not None,
-                COLUMNS=columns is not None,
+                *(x, *_described(y, launch["OTHER"], depth), pairs.target.contiguous(), *factors),
+                *(_vector_of(weight), *_ids(pairs), found, of_x, moments),
+                *(n, others, width, x.stride(0), y.stride(0), _lists(pairs), scale),
                 SLOPES=weight is not None,
                 GRADIENT=gradient,
                 MOMENT=moment,
                 SWAPPED=swapped,
-                MASKED=pairs.row_ids is not None,
-                SHARED=pairs.shared,
+                **_known_of(pairs),
                 DESCRIBED=can_be_described(y),
                 DEPTH=depth,
                 **launch,
@@ -471,31 +520,27 @@ def _softmaxes(
 def weighted_sums(
     s: Similarities, slopes: Slopes, of_columns: tuple[Tensor, Tensor] | None, over_rows: bool, moment: bool
 ) -> tuple[Tensor, Tensor | None]:
-    pairs, summed = s.pairs, s.without_floors()
-    a, b, of_mine, of_other = s.x, s.y, [slopes.shift, slopes.sign], [*(of_columns or (None, None))]
-    factors: tuple[Tensor | None, Tensor | None] = s.rows, summed.columns
+    a, b, factors, scale = _sides_of(s, over_rows)
+    of_mine: tuple[Tensor | None, Tensor | None] = (slopes.shift, slopes.sign)
+    of_other: tuple[Tensor | None, Tensor | None] = of_columns or (None, None)
     if over_rows:
-        a, b, of_mine, of_other = b, a, of_other, of_mine
-        factors = s.columns, summed.rows
-    (n, width), others, both = a.shape, len(b), of_columns is not None
+        of_mine, of_other = of_other, of_mine
+    (n, width), others, both, pairs = a.shape, len(b), of_columns is not None, s.pairs
     out, moments = _empty(a, (n, width), (n,) if moment else None)
     if not others:
         return out.zero_(), moments
-    a, b, depth = _even(a), _even(b), _depth(width)
+    depth = _depth(width)
     launch = _launch(depth, a)
     with on_device(a):
         _sum_kernel[(cdiv(n, launch["MINE"]),)](
-            *(a, *_sides(b, launch["OTHER"], depth), pairs.target.contiguous()),
-            *_vectors(out, *factors, *of_other, slopes.own, *of_mine),
-            *(*_ids(pairs), out, _or(moments, out), n, others, width, a.stride(0), b.stride(0), _lists(pairs)),
-            ROWS=factors[0] is not None,
-            COLUMNS=factors[1] is not None,
+            *(a, *_described(b, launch["OTHER"], depth), pairs.target.contiguous(), *factors),
+            *map(_vector_of, (*of_other, slopes.own, *of_mine)),
+            *(*_ids(pairs), out, moments, n, others, width, a.stride(0), b.stride(0), _lists(pairs), scale),
             BOTH=both,
             MOMENT=moment,
             ONLINE=a.dtype == torch.float16,
             SWAPPED=over_rows,
-            MASKED=pairs.row_ids is not None,
-            SHARED=pairs.shared,
+            **_known_of(pairs),
             DESCRIBED=can_be_described(b),
             DEPTH=depth,
             **launch,
@@ -521,29 +566,44 @@ def _empty(x: Tensor, *shapes: tuple[int, ...] | None) -> list[Any]:
     return [None if s is None else torch.empty(s, device=x.device, dtype=torch.float32) for s in shapes]
 
 
-def _even(x: Tensor) -> Tensor:
-    """Rows of numbers side by side, however far apart they are."""
-    return x if x.stride(1) == 1 else x.contiguous()
+def _sides_of(s: Similarities, swapped: bool) -> tuple[Tensor, Tensor, list[Tensor | None], float]:
+    """Mine and the other side, rows of numbers side by side, however far apart they are; factors of mine, of the other
+    side, and a scale of mine or of all."""
+    x, y = [side if side.stride(1) == 1 else side.contiguous() for side in (s.x, s.y)]
+    of_x, of_y = s.inverse_norms or (None, None)
+    if not isinstance(s.scale, Tensor):
+        factors, number = [of_x, of_y, None], float(s.scale)
+    else:
+        factors, number = [s.rows if swapped else of_x, of_y, None if swapped else s.scale], 1.0
+    if swapped:
+        x, y, factors = y, x, [factors[1], factors[0], None]
+    return x, y, [*map(_vector_of, factors)], number
 
 
-def _ids(pairs: Pairs) -> list[Tensor]:
-    return [_or(ids, pairs.target).contiguous() for ids in (pairs.row_ids, pairs.column_ids)]
+def _ids(pairs: Pairs) -> list[Tensor | None]:
+    lists = [
+        *(pairs.documents or (None, None)),
+        pairs.listed if _lists(pairs) else None,
+        *(pairs.queries or (None,) * 3),
+    ]
+    return [None if ids is None else ids.contiguous() for ids in lists]
 
 
 def _lists(pairs: Pairs) -> int:
-    return 0 if pairs.row_ids is None else len(pairs.row_ids) - 2
+    return 0 if pairs.listed is None else len(pairs.listed)
 
 
-def _or(given: Tensor | None, unused: Tensor) -> Tensor:
-    """Another pointer where a kernel reads none."""
-    return unused if given is None else given
+def _known_of(pairs: Pairs) -> dict[str, Any]:
+    lists = _lists(pairs)
+    at_once = next_power_of_2(lists) if 0 < lists <= FEW_LISTS else 0  # a few kernels serve any number of them
+    return {"MASKED": pairs.masked, "SHARED": pairs.shared, "LISTS": at_once}
 
 
-def _vectors(unused: Tensor, *given: Tensor | None) -> list[Tensor]:
-    return [_or(x, unused).float().contiguous() for x in given]
+def _vector_of(given: Tensor | None) -> Tensor | None:
+    return None if given is None else given.float().contiguous()
 
 
-def _sides(y: Tensor, rows: int, depth: int) -> tuple[Any, Tensor]:
+def _described(y: Tensor, rows: int, depth: int) -> tuple[Any, Tensor]:
     return (TensorDescriptor.from_tensor(y, [rows, depth]) if can_be_described(y) else y), y
 
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chunked_embed.kernels._launch import Launched, next_power_of_2, on_device
+from chunked_embed.kernels._launch import Launched, cdiv, next_power_of_2, on_device
 from chunked_embed.kernels.norms import AT_FLOOR, FLOOR
 
 BLOCK, EACH = 4096, 8  # columns at a time, and of them a thread's
@@ -15,15 +15,23 @@ _AT_FLOOR = tl.constexpr(AT_FLOOR)
 
 
 @Launched
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _inverse_norms_kernel(
     x_ptr,  # (N, D)
     x_stride,
-    out_ptr,  # (N,)
+    y_ptr,  # (M, D), or None
+    y_stride,
+    out_ptr,  # (N,), and (M,) from the next multiple of 4 on
+    N,
     D,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if y_ptr is not None and row >= N:
+        x_ptr = y_ptr
+        x_stride = y_stride
+        row -= N
+        out_ptr += tl.cdiv(N, 4) * 4
     x_ptr += row * x_stride
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, D, BLOCK):
@@ -64,12 +72,20 @@ def _project_kernel(
             tl.store(grad_ptr + at, tl.load(grad_ptr + at, mask=at < D, other=0.0) - x * along, mask=at < D)
 
 
-def inverse_norms(x: Tensor) -> Tensor:
-    out = torch.empty(len(x), device=x.device, dtype=torch.float32)
-    if len(x):
+def inverse_norms(x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Of two tensors of one width, in one launch."""
+    n, rows = len(x), 0 if y is None else len(y)
+    whole = cdiv(n, 4) * 4
+    out = torch.empty(whole + rows, device=x.device, dtype=torch.float32)
+    if n + rows:
         with on_device(x):
-            _inverse_norms_kernel[(len(x),)](x, x.stride(0), out, x.shape[1], **_launch(x))
-    return out
+            _inverse_norms_kernel[(n + rows,)](
+                *(x, x.stride(0), y, 0 if y is None else y.stride(0), out, n, x.shape[1]), **_launch(x)
+            )
+    if y is None:
+        return out[:n], None
+    of_x, of_y = out.split([whole, rows])
+    return (of_x if whole == n else of_x[:n]), of_y
 
 
 def through_norms_(grad: Tensor, x: Tensor, inverse: Tensor) -> None:

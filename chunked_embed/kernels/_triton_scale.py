@@ -12,19 +12,34 @@ BLOCK, WARPS = 8192, 8
 
 @Launched
 @triton.jit
-def _scale_kernel(x_ptr, factor_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _scale_kernel(x_ptr, factor_ptr, out_ptr, n, y_ptr, out_y_ptr, m, BLOCK: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
     factor = tl.load(factor_ptr)
+    if y_ptr is not None:
+        of_x = tl.cdiv(n, BLOCK) * BLOCK
+        if first >= of_x:
+            _scale(y_ptr, factor, out_y_ptr, first - of_x + tl.arange(0, BLOCK), m)
+        else:
+            _scale(x_ptr, factor, out_ptr, first + tl.arange(0, BLOCK), n)
+    else:
+        _scale(x_ptr, factor, out_ptr, first + tl.arange(0, BLOCK), n)
+
+
+@triton.jit
+def _scale(x_ptr, factor, out_ptr, at, n):
     x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, x * factor, mask=at < n)
 
 
-def scale_(x: Tensor, factor: Tensor, out: Tensor) -> None:
-    n = x.numel()
-    if n:
-        factor = factor.to(torch.float32)
+def scale_(x: Tensor, factor: Tensor, out: Tensor, y: Tensor | None = None, out_y: Tensor | None = None) -> None:
+    """Of one tensor or two, in one launch."""
+    n, m = x.numel(), 0 if y is None else y.numel()
+    if n + m:
+        factor = factor if factor.dtype == torch.float32 else factor.to(torch.float32)
         with on_device(x):
-            _scale_kernel[(cdiv(n, BLOCK),)](x, factor, out, n, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True)
+            _scale_kernel[(cdiv(n, BLOCK) + cdiv(m, BLOCK),)](
+                *(x, factor, out, n, y, out_y, m), BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
+            )
 
 
 @Launched

@@ -257,7 +257,7 @@ def _both_logsumexps_kernel(
 
 
 @Launched
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K"])
 def _logsumexp_kernel(
     x_ptr,  # (N, K)
     n_stride,

@@ -1,14 +1,15 @@
 """The Triton side of `similarity_product`: products whose tiles become what a loss needs where they are formed. Its
 plain twins are beside it.
 
-Scores are to base 2 here: an exponential is one instruction."""
+Scores are to base 2 here: an exponential is one instruction. Kernels that read vectors along the columns are compiled
+for multiples of 16 of them and for others; none is for a number of rows: batches are ragged."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from chunked_embed.kernels._launch import Launched, cdiv, next_power_of_2, on_device, room
+from chunked_embed.kernels._launch import Launched, cdiv, lines, next_power_of_2, on_device, room
 from chunked_embed.kernels._triton_product import (
     destination,
     halves,
@@ -54,7 +55,7 @@ def _store(
 
 
 @Launched
-@triton.jit
+@triton.jit(do_not_specialize=["R", "V", "tiles"])
 def _exponentials_kernel(
     target_ptr,  # (R,)
     x,  # (R, H), or its descriptor
@@ -104,7 +105,7 @@ def _exponentials_kernel(
         y = z - m[:, None]
         e = tl.exp2(y)
         part_ptr = parts_ptr + rows.to(tl.int64) * tiles + tile
-        line = tl.full((), R, tl.int64) * tiles  # one row is a constant
+        line = R.to(tl.int64) * tiles
         tl.store(part_ptr, m, mask=there)
         tl.store(part_ptr + line, tl.sum(e, 1), mask=there)
         if MOMENT:
@@ -119,7 +120,7 @@ def _exponentials_kernel(
 
 
 @Launched
-@triton.jit
+@triton.jit(do_not_specialize=["R", "tiles"])
 def _rows_kernel(
     parts_ptr,  # (3, R, tiles)
     own_ptr,  # (R,)
@@ -147,7 +148,7 @@ def _rows_kernel(
     row = tl.program_id(0)
     tile = tl.arange(0, BLOCK)
     parts_ptr += row.to(tl.int64) * tiles
-    line = tl.full((), R, tl.int64) * tiles
+    line = R.to(tl.int64) * tiles
     m = tl.load(parts_ptr + tile, mask=tile < tiles, other=_START)
     s = tl.load(parts_ptr + line + tile, mask=tile < tiles, other=0.0)
     own = tl.load(own_ptr + row)
@@ -198,7 +199,7 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # the last says nothing unless `moment`
     R, V = len(x), len(bank)
     tiles = cdiv(V, COLUMNS)
-    loss, moments, own = torch.empty(3, R, device=x.device, dtype=torch.float32)
+    loss, moments, own = lines(3, R, x)
     e = room(R, V, x, torch.float16) if gradient else None
     grad = None if e is None else e.view(x.dtype)
     place = loss if e is None else e
@@ -224,7 +225,7 @@ def cross_entropy(
                 **wanted,
                 COLUMNS=COLUMNS,
                 BLOCK=max(32, next_power_of_2(tiles)),
-                TILES=min(at_once, next_power_of_2(tiles)),
+                TILES=at_once,
                 VECTOR=8,
                 num_warps=warps,
                 enable_fp_fusion=True,
@@ -236,7 +237,7 @@ def cross_entropy(
 
 
 @Launched
-@triton.jit
+@triton.jit(do_not_specialize=["R", "V", "tiles"])
 def _both_sums_kernel(
     target_ptr,  # (R,)
     x,  # (R, H), or its descriptor
@@ -303,7 +304,7 @@ def _both_sums_kernel(
             total = tl.where(total < _TINY, _TINY, total)  # NaN stays NaN
             tops = tl.full((COLUMNS,), 0.0, tl.float32) + top
         column_lse = (tops + tl.log2(tl.where(inside, total, 1.0))) / _LOG2E
-        tl.store(column_ptr + tl.full((), V, tl.int64) * row_tile + columns, column_lse, mask=inside)
+        tl.store(column_ptr + V.to(tl.int64) * row_tile + columns, column_lse, mask=inside)
 
 
 @triton.jit
@@ -342,7 +343,7 @@ def _slopes(
 
 
 @Launched
-@triton.jit
+@triton.jit(do_not_specialize=["g_row_ptr", "g_own_ptr", "R", "tiles"])
 def _both_gradients_kernel(
     target_ptr,  # (R,)
     x,  # (R, H), or its descriptor

@@ -9,6 +9,8 @@ log-sum-exp l:
     logsumexps       of documents, over queries that are not their own
     weighted_sums    sum_j S_ij columns_j y_j, of slopes S whose log-sum-exps are known; likewise over queries
 
+Gradients go through the norms: of cosines, what is at right angles to a row is left.
+
 A query's own document stays outside of every sum: what is left beside it has digits of its own, however little it is.
 Slopes are rounded once, to the dtype of the rows that they multiply; what that takes goes to a row near by, so that it
 multiplies differences of rows. All else is float32. The `..._reference` functions are the same in plain torch: where
@@ -25,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chunked_embed.kernels import available
-from chunked_embed.kernels.norms import AT_FLOOR
+from chunked_embed.kernels.norms import through_norms_reference_
 
 WIDEST = 256  # of a row
 HALF = (torch.bfloat16, torch.float16)
@@ -34,25 +36,34 @@ NEVER = 1e38  # a shift; and less than minus that is the log-sum-exp of nothing
 
 
 class Pairs(NamedTuple):
-    """Which document is a query's own, and ids by which other pairs do not count: those of one document, those that are
-    listed, and those of one query that are not of one row."""
+    """Which document is a query's own, and ids, in int32, by which other pairs do not count: those of one document,
+    those that are listed, and those of one query that are not of one row."""
 
     target: Tensor  # (queries,) int64
-    row_ids: Tensor | None = None  # (2 + lists, queries) int32: of the document, of the query, of others; -2: none
-    column_ids: Tensor | None = None  # (3, documents) int32: of the document (-1: none), of its query, whose row
+    documents: tuple[Tensor, Tensor] | None = None  # of a query's own (queries,), of each (documents,); -1: none
+    queries: tuple[Tensor, Tensor, Tensor] | None = None  # (queries,); of each document's query (documents,), its row
+    listed: Tensor | None = None  # (lists, queries), of documents; -2: none
     shared: bool = False  # queries and documents have one numbering
+
+    @property
+    def masked(self) -> bool:
+        return self.documents is not None or self.queries is not None
 
     def apart(self, documents: int) -> tuple[Tensor, Tensor]:  # (queries, documents) both
         """Pairs of a query and its own document, and others that do not count."""
         target = self.target[:, None]
         own = torch.arange(documents, device=target.device) == target
-        if self.row_ids is None or self.column_ids is None:
-            return own, torch.zeros_like(own)
-        document, query, *listed = self.row_ids[:, :, None]
-        candidate, its_query, row = self.column_ids
-        known = (candidate == document) | ((its_query == query) & (row != target))
-        for ids in (query, *listed) if self.shared else listed:
-            known = known | (candidate == ids)
+        known = torch.zeros_like(own)
+        if self.documents is not None:
+            document, candidate = self.documents
+            of_row = [document, *(() if self.listed is None else self.listed)]
+            if self.shared and self.queries is not None:
+                of_row.append(self.queries[0])
+            for ids in of_row:
+                known = known | (candidate == ids[:, None])
+        if self.queries is not None:
+            query, its_query, row = self.queries
+            known = known | ((its_query == query[:, None]) & (row != target))
         return own, known & ~own
 
 
@@ -62,24 +73,20 @@ class Similarities(NamedTuple):
     x: Tensor  # (M, D)
     y: Tensor  # (V, D)
     pairs: Pairs
-    scale: Tensor  # (M,)
+    scale: float | Tensor  # (M,)
     inverse_norms: tuple[Tensor, Tensor] | None = None  # (M,), (V,), ones by default
 
     @property
-    def rows(self) -> Tensor:  # (M,)
-        return self.scale if self.inverse_norms is None else self.scale * self.inverse_norms[0]
+    def rows(self) -> Tensor:  # (M,), factors
+        scale = self.scale
+        if not isinstance(scale, Tensor):
+            dtype = self.x.dtype if self.x.dtype == torch.float64 else torch.float32
+            scale = torch.full((len(self.x),), scale, dtype=dtype, device=self.x.device)
+        return scale if self.inverse_norms is None else scale * self.inverse_norms[0]
 
     @property
-    def columns(self) -> Tensor | None:  # (V,)
+    def columns(self) -> Tensor | None:  # (V,), factors
         return None if self.inverse_norms is None else self.inverse_norms[1]
-
-    def without_floors(self) -> Similarities:
-        """Rows that are as good as zero get a factor of zero. As part of a sum they are nothing either way, but not
-        what is rounded of their factor."""
-        if self.inverse_norms is None or self.x.dtype == torch.float16:  # which has no such factors
-            return self
-        rows, columns = (torch.where(inverse < AT_FLOOR, inverse, 0.0) for inverse in self.inverse_norms)
-        return self._replace(inverse_norms=(rows, columns))
 
     def formed(self) -> Tensor:  # (M, V)
         z = (_wide(self.x) @ _wide(self.y).T) * self.rows[:, None]
@@ -87,6 +94,11 @@ class Similarities(NamedTuple):
 
     def apart(self) -> tuple[Tensor, Tensor]:  # (M, V) both
         return self.pairs.apart(len(self.y))
+
+    def through_norms(self, gradient: Tensor, of_columns: bool = False) -> Tensor:
+        if self.inverse_norms is None:
+            return gradient
+        return through_norms_reference_(gradient, self.y if of_columns else self.x, self.inverse_norms[of_columns])
 
 
 class Found(NamedTuple):
@@ -137,7 +149,7 @@ def softmaxes_reference(
     p = torch.where(own, -1.0, p)
     moments = (p * z).sum(1) * slope if moment else None
     p = p if s.columns is None else p * s.columns
-    of_x = (p @ _wide(s.y)) * value[:, None] if gradient else None
+    of_x = s.through_norms((p @ _wide(s.y)) * value[:, None]) if gradient else None
     return Found(loss, positive, rest, Slopes(*shifted(others, value), -value), of_x, moments)
 
 
@@ -164,8 +176,8 @@ def weighted_sums(
     over_rows: bool,
     moment: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """``columns_j sum_i S_ij rows_i x_i`` (V, D), or ``rows_i sum_j S_ij columns_j y_j`` (M, D); and the moment, the
-    sum of ``S_ij s_ij`` over the same."""
+    """``columns_j sum_i S_ij rows_i x_i`` (V, D), or ``rows_i sum_j S_ij columns_j y_j`` (M, D), through the norms; and
+    the moment, the sum of ``S_ij s_ij`` over the same."""
     if use_triton(s):
         from chunked_embed.kernels import _triton_contrast as kernels
 
@@ -191,7 +203,8 @@ def weighted_sums_reference(
     if of_columns is not None:
         slope = slope * s.rows[:, None]
     slope = slope if s.columns is None else slope * s.columns
-    return (slope.T @ _wide(s.x) if over_rows else slope @ _wide(s.y)), moments
+    sums = slope.T @ _wide(s.x) if over_rows else slope @ _wide(s.y)
+    return s.through_norms(sums, of_columns=over_rows), moments
 
 
 def shifted(lse: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:

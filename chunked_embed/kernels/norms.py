@@ -26,8 +26,19 @@ def inverse_norms(x: Tensor) -> Tensor:  # (N, D) -> (N,)
     if _use_triton(x):
         from chunked_embed.kernels import _triton_norms as kernels
 
-        return kernels.inverse_norms(x)
+        return kernels.inverse_norms(x)[0]
     return inverse_norms_reference(x)
+
+
+def inverse_norms_of_both(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # (N, D), (M, D) -> (N,), (M,)
+    """The same of two sides, in one launch where they are alike."""
+    if _use_triton(x) and _use_triton(y) and (x.dtype, x.shape[1]) == (y.dtype, y.shape[1]):
+        from chunked_embed.kernels import _triton_norms as kernels
+
+        of_x, of_y = kernels.inverse_norms(x, y)
+        assert of_y is not None
+        return of_x, of_y
+    return inverse_norms(x), inverse_norms(y)
 
 
 def inverse_norms_reference(x: Tensor) -> Tensor:

@@ -22,6 +22,17 @@ def scale_(x: Tensor, factor: Tensor, out: Tensor) -> None:
         scale_reference_(x, factor, out)
 
 
+def scale_both_(x: Tensor, y: Tensor, factor: Tensor, out_x: Tensor, out_y: Tensor) -> None:
+    """The same of two, on one device, in one launch."""
+    if available(x.device) and torch.float64 not in (x.dtype, out_x.dtype, y.dtype, out_y.dtype):
+        from chunked_embed.kernels import _triton_scale as kernels
+
+        kernels.scale_(x, factor, out_x, y, out_y)
+    else:
+        scale_reference_(x, factor, out_x)
+        scale_reference_(y, factor, out_y)
+
+
 def combine_(
     total: Tensor,  # float32 or float64, contiguous; changed in place
     factor: Tensor | None,  # of one element; None: one

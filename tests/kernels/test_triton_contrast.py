@@ -66,9 +66,8 @@ class Case:
         self.norms = tuple(1 / t.double().norm(dim=1).float() for t in (self.x, self.y)) if cosine else None
         self.weight, self.g_own = randn(2, queries).to(DEVICE)
         self.g_row, self.g_column = randn(queries).to(DEVICE), randn(documents).to(DEVICE)
-        self.row_ids = self.column_ids = None
+        self.ids = {}
         self.out = torch.zeros(queries, documents, dtype=torch.bool, device=DEVICE)
-        self.flags = ()
 
     @staticmethod
     def within(given, dtype):
@@ -83,8 +82,7 @@ class Case:
 
     @property
     def similarities(self):
-        pairs = Pairs(self.target, self.row_ids, self.column_ids, *self.flags)
-        return Similarities(self.x, self.y, pairs, self.scale, self.norms)
+        return Similarities(self.x, self.y, Pairs(self.target, **self.ids), self.scale, self.norms)
 
     def truth(self):
         """Operands in float64, and all scores; what does not count at -inf."""
@@ -95,7 +93,7 @@ class Case:
         return x, y, z.masked_fill(self.out, -torch.inf)
 
     def across(self, gradient, x):
-        """What of it is at right angles to the rows: where norms are factors, the rest goes."""
+        """What of it is at right angles to the rows, where norms are factors."""
         x, gradient = x.detach().double(), gradient.double()
         if self.norms is None:
             return gradient
@@ -123,9 +121,9 @@ def check_one_way(case):
     torch.testing.assert_close(found.rest.double(), rest, rtol=1e-6 * size, atol=0)
     moment = (of_z * z.masked_fill(case.out, 0.0)).sum(1)
     torch.testing.assert_close(found.moment.double(), moment, rtol=1e-5 * size, atol=1e-6 * size * rest.max().item())
-    assert error(case.across(found.gradient, x), case.across(of_x, x)) <= case.bound
+    assert error(found.gradient, case.across(of_x, x)) <= case.bound
     sums, _ = weighted_sums(case.similarities, found.slopes, over_rows=True)
-    assert error(case.across(sums, y), case.across(of_y, y)) <= case.bound
+    assert error(sums, case.across(of_y, y)) <= case.bound
     alone = softmaxes(case.similarities)
     torch.testing.assert_close([alone.loss, alone.rest], [found.loss, found.rest], rtol=1e-6 * size, atol=0)
     assert alone.slopes is alone.gradient is alone.moment is None
@@ -154,7 +152,7 @@ def check_two_ways(case):
         got, moment = weighted_sums(case.similarities, slopes, of_columns, over_rows=over, moment=True)
         given, gradient = (y, of_y) if over else (x, of_x)
         # Slopes of both signs, whose sums cancel.
-        assert error(case.across(got, given), case.across(gradient, given)) <= 1.5 * case.bound
+        assert error(got, case.across(gradient, given)) <= 1.5 * case.bound
         expected = (of_z * z.masked_fill(case.out, 0.0)).sum(1 - along)
         torch.testing.assert_close(moment.double(), expected, rtol=1e-5, atol=2e-6 * size * size)
 
@@ -198,7 +196,7 @@ def test_targets_in_any_order():
     check_one_way(case)
 
 
-def with_ids(case, lists, shared, bare, everything=False):
+def with_ids(case, lists=None, shared=False, bare=False, of=("documents", "queries"), everything=False):
     """Few ids, so that much is left out; and what that is, pair by pair."""
     queries, documents = len(case.x), len(case.y)
     generator = torch.Generator().manual_seed(3)
@@ -206,34 +204,48 @@ def with_ids(case, lists, shared, bare, everything=False):
     def ids(*shape):
         return torch.zeros(*shape, dtype=torch.long) if everything else torch.randint(9, shape, generator=generator)
 
-    query, document, listed = ids(queries), ids(queries), ids(lists, queries) - 1
+    query, document, listed = ids(queries), ids(queries), ids(lists or 0, queries) - 1
     candidate, its_query, has_id = ids(documents), ids(documents), torch.arange(documents) % 3 > 0
     place = torch.arange(documents) - (documents - queries) // 2
     target = case.target.tolist()
     for i, j in product(range(queries), range(documents)):
         known = candidate[j] == document[i] or (shared and candidate[j] == query[i])
         known = known or any(ids == candidate[j] and ids != -1 for ids in listed[:, i])
-        known = (known and (has_id[j] or not bare)) or (its_query[j] == query[i] and place[j] != target[i])
+        known = known and "documents" in of and (has_id[j] or not bare)
+        known = known or ("queries" in of and its_query[j] == query[i] and place[j] != target[i])
         case.out[i, j] = bool(known and j != target[i])
     if bare:
         candidate = torch.where(has_id, candidate, -1)
-    listed = torch.where(listed == -1, -2, listed)
-    case.row_ids = torch.cat([document[None], query[None], listed]).int().to(DEVICE)
-    case.column_ids = torch.stack([candidate, its_query, place]).int().to(DEVICE)
-    case.flags = (shared,)
+    given = {"documents": (document, candidate), "queries": (query, its_query, place)}
+    case.ids = {name: tuple(t.int().to(DEVICE) for t in given[name]) for name in of} | {"shared": shared}
+    if lists is not None:
+        case.ids["listed"] = torch.where(listed == -1, -2, listed).int().to(DEVICE)
     return case
 
 
-@pytest.mark.parametrize(("lists", "shared", "bare"), [(0, False, False), (2, False, True), (1, True, False)])
+IDS = {
+    "documents": {"of": ("documents",)},
+    "queries": {"of": ("queries",)},
+    "both": {},
+    "empty lists": {"lists": 0},
+    "lists": {"lists": 2, "bare": True},
+    "lists alone": {"lists": 3, "of": ("documents",)},
+    "many lists": {"lists": 9, "of": ("documents",)},
+    "shared": {"shared": True},
+    "all": {"lists": 1, "shared": True},
+}
+
+
+@pytest.mark.parametrize("ids", IDS)
 @pytest.mark.parametrize("check", [check_one_way, check_two_ways])
-def test_known_pairs(check, lists, shared, bare, either):
-    case = with_ids(Case(40, 150, 32, scale=5.0), lists, shared, bare)
+def test_known_pairs(check, ids, either):
+    case = with_ids(Case(40, 150, 32, scale=5.0), **IDS[ids])
     assert 0.05 < case.out.double().mean() < 0.9
     check(case)
 
 
 def test_nothing_else_counts(either):
-    case = with_ids(Case(20, 150, 32), 0, False, False, everything=True)
+    case = with_ids(Case(20, 150, 32), everything=True)
     found = softmaxes(case.similarities, case.weight, gradient=True, moment=True)
     for got in (
         found.loss,
@@ -257,7 +269,8 @@ def test_rows_of_zeros(dtype, either):
     found = softmaxes(case.similarities, case.weight, gradient=True)
     torch.testing.assert_close(found.loss.double(), truth, rtol=1e-4, atol=1e-6)
     sums, _ = weighted_sums(case.similarities, found.slopes, over_rows=True)
-    expected = torch.autograd.grad((truth * case.weight.double()).sum(), (x, y))
+    of_x, of_y = torch.autograd.grad((truth * case.weight.double()).sum(), (x, y))
+    expected = case.across(of_x, x), case.across(of_y, y)
     for got, right, inverse in zip((found.gradient, sums), expected, case.norms, strict=True):
         usual = (inverse > 0) & (inverse < 1e10)
         for part in (usual, ~usual):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from kernel_device import DEVICE, INTERPRETED, MARKS
 
 from chunked_embed.kernels import norms
-from chunked_embed.kernels.norms import inverse_norms, through_norms_
+from chunked_embed.kernels.norms import inverse_norms, inverse_norms_of_both, through_norms_
 
 pytestmark = MARKS
 
@@ -54,6 +54,15 @@ def test_gradient_of_unit_vectors(columns, dtype, either):
     # Relative to the rows' sizes, which are any.
     torch.testing.assert_close(grad.double() / expected[:, None], truth / expected[:, None], **tolerance(dtype))
     assert all(t._base[5].isnan().all() and t._base[:, columns:].isnan().all() for t in (x, grad))
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (5, 3), (4, 9)])
+def test_both_sides(n, m, either):
+    """The same to the last bit, each from a place of its own; also where the two are not alike."""
+    x, y = case(n, 70, torch.bfloat16)[0], case(m, 70, torch.bfloat16)[0]
+    for given in ((x, y), (x, y.float()), (x, y[:, :60]), (x, y.double()), (x.t().contiguous().t(), y)):
+        for found, alone in zip(inverse_norms_of_both(*given), map(inverse_norms, given), strict=True):
+            assert torch.equal(found, alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2] + DTYPES[3:])

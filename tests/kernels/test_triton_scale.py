@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_device import DEVICE, MARKS
 
-from chunked_embed.kernels.scale import combine_, combine_reference_, scale_, scale_reference_
+from chunked_embed.kernels.scale import combine_, combine_reference_, scale_, scale_both_, scale_reference_
 
 pytestmark = MARKS
 
@@ -22,6 +22,19 @@ def test_scales_and_rounds_once(source, target, size):
         function(x, factor, buffer[:size])
         torch.testing.assert_close(buffer[:size], expected, rtol=torch.finfo(target).eps, atol=1e-7)
         assert buffer[size:].isnan().all()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
+@pytest.mark.parametrize("sizes", [(1, 20_000), (8192, 5), (0, 3), (9000, 0), (0, 0)])
+def test_scales_two(sizes, dtypes):
+    given = [torch.randn(size, generator=torch.Generator().manual_seed(size)).to(DEVICE) for size in sizes]
+    out = [torch.full((len(x) + 3,), torch.nan, dtype=dtype, device=DEVICE) for x, dtype in zip(given, dtypes)]
+    factor = torch.tensor(1 / 3, device=DEVICE, dtype=torch.float64)
+    scale_both_(*given, factor, *(place[: len(x)] for place, x in zip(out, given)))
+    for place, x, dtype in zip(out, given, dtypes):
+        expected = (x.double() * factor).to(dtype)
+        torch.testing.assert_close(place[: len(x)], expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
+        assert place[len(x) :].isnan().all()
 
 
 @pytest.mark.parametrize("function", [combine_, combine_reference_])
