@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -174,23 +175,31 @@ def _active(module: Any) -> list[str]:
 
 
 @outside_compile
-def run_inside(module: Any, hidden: Tensor, fn: Callable[[Tensor], Any]) -> Any:
-    """``fn(hidden)`` in place of the forwards of all modules that the head reads, one in another.
+def run_inside(module: Any, hidden: Tensor, fn: Callable[[Tensor], Any], *, called: bool = False) -> Any:
+    """``fn(hidden)`` in place of the forwards of all modules that the head reads, one in another; if the outermost was
+    ``called`` already, of those inside of it.
 
     In place, not beside: what hooks and wrappers of each do (gather a shard, say) is done around it.
     """
-    for each in reversed(list(_read(module))):
+    for each in reversed(list(_read(module))[called:]):
         fn = functools.partial(_as_forward, each, fn)
     return fn(hidden)
 
 
 def _as_forward(module: Any, fn: Callable[[Tensor], Any], hidden: Tensor) -> Any:
     """A call of the module whose forward is ``fn``."""
+    with forward_of(module, fn):
+        return module(hidden)
+
+
+@contextmanager
+def forward_of(module: Any, fn: Callable[[Tensor], Any]) -> Iterator[None]:
+    """While open, the module's forward is ``fn``."""
     inner = bare(module)
     own = inner.__dict__.get("forward")
     inner.forward = fn
     try:
-        return module(hidden)
+        yield
     finally:
         if own is None:
             del inner.forward

@@ -94,7 +94,8 @@ def _functions() -> dict[str, Callable[..., Any]]:
     from . import functional, linear_logps
 
     found = {name: getattr(functional, name) for name in functional.__all__}
-    plain = {n: f for n, f in found.items() if inspect.isfunction(f) and not n.endswith("from_scores")}
+    others = "cosent_from_scores", "splade_pool"  # which the engine does not lay out
+    plain = {n: f for n, f in found.items() if inspect.isfunction(f) and n not in others}
     return {"linear_logps": linear_logps, **plain}
 
 

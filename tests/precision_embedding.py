@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from precision_parts import FP32, Case, Tensors, draw, near_duplicates, spread, weighted_sum
 from sentence_transformers import util
 from sentence_transformers.sentence_transformer import losses as library
+from sentence_transformers.sparse_encoder import losses as sparse_library
 from torch import Tensor, nn
 
 from chunked_embed import functional as CF
 from chunked_embed import losses
+from chunked_embed.sparse import losses as sparse_losses
 
 ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 BOTH = ("query_to_doc", "doc_to_query")
@@ -631,6 +633,51 @@ def sigmoid_loss(autocast: str | None = None) -> Case:
 
 
 CASES["losses.SigmoidPair"] = sigmoid_loss()
+
+
+# --- sparse encoders -------------------------------------------------------------------------------------------------
+
+
+def pooled(columns: str = "ab") -> Tensors:
+    """What SPLADE makes of logits: a third of the numbers are zero, or most of them in a text."""
+    shift = torch.linspace(-0.5, 2.0, 64, dtype=torch.float64)[:, None]
+    return {name: F.relu(x - shift).log1p() for name, x in spread(columns=columns).items()}
+
+
+def flops(threshold: float | None, autocast: str | None = None) -> Case:
+    def truth(x: Tensors) -> Tensor:
+        return sparse_library.FlopsLoss(MODEL, threshold).compute_loss_from_embeddings(torch.cat([x["a"], x["b"]]))
+
+    def ours(x: Tensors, **_: Any) -> Tensor:
+        return CF.flops([x["a"], x["b"]], threshold=threshold)
+
+    return Case(pooled, ours, truth, ("a", "b"), autocast)
+
+
+def splade(
+    inner: str, columns: str, target: Callable[[int], Tensor] | None = None, autocast: str | None = None
+) -> Case:
+    """Each term has a part in the gradient of an embedding, rounded apart from the others'."""
+
+    def loss_of(package: Any, x: Tensors, **chunks: Any) -> Any:
+        loss = package.SpladeLoss(MODEL, getattr(package, inner)(MODEL, **chunks), 0.3, 0.2)
+        terms = loss([{"sentence_embedding": x[key]} for key in columns], x.get("label"))
+        return _total(terms), terms
+
+    def tensors() -> Tensors:
+        x = pooled(columns)
+        return x if target is None else x | {"label": target(len(x["a"]))}
+
+    ours, truth = partial(loss_of, sparse_losses), partial(loss_of, sparse_library)
+    return Case(tensors, ours, truth, tuple(columns), autocast)
+
+
+for threshold in (None, 20):
+    CASES[f"flops, threshold {threshold}"] = flops(threshold)
+CASES["autocast flops"] = flops(20, "float32")
+CASES["sparse.losses.Splade ranking"] = splade("SparseMultipleNegativesRankingLoss", "abc")
+CASES["sparse.losses.Splade margins"] = splade("SparseMarginMSELoss", "abcd", two_margins)
+CASES["autocast sparse.losses.Splade"] = splade("SparseMultipleNegativesRankingLoss", "ab", autocast="half")
 
 
 # --- Matryoshka ------------------------------------------------------------------------------------------------------

@@ -274,6 +274,7 @@ FUNCTIONS = {
     "batch hard": (CF.batch_hard_triplet, 1, {"labels": labels}),
     "batch semi hard": (CF.batch_semi_hard_triplet, 1, {"labels": labels}),
     "batch all": (CF.batch_all_triplet, 1, {"labels": labels}),
+    "flops": (CF.flops, 1, {}),
     "orthogonal": (CF.orthogonal_regularization, 1, {}),
     "sigmoid": (CF.sigmoid_pairs, 2, {"scale": 10.0, "bias": -10.0}),
 }
@@ -295,7 +296,7 @@ KINDS = {
     "sparse rows": (sparse_rows, TypeError, "to be a dense tensor, got a tensor of layout sparse_csr"),
     "nested": (nested, TypeError, "to be a dense tensor, got a tensor of layout nested"),
     "meta": (rows.to("meta"), ValueError, "in memory, got a tensor on the meta device|on cpu, got meta"),
-    "vector": (rows[0], ValueError, r"of shape \(N, [DH]\), got \(6,\)"),
+    "vector": (rows[0], ValueError, r"of shape \(N, [DHV]\), got \(6,\)"),
     "tokens": (
         rows[:, None],
         ValueError,
@@ -305,7 +306,7 @@ KINDS = {
 
 
 def test_every_function_is_here():
-    of_scores = {"cosent_from_scores"}
+    of_scores = {"cosent_from_scores", "splade_pool"}  # and of tokens: tests/test_splade_pool.py
     named = {getattr(CF, name) for name in CF.__all__ if isinstance(getattr(CF, name), FunctionType)}
     assert {name.__name__ for name in named} == {function.__name__ for function, *_ in FUNCTIONS.values()} | of_scores
 

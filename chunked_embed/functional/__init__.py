@@ -10,6 +10,8 @@ from .mega_batch import mega_batch_margin
 from .pairwise import SIMILARITIES, PairwiseScores, Triplet, pairwise_scores, triplet
 from .ranking import angle, cosent, cosent_from_scores
 from .sigmoid import sigmoid_pairs
+from .sparsity import flops
+from .splade import splade_pool
 from .spread import OrthogonalTerms, orthogonal_regularization
 
 __all__ = [
@@ -23,11 +25,13 @@ __all__ = [
     "batch_semi_hard_triplet",
     "cosent",
     "cosent_from_scores",
+    "flops",
     "guided_info_nce",
     "info_nce",
     "mega_batch_margin",
     "orthogonal_regularization",
     "pairwise_scores",
     "sigmoid_pairs",
+    "splade_pool",
     "triplet",
 ]

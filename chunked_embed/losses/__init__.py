@@ -7,8 +7,9 @@ when a class is first touched, not before.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from chunked_embed.losses._names import finder
 
 if TYPE_CHECKING:
     from sentence_transformers.sentence_transformer.losses import (
@@ -123,18 +124,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in _HOME:
-        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    else:  # the library's own: no large tensor, a name that goes with a loss, or one of a later version
-        library = importlib.import_module(f"{__name__}._compat").library
-        if name not in library.__all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-        value = getattr(library, name)
-    globals()[name] = value
-    return value
+__getattr__ = finder(__name__, _HOME, __all__, "library")
 
 
 def __dir__() -> list[str]:

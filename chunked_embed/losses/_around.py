@@ -24,6 +24,7 @@ class Around(ChunkedLoss):
             super().__setattr__(name, value)
             return
         if name in OPTIONS:
+            self._check_taken(name)
             if not (isinstance(inner, ChunkedLoss) or hasattr(inner, name)):
                 raise ValueError(f"{name}: {type(inner).__name__}, the wrapped loss, has no such option")
             Options(**{**self._options(), name: value})

@@ -140,7 +140,8 @@ class _Parts(torch.autograd.Function):
         if not all(torch.allclose(grad, grads[0], rtol=0, atol=0, equal_nan=True) for grad in grads):
             raise RuntimeError(
                 "expected the terms of a loss with gradient caching to be added up as they are, got gradients "
-                f"{[grad.item() for grad in grads]}: weigh them in the loss (mean_weight, second_moment_weight)"
+                f"{[grad.item() for grad in grads]}: weigh them in the loss (mean_weight and second_moment_weight, or "
+                "document_regularizer_weight and its like)"
             )
         return (grads[0], *[None] * len(grads))
 
@@ -200,16 +201,17 @@ class ChunkedLoss(CachedLossMixin):
         own = list(inspect.signature(cls.__init__).parameters.values())[1:]
         if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
             names = {parameter.name for parameter in own}
-            options = [p for name, p in inspect.signature(Options).parameters.items() if name not in names]
+            options = [p for name, p in inspect.signature(Options).parameters.items() if name in {*cls._takes} - names]
             cls.__signature__ = inspect.Signature([*own[:-1], *options])
 
     mini_batch_size: int | None
-    _own_options = OPTIONS
+    _takes: ClassVar[tuple[str, ...]] = OPTIONS  # the options that it has
+    _own_options: ClassVar[tuple[str, ...]] = OPTIONS  # of these, what is its own and no other loss's
 
     def _set_options(self, **options: Any) -> None:
         """In every constructor, last."""
-        if unknown := [name for name in options if name not in OPTIONS]:
-            raise TypeError(f"expected options of {type(self).__name__} among {list(OPTIONS)}, got {unknown[0]!r}")
+        for name in options:
+            self._check_taken(name)
         check_model(getattr(self, "model", None))
         Options(**options)  # together, before any of them is set
         defaults = {name: getattr(Options, name) for name in self._own_options}
@@ -218,8 +220,13 @@ class ChunkedLoss(CachedLossMixin):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in OPTIONS:
+            self._check_taken(name)
             Options(**{**self._options(), name: value})
         super().__setattr__(name, value)
+
+    def _check_taken(self, option: str) -> None:
+        if option not in self._takes:
+            raise TypeError(f"expected options of {type(self).__name__} among {list(self._takes)}, got {option!r}")
 
     if TYPE_CHECKING:
 
@@ -349,7 +356,8 @@ class ChunkedLoss(CachedLossMixin):
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
         """The loss of mini-batches of embeddings, as :class:`CachedLossMixin` asks for it."""
-        loss = self._total(self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels))
+        columns = [column[0] if len(column) == 1 else torch.cat(column) for column in reps]
+        loss = self._total(self.compute_loss_from_embeddings(columns, labels))
         if not with_backward:
             return loss
         leaves = [leaf for column in reps for leaf in column]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
-from sentence_transformers import SentenceTransformerModelCardData
+from sentence_transformers import SentenceTransformerModelCardData, SparseEncoderModelCardData
 from torch import nn
 
 from chunked_embed import __version__
-from chunked_embed.losses._compat import library
+from chunked_embed.losses._compat import library, sparse_library
+
+_LIBRARIES = {"chunked_embed.losses.": library, "chunked_embed.sparse.losses.": sparse_library}
+"""Whose classes those of our modules take the place of."""
 
 
 def sign_cards() -> None:
@@ -20,16 +25,19 @@ def sign_cards() -> None:
     loss that wraps ours, be it the library's or a user's, that ours is in it.
     """
     # What writes the name and the parameters of a loss. A library without it has cards with our names, unsigned.
-    original = getattr(SentenceTransformerModelCardData, "compute_dataset_metrics", None)
-    if original is None or hasattr(original, "_signs"):
-        return
+    for data in (SentenceTransformerModelCardData, SparseEncoderModelCardData):
+        original = getattr(data, "compute_dataset_metrics", None)
+        if original is not None and not hasattr(original, "_signs"):
+            data.compute_dataset_metrics = _signing(original)
 
+
+def _signing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def signed(*args: Any, **kwargs: Any) -> Any:
         return original(*map(_shown, args), **{name: _shown(value) for name, value in kwargs.items()})
 
     signed._signs = True  # type: ignore[attr-defined]
-    SentenceTransformerModelCardData.compute_dataset_metrics = signed
+    return signed
 
 
 class _Shown:
@@ -53,15 +61,15 @@ class _Shown:
 def _shown(argument: Any) -> Any:
     if not isinstance(argument, nn.Module):
         return argument
-    ours = any(_is_ours(base) for module in argument.modules() for base in type(module).__mro__)
+    ours = any(_library_of(base) for module in argument.modules() for base in type(module).__mro__)
     return _Shown(argument) if ours else argument
 
 
 def _namesake(cls: type) -> type | None:
     """The library's class that one of ours takes the place of. That is what a shared name means in this package, and
     here alone: ``distill.sentence_transformers.EmbedDistillLoss`` is a loss of another meaning."""
-    return getattr(library, cls.__name__, None) if _is_ours(cls) else None
+    return getattr(_library_of(cls), cls.__name__, None)
 
 
-def _is_ours(cls: type) -> bool:
-    return cls.__module__.startswith("chunked_embed.losses.")
+def _library_of(cls: type) -> ModuleType | None:
+    return next((found for ours, found in _LIBRARIES.items() if cls.__module__.startswith(ours)), None)

@@ -26,11 +26,13 @@ if tuple(int(part) for part in sentence_transformers.__version__.split(".")[:2])
 # Whose computations ours are compared with: small batches are left to them. Before, they differ from class to class.
 LEAVES_SMALL = tuple(int(part) for part in sentence_transformers.__version__.split(".")[:2]) >= (6, 2)
 
-from sentence_transformers import SentenceTransformer, util
+from sentence_transformers import SentenceTransformer, SparseEncoder, util
 from sentence_transformers.base.losses import CachedLossMixin, RandContext, uses_gradient_cache
 from sentence_transformers.sentence_transformer import losses as library
 from sentence_transformers.sentence_transformer.losses.matryoshka import shrink
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
+from sentence_transformers.sparse_encoder import losses as sparse_library
+from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, SpladePooling
 
 try:
     from sentence_transformers.base.losses.merged_forward import embed_columns

@@ -13,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from chunked_embed import checks
 from chunked_embed.functional.arguments import TRAINED, check_embeddings, check_trained  # noqa: F401  # for distill, too
-from chunked_embed.losses._compat import Pooling, library, sentence_transformers
+from chunked_embed.losses._compat import Pooling, library, sentence_transformers, sparse_library
 
 _OTHERS = {
     "MultiVectorEncoder": "embeds tokens: its losses are those of sentence_transformers.multi_vector_encoder",
@@ -71,7 +71,7 @@ def check_wrapped(loss: nn.Module) -> None:
     if isinstance(loss, (library.DenoisingAutoEncoderLoss, library.ContrastiveTensionLossInBatchNegatives)):
         raise ValueError(f"expected a loss of the model's embeddings, got {type(loss).__name__}")
     own = replaced(loss, "forward", "compute_loss_from_embeddings")
-    if isinstance(loss, library.GlobalOrthogonalRegularizationLoss) and not own:
+    if isinstance(loss, (library.GlobalOrthogonalRegularizationLoss, sparse_library.SpladeLoss)) and not own:
         raise ValueError(
             f"expected a loss that returns a scalar, got {type(loss).__name__}, which returns a dict of terms: add it "
             "to the wrapping loss, not inside of it"

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from sentence_transformers import SparseEncoder
 from sentence_transformers.sentence_transformer import losses as library
 from sentence_transformers.sentence_transformer.modules import Normalize
+from sentence_transformers.sparse_encoder import losses as sparse_library
+from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
 from st_parts import EXACT, assert_same, build, dense, features, labels_for, value_and_grads
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from chunked_embed import losses
+from chunked_embed.sparse import losses as sparse_losses
 
 ROWS, WORLD = 8, 2
 SHARDS = [slice(0, 5), slice(5, 8)]  # an uneven last batch
@@ -50,7 +56,8 @@ def names() -> list[str]:
     local = [f"local-{case}-{unused}" for case, unused in product(("cosent", "triplet"), ("unused", "used"))]
     cached = ["matryoshka-cached-unused"] if "cached" in MODES else []
     learns = [f"learns-{mode}" for mode in MODES]
-    return [*gathered, *local, *learns, "matryoshka-used", *cached, "frozen-dense"]
+    splade = [f"splade-{mode}-{threshold}" for mode, threshold in product(MODES, ("", "4")) if mode != "fused"]
+    return [*gathered, *local, *learns, "matryoshka-used", *cached, "frozen-dense", *splade]
 
 
 def check(name: str, rank: int, folder: str) -> None:
@@ -59,6 +66,8 @@ def check(name: str, rank: int, folder: str) -> None:
         return check_local(rest[0], rest[1] == "unused", rank, folder)
     if kind == "learns":
         return check_learns(MODES[rest[0]], rank, folder)
+    if kind == "splade":
+        return check_splade({"mini_batch_size": 2} if "cached" in rest else {}, int(rest[1] or 0) or None, rank, folder)
     if kind == "frozen":
         return check_gathered("cosent", MODES["fused"], True, rank, folder, freeze="weight")
     if kind == "matryoshka":
@@ -133,6 +142,33 @@ def check_learns(options: dict, rank: int, folder: str) -> None:
     assert_same(value_and_grads(wrapped(model, ours, False), model, part, labels[SHARDS[rank]], upstream=2.0), expected)
     grads = [loss.cos_score_transformation.scale.grad for loss in (ours, theirs)]
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
+
+
+def check_splade(options: dict, threshold: int | None, rank: int, folder: str) -> None:
+    """Similarities and FLOPS of the whole batch, of a sparse model."""
+    torch.manual_seed(0)
+    parts = [*build(folder), SparseAutoEncoder(16, 24, k=5, k_aux=5).double()]
+    model = SparseEncoder(modules=parts, device="cpu").train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("pooler" not in name)
+    whole, part = features(model, ROWS, 3), features(model, ROWS, 3, rows=SHARDS[rank])
+
+    def terms(package: Any, batch: list, **more: Any) -> tuple[dict, dict]:
+        weights = {"document_regularizer_weight": 0.3, "query_regularizer_weight": 0.2}
+        inner = package.SparseMultipleNegativesRankingLoss(model)
+        loss = package.SpladeLoss(model, inner, **weights, document_regularizer_threshold=threshold, **more)
+        model.zero_grad()
+        found = (wrapped(model, loss, True) if more else loss)([dict(column) for column in batch], None)
+        torch.stack(list(found.values())).sum().backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return {name: term.detach() for name, term in found.items()}, grads
+
+    expected, grads = terms(sparse_library, whole)
+    found, own = terms(sparse_losses, part, gather_across_devices=True, **options)
+    dist.all_reduce(found["base_loss"])  # each process has its share
+    found["base_loss"] /= WORLD
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(own, grads)
 
 
 def check_matryoshka(options: dict, unused: bool, rank: int, folder: str) -> None:

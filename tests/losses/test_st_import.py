@@ -12,7 +12,8 @@ from chunked_embed import losses
 SCRIPT = """
 import sys, types
 from chunked_embed import losses
-assert "CoSENTLoss" in dir(losses) and "sentence_transformers" not in sys.modules
+from chunked_embed.sparse import losses as sparse_losses
+assert "CoSENTLoss" in dir(losses) and "SpladeLoss" in dir(sparse_losses) and "sentence_transformers" not in sys.modules
 old = types.ModuleType("sentence_transformers")
 old.__version__ = "5.6.1"
 for library in (None, old):
