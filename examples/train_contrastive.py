@@ -14,18 +14,13 @@ in between and after (see retrieval.py). A run that was cut off goes on with --r
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import shutil
 import time
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import common
-import docstrings
 import typer
 from common import (
     BUNDLED_MODEL,
@@ -33,21 +28,15 @@ from common import (
     fit,
     has_fast_bf16,
     load_model,
-    load_splits,
     quiet_and_offline,
     save_and_check,
     show_rows,
 )
+from pair_parts import MAIN, POOL, WORLD, begin, digest, load_pairs, restore, stop_and_go_on
 
 if TYPE_CHECKING:  # imported below where they are used: --help and a wrong option answer at once
-    from datasets import Dataset
     from sentence_transformers import SentenceTransformer
-    from torch import Tensor, nn
-
-POOL = 2000  # held-out pairs
-OWN_STATE = "loss.pt"  # the last file of a checkpoint: one without it was cut off while it was written
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-MAIN = os.environ.get("RANK", "0") == "0"
+    from torch import nn
 
 
 class Loss(str, Enum):
@@ -131,8 +120,10 @@ def main(
             raise ValueError(f"--batch-size {batch_size} does not divide among {WORLD} processes")
         if loss is Loss.siglip and duplicates is Duplicates.mask:
             raise ValueError("--loss siglip cannot mask duplicates: --duplicates avoid makes batches without")
+        if loss is Loss.siglip and len(columns.split(",")) > 2:
+            raise ValueError(f"--loss siglip takes pairs, and --columns {columns} names more than two columns")
         needed = max(12_000 if not quick else 600, math.ceil(1.25 * batch_size))
-        train, held_out = load_data(dataset, subset, columns, loss, needed, seed)
+        train, held_out = load_pairs(dataset, subset, columns, needed, seed, negatives=loss is not Loss.siglip)
         if len(train) < batch_size:
             raise ValueError(f"--batch-size {batch_size} is more than the {len(train)} training rows that there are")
         network = load_model(model, max_seq_length)
@@ -184,7 +175,7 @@ def main(
             train,
             trained,
             mini_batch_size,
-            callbacks=callbacks(trained, network, stop_after),
+            callbacks=stop_and_go_on(trained, network, stop_after),
             evaluator=RetrievalEvaluator(texts, widths),
             resume_from=checkpoint,
             output_dir=str(output),
@@ -227,38 +218,7 @@ def main(
     )
 
 
-# ---- data and loss
-
-
-def load_data(name: str, subset: str, columns: str, loss: Loss, rows: int, seed: int) -> tuple[Dataset, Dataset]:
-    """(training, held out): query, document, hard negatives. No held-out text is in a training row, or comes twice."""
-    if not name or docstrings.is_code(name):
-        from datasets import Dataset
-
-        with console.status("Reading docstrings"):
-            functions = docstrings.collect(rows, per_package=max(1000, rows // 12), folder=name)
-            train = docstrings.pairs([f for f in functions if not docstrings.is_held_out(f)], seed)
-            held_out = docstrings.pairs([f for f in functions if docstrings.is_held_out(f)], seed)
-        return Dataset.from_dict(train), Dataset.from_dict(held_out)
-
-    wanted = [column.strip() for column in columns.split(",")]
-    if len(wanted) < 2:
-        raise ValueError(f"--columns takes two names or more, query,document, got {columns!r}")
-    if loss is Loss.siglip and len(wanted) > 2:
-        raise ValueError(f"--loss siglip takes pairs, and --columns {columns} names {len(wanted)} columns")
-    optional = () if loss is Loss.siglip or "negative" in wanted else ("negative",)
-    train, held_out = load_splits(name, subset, wanted, "the training", 2 * POOL, seed, optional)
-    seen: set[str] = set()
-
-    def is_new(row: dict[str, str]) -> bool:
-        texts = [row[column] for column in wanted[:2]]
-        new = not seen & set(texts)
-        seen.update(texts)
-        return new
-
-    kept = [i for i, row in enumerate(held_out.select(range(min(len(held_out), 2 * POOL)))) if is_new(row)]
-    clean = [i for i, row in enumerate(train) if not seen & {row[column] for column in wanted[:2]}]
-    return train.select(clean), held_out.select(kept)
+# ---- widths and loss
 
 
 def read_widths(text: str, dim: int) -> list[int]:
@@ -290,90 +250,6 @@ def build_loss(name: Loss, model: SentenceTransformer, widths: list[int], option
     if widths == [model.get_embedding_dimension()]:
         return loss
     return losses.MatryoshkaLoss(model, loss, matryoshka_dims=widths)
-
-
-# ---- stopping and going on
-
-
-def digest(train: Dataset) -> str:
-    """Of the training texts, in their order: other texts would be another run."""
-    total = hashlib.sha256()
-    for row in train:
-        total.update(json.dumps(row).encode())
-    return total.hexdigest()[:16]
-
-
-def begin(output: Path, run: dict[str, Any], resume: bool) -> Path | None:
-    """The checkpoint to go on from, or None for a new run, after a look at what lies in the folder."""
-    told = output / "run.json"
-    before = json.loads(told.read_text()) if told.exists() else None
-    checkpoints = sorted(
-        (path.parent for path in output.glob(f"checkpoint-*/{OWN_STATE}")), key=lambda c: int(c.name.split("-")[1])
-    )
-    if resume:
-        if before is None or not checkpoints:
-            raise ValueError(f"--resume: no checkpoint in {output}")
-        if before != run:
-            other = [
-                f"{name} was {before.get(name)}, is {run.get(name)}" for name in run if before.get(name) != run[name]
-            ]
-            raise ValueError(f"--resume: the run in {output} was another one: {'; '.join(other)}")
-        return checkpoints[-1]
-    if not MAIN:
-        return None  # the first process looks, and clears up
-    results = output / "results.json"
-    if checkpoints and not (results.exists() and json.loads(results.read_text()).get("finished")):
-        raise ValueError(f"{output} holds an unfinished run: --resume goes on with it, --output names another folder")
-    for path in output.glob("checkpoint-*") if before is not None else ():
-        shutil.rmtree(path)
-    results.unlink(missing_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
-    told.write_text(json.dumps(run, indent=1))
-    return None
-
-
-def own_parameters(loss: nn.Module, model: nn.Module) -> dict[str, Tensor]:
-    """What a loss learns itself, such as a temperature: no checkpoint of a model holds it."""
-    of_model = {id(parameter) for parameter in model.parameters()}
-    return {name: p.detach() for name, p in loss.named_parameters() if id(p) not in of_model}
-
-
-def restore(loss: nn.Module, model: nn.Module, checkpoint: Path) -> None:
-    import torch
-
-    saved = torch.load(checkpoint / OWN_STATE, map_location="cpu", weights_only=True)
-    for name, parameter in own_parameters(loss, model).items():
-        parameter.copy_(saved[name])
-
-
-def callbacks(loss: nn.Module, model: nn.Module, stop_after: int) -> list[Any]:
-    import torch
-    from transformers import TrainerCallback
-
-    class KeepLoss(TrainerCallback):
-        """Puts into a checkpoint what the loss learned."""
-
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.is_world_process_zero:
-                file = Path(args.output_dir, f"checkpoint-{state.global_step}", OWN_STATE)
-                torch.save(own_parameters(loss, model), file.with_suffix(".part"))
-                file.with_suffix(".part").replace(file)
-
-    class StopAndEvaluate(TrainerCallback):
-        """Evaluates at the end, which need not be a multiple of --eval-every; stops where --stop-after says."""
-
-        begun_at = 0
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.begun_at = state.global_step
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step >= state.max_steps:
-                control.should_evaluate = control.should_save = True
-            elif stop_after and state.global_step - self.begun_at >= stop_after:
-                control.should_save = control.should_training_stop = True
-
-    return [KeepLoss(), StopAndEvaluate()]
 
 
 if __name__ == "__main__":
