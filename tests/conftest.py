@@ -7,12 +7,13 @@ from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a download
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # whose warning at an import would be an error
 
 import corpus
 import pytest
 import torch
 
-SAMPLE = 5
+SAMPLE = 8
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -48,13 +48,15 @@ BRIEFLY = ("--seconds", "0")
         ("embedding", ["--no-compiled", "--sizes", "300x16", "--projected", "200x16"], 30),
         ("token_losses", ["--no-compiled", "--head", "64x100x8", "--error", "64x50x8", "--kernel", "8x100"], 23),
         ("contrastive", ["--no-compiled", "--sizes", "64x32", "--small", "32x16", "--sigmoid-size", "64x8"], 80),
+        ("sparse_losses", ["--no-compiled", "--rows", "16", "--width", "100", "--density", "0.1"], 15),
         ("preference", ["--no-compiled", "--only", "dpo,packed,logps,losses,dpo-step,orpo-step"], 53),
         ("distillation", ["--no-compiled", "--vocabularies", "100"], 65),
+        ("sparse", [], 28),
         ("small", ["--only", "alone,engine", "--rows", "8", "--widths", "16", "--engine-rows", "8", *BRIEFLY], 50),
     ],
 )
 def test_small_mode(tmp_path, script, arguments, lines):
-    if script in ("embedding", "contrastive", "small"):
+    if script in ("embedding", "contrastive", "small", "sparse", "sparse_losses"):
         pytest.importorskip("sentence_transformers")
     found = run_script(tmp_path, script, arguments)
     assert len(found) >= lines
@@ -400,7 +402,7 @@ def test_a_case_is_chosen_by_patterns(tmp_path, monkeypatch):
 def test_a_profile_names_what_takes_the_time(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     measure = pytest.importorskip("measure")
-    x = torch.ones(300, 300)
+    x = torch.ones(1000, 1000)
     bench = measure.Benchmark("family", torch.device("cpu"), tmp_path, profile=True)
 
     def absent():

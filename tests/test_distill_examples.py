@@ -23,6 +23,7 @@ sys.path.insert(0, str(EXAMPLES))
 import docstrings  # noqa: E402
 import teacher_topk  # noqa: E402
 from datasets import Dataset, load_from_disk  # noqa: E402
+from processes import run_program  # noqa: E402
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -38,13 +39,7 @@ VOCABULARY, K = 64, 5
 
 
 def run(example: str, *arguments: Any) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / example), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=ENV,
-    )
+    return run_program(EXAMPLES / example, *arguments, env=ENV)
 
 
 def said(result: subprocess.CompletedProcess) -> str:

@@ -176,6 +176,7 @@ def in_reference() -> list[tuple[str, str]]:
 def importable(module: str) -> bool:
     """Without what is optional, less of the reference can be looked at."""
     needs = {"alignment.trl": "trl", "distill.trl": "trl", "chunked_embed.losses": "sentence_transformers"}
+    needs |= {"chunked_embed.sparse.losses": "sentence_transformers"}
     needs |= {"distill.sentence_transformers": "sentence_transformers", "distill.trainer": "transformers"}
     return all(importlib.util.find_spec(n) for m, n in needs.items() if module == m or module.startswith(f"{m}."))
 
@@ -185,7 +186,13 @@ def value(module: str, name: str) -> Any:
 
 
 REFERENCE = [(module, name) for module, name in in_reference() if importable(module)]
-MODULES = [*PACKAGES, "chunked_embed.functional", "chunked_embed.losses", "alignment.trl"]
+MODULES = [
+    *PACKAGES,
+    "chunked_embed.functional",
+    "chunked_embed.losses",
+    "chunked_embed.sparse.losses",
+    "alignment.trl",
+]
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if importable(module)])

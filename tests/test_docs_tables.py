@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 LOSS_PAGES = {
     "docs/losses/embeddings.md": ("losses", "CF"),
+    "docs/losses/sparse.md": ("sparse", "CF"),
     "docs/losses/preferences.md": ("alignment",),
     "docs/losses/distillation.md": ("distill",),
     "docs/losses/your_own.md": ("chunked_embed",),
@@ -25,6 +26,7 @@ PREFIXES = {
     "CF": "chunked_embed.functional",
     "AF": "alignment.functional",
     "losses": "chunked_embed.losses",
+    "sparse": "chunked_embed.sparse",
     **{name: name for name in ("alignment", "chunked_embed", "distill")},
 }
 OURS = re.compile(rf"(?<![\w./])({'|'.join(PREFIXES)})((?:\.\w+)+)(\(([^()]*)\))?")
@@ -139,13 +141,13 @@ def test_a_signature_is_the_codes_and_each_argument_is_explained(page, name, wri
 
 def public_losses() -> Iterator[str]:
     """Every loss class and function of the three packages."""
-    for prefix in ("losses", "alignment", "distill"):
+    for prefix in ("losses", "sparse.losses", "alignment", "distill"):
         module = found(prefix)
         for name in module.__all__:
             thing = getattr(module, name)
             if not inspect.isclass(thing) or name in ("ChunkedLoss", "PreparedLoss"):  # a base without one; no loss
                 continue
-            if name.endswith("Loss") and thing.__module__.startswith(PREFIXES[prefix]):
+            if name.endswith("Loss") and thing.__module__.startswith(module.__name__):
                 yield f"{prefix}.{name}"
     yield from (f"CF.{name}" for name in found("CF").__all__ if inspect.isfunction(getattr(found("CF"), name)))
     yield from ("distill.sentence_transformers.EmbedDistillLoss", "chunked_embed.FlexChunkLoss")
@@ -170,7 +172,9 @@ def names_of_formulas() -> set[str]:
 def test_every_public_name_is_on_a_loss_page():
     text = "\n".join(read(page) for page in (*LOSS_PAGES, "docs/choosing.md"))
     words = set(re.findall(r"\w+", text))
-    public = {name for prefix in ("losses", "CF", "alignment", "distill") for name in found(prefix).__all__}
+    public = {
+        name for prefix in ("losses", "sparse.losses", "CF", "alignment", "distill") for name in found(prefix).__all__
+    }
     trainers = {*found("alignment.trl").HOMES, "DistillTrainer", "ChunkedGKDTrainer"} - {"BCO_STATE"}
     assert sorted({*public, *names_of_formulas(), *trainers} - words - {"functional"}) == []
 

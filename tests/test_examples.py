@@ -27,12 +27,15 @@ sys.path.insert(0, str(EXAMPLES))
 import docstrings  # noqa: E402
 import loss_stage  # noqa: E402
 import retrieval  # noqa: E402
+from processes import run_program  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 ENV = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "COLUMNS": "200"}
 
 
 def run(example: str, *arguments: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    if not launcher:
+        return run_program(EXAMPLES / example, *arguments, env=ENV)
     return subprocess.run(
         [sys.executable, *launcher, str(EXAMPLES / example), *map(str, arguments)],
         capture_output=True,
@@ -65,7 +68,7 @@ def refused(example: str, *arguments: str | Path, launcher: tuple[str, ...] = ()
 
 
 def test_programs_are_those_that_there_are():
-    assert len(PROGRAMS) == 10
+    assert len(PROGRAMS) == 11
 
 
 @pytest.mark.parametrize("example", PROGRAMS)
@@ -161,7 +164,7 @@ def test_custom_loss():
 @pytest.mark.slow(among="file")
 @pytest.mark.parametrize("loss", ["cosent", "triplet", "matryoshka", "angle"])
 def test_training(tmp_path, loss, code):
-    result = train(tmp_path, "--quick", "--loss", loss, "--dataset", code)
+    result = train(tmp_path, "--quick", "--loss", loss, "--dataset", code, "--batch-size", "64")
     assert result.returncode == 0, result.stdout + result.stderr
     for heading in ("Evaluation", "Peak memory of a step", "alone, forward + backward"):
         assert heading in result.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from alignment import DPOLoss
 from chunked_embed import causal_lm
 
 pytest.importorskip("transformers")
-sys.path.append(str(Path(__file__).parent / "losses"))
 
 import head_ranks
 from lm_parts import IDS, INPUTS, assert_its_own, expected_logps, logps, make, plain
-from st_processes import Outcomes, assert_passed, run_checks
+from processes import Outcomes, assert_passed, run_checks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),

@@ -68,7 +68,10 @@ def where_imported(library: str) -> list[str]:
     ("library", "homes"),
     [
         ("triton", ("chunked_embed/kernels/",)),
-        ("sentence_transformers", ("chunked_embed/losses/", "distill/sentence_transformers.py")),
+        (
+            "sentence_transformers",
+            ("chunked_embed/losses/", "chunked_embed/sparse/", "distill/sentence_transformers.py"),
+        ),
         (
             "transformers",
             ("chunked_embed/causal_lm.py", "chunked_embed/trainer_callback.py", "distill/trainer.py", "distill/trl.py"),

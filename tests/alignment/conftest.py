@@ -1,12 +1,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import warnings
 
 import pytest
-
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ import bco_ranks
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from preference_zoo import CASES, Batch, Vectors, make_batch
+from processes import spawn
 
 import alignment as A
 
@@ -74,7 +74,7 @@ def test_sequence_weights() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 def test_two_processes_have_one_delta(tmp_path: Path) -> None:
-    mp.spawn(bco_ranks.run, args=(str(tmp_path),), nprocs=bco_ranks.WORLD)
+    spawn(bco_ranks.run, bco_ranks.WORLD, str(tmp_path))
     found = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(bco_ranks.WORLD)]
     seen, wanted = [], []
     for step in range(bco_ranks.STEPS):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 pytest.importorskip("trl")
 pytest.importorskip("peft")
-sys.path.append(str(Path(__file__).parent.parent / "losses"))
 
 import trl_ranks
 import trl_sharded
-from st_processes import Outcomes, assert_passed, run_checks
+from processes import Outcomes, asked, assert_passed, run_checks, spawn
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo"),
@@ -36,7 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(trl_ranks.run_trainers, args=(port, str(folder)), nprocs=trl_ranks.WORLD)
+    spawn(trl_ranks.run_trainers, trl_ranks.WORLD, port, str(folder))
     return [torch.load(folder / f"trained-{rank}.pt") for rank in range(trl_ranks.WORLD)]
 
 
@@ -83,7 +80,7 @@ def one_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", [*trl_sharded.NAMES["bfloat16"], *trl_sharded.NAMES["float64"]])
+@pytest.mark.parametrize("name", trl_sharded.NAMES)
 @pytest.mark.usefixtures("one_process")
 def test_trainers_are_exact_where_fsdp2_casts_outputs(name: str) -> None:
     trl_sharded.check(name, 0)
@@ -96,10 +93,12 @@ def test_an_adapter_learns_under_fsdp2(kind: str, checks_logits: bool) -> None:
     trl_sharded.check_adapter(kind, checks_logits)
 
 
+@pytest.fixture(scope="module")
+def cast(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return run_checks(trl_sharded.check, asked(request), trl_ranks.WORLD, tmp_path_factory.mktemp("cast"))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", trl_sharded.NAMES)
-def test_trainers_are_exact_on_two_processes(precision: str, tmp_path: Path) -> None:
-    names = trl_sharded.NAMES[precision]
-    outcomes = run_checks(trl_sharded.check, names, trl_ranks.WORLD, tmp_path)
-    for name in names:
-        assert_passed(name, outcomes)
+@pytest.mark.parametrize("name", trl_sharded.NAMES)
+def test_trainers_are_exact_on_two_processes(name: str, cast: Outcomes) -> None:
+    assert_passed(name, cast)

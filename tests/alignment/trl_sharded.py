@@ -96,11 +96,9 @@ LOGGED: dict[str, dict[str, float]] = {  # where the policy is its reference
     "gkd": {"jsd": 0.0, "teacher_agreement": 1.0},
 }
 CAST = {"output_dtype": torch.bfloat16}
-NAMES = {
-    "float64": [f"{kind}, float64" for kind in KINDS],
-    # What is precomputed comes from models that nothing has sharded or rounded.
-    "bfloat16": [f"{kind}, bfloat16" for kind in KINDS if kind != "dpo, precomputed"],
-}
+NAMES = [f"{kind}, float64" for kind in KINDS]
+# What is precomputed comes from models that nothing has sharded or rounded.
+NAMES += [f"{kind}, bfloat16" for kind in KINDS if kind != "dpo, precomputed"]
 HALF = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, **CAST}  # accelerate's bf16, all but the sums
 
 

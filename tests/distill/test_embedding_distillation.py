@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "losses"), str(ROOT / "examples")]  # spawned processes get them, too
 
 from loss_stage import peak_bytes  # noqa: E402
+from processes import Outcomes, asked, assert_passed, run_checks  # noqa: E402
 from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.sentence_transformer import losses as library  # noqa: E402
 from sentence_transformers.sentence_transformer.modules import Normalize  # noqa: E402
@@ -39,7 +40,6 @@ from st_parts import (  # noqa: E402
     train,
     value_and_grads,
 )
-from st_processes import Outcomes, assert_passed, run_checks  # noqa: E402
 
 from distill import JSDLoss, KLDivLoss, TAIDLoss, TopKLoss  # noqa: E402
 from distill.sentence_transformers import EmbedDistillLoss  # noqa: E402
@@ -345,8 +345,10 @@ def check(name: str, rank: int, folder: str, teacher: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes(student_dir: str, other_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return run_checks(check, tuple(CASES), WORLD, tmp_path_factory.mktemp("ranks"), student_dir, other_dir)
+def outcomes(
+    request: pytest.FixtureRequest, student_dir: str, other_dir: str, tmp_path_factory: pytest.TempPathFactory
+) -> Outcomes:
+    return run_checks(check, asked(request), WORLD, tmp_path_factory.mktemp("ranks"), student_dir, other_dir)
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -23,6 +22,7 @@ pytest.importorskip("accelerate")
 
 import trainer_parts as parts
 from datasets import Dataset
+from processes import spawn
 from trainer_parts import assert_same_training, hard, kl, logged, student, teacher, tokens
 from transformers import (
     CohereConfig,
@@ -253,7 +253,7 @@ def test_a_teacher_has_no_dropout(tmp_path: Path) -> None:
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    mp.spawn(parts.run, args=(str(tmp_path),), nprocs=parts.WORLD)
+    spawn(parts.run, parts.WORLD, str(tmp_path))
     one = parts.reference(tmp_path, half, eval_dataset=tokens(5, seed=1), args=parts.ORDERED)
     one.train()
     alone = parts.distributed(tmp_path, {}).state.log_history

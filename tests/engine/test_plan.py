@@ -39,12 +39,13 @@ class NLL(TokenStatistics):
         return -scores["logps"][:, 0]
 
 
+COLUMNS = 20_000 if torch.cuda.is_available() else 5_000  # more take a CPU seconds
 SHAPES = {  # loss, rows, hidden, columns; of how many rows one is used, rows of a segment
     "one chunk": (CrossEntropy, 256, 64, 4500, 1, None),
     "many chunks": (CrossEntropy, 2048, 64, 4500, 1, None),
     "grouped": (NLL, 1024, 64, 4500, 1, None),
     "long groups": (NLL, 2048, 64, 4500, 1, 1024),
-    "few rows of many": (CrossEntropy, 40_000, 256, 20_000, 20, None),
+    "few rows of many": (CrossEntropy, 40_000, 256, COLUMNS, 20, None),
 }
 
 
@@ -68,7 +69,6 @@ def call(name, device, dtype, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_promised_peak_uncompiled(name, dtype):
     plan, run = call(name, "cpu", dtype, compiled=False, max_chunk_bytes=48 << 20)
-    run()
     peak = peak_on_cpu(run)
     assert 0.4 * plan.peak_bytes < peak < 1.1 * plan.peak_bytes, (peak / plan.peak_bytes, str(plan))
 
@@ -188,10 +188,9 @@ def test_a_chunk_grows_to_hold_a_group_that_is_a_little_longer(rows, longer):
 
 def test_gradients_of_used_rows_are_gathered_and_sums_let_go():
     plan, run = call("few rows of many", "cpu", torch.float32, compiled=False, max_chunk_bytes=8 << 20)
-    used, full, head = (4 * 256 * n for n in (2000, 40_000, 20_000))
+    used, full, head = (4 * 256 * n for n in (2000, 40_000, COLUMNS))
     assert (plan.gathered_bytes, plan.gradient_bytes) == (used + head, full + head)
     assert plan.peak_bytes == used + full + head  # the sum of the weight's gradient is gone
-    run()
     assert 0.9 * plan.peak_bytes < peak_on_cpu(run) < 1.1 * plan.peak_bytes
 
 

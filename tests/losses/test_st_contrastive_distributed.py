@@ -11,8 +11,7 @@ import pytest
 import st_contrastive_ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from st_processes import Outcomes, assert_passed, run_checks
+from processes import Outcomes, asked, assert_passed, run_checks, spawn
 
 pytestmark = [
     pytest.mark.slow(among="file"),
@@ -26,7 +25,7 @@ pytestmark = [
 def outcomes(
     request: pytest.FixtureRequest, transformer_dir: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Outcomes:
-    names, scratch = st_contrastive_ranks.names(), tmp_path_factory.mktemp("ranks")
+    names, scratch = asked(request, outcomes=request.param), tmp_path_factory.mktemp("ranks")
     return run_checks(st_contrastive_ranks.check, names, request.param, scratch, transformer_dir)
 
 
@@ -40,7 +39,7 @@ def test_the_trainer_of_two_processes(transformer_dir: str, tmp_path: Path) -> N
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(st_contrastive_ranks.run_trainer, args=(2, port, transformer_dir, str(tmp_path)), nprocs=2)
+    spawn(st_contrastive_ranks.run_trainer, 2, 2, port, transformer_dir, str(tmp_path))
     ranks = [torch.load(tmp_path / f"trained-{rank}.pt") for rank in range(2)]
     with mock.patch.dict(os.environ):
         for case in st_contrastive_ranks.TRAINED:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import st_ranks
 import torch.distributed as dist
-from st_processes import Outcomes, assert_passed, run_checks
+from processes import Outcomes, asked, assert_passed, run_checks
 
 pytestmark = [
     pytest.mark.slow,
@@ -14,10 +14,11 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def outcomes(transformer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return run_checks(
-        st_ranks.check, st_ranks.names(), st_ranks.WORLD, tmp_path_factory.mktemp("ranks"), transformer_dir
-    )
+def outcomes(
+    request: pytest.FixtureRequest, transformer_dir: str, tmp_path_factory: pytest.TempPathFactory
+) -> Outcomes:
+    scratch = tmp_path_factory.mktemp("ranks")
+    return run_checks(st_ranks.check, asked(request), st_ranks.WORLD, scratch, transformer_dir)
 
 
 @pytest.mark.parametrize("name", st_ranks.names())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import st_guided_ranks
 import torch.distributed as dist
+from processes import Outcomes, asked, assert_passed, run_checks
 from st_guided_parts import save_guide
-from st_processes import Outcomes, assert_passed, run_checks
 
 pytestmark = [
     pytest.mark.slow,
@@ -15,10 +15,11 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def outcomes(transformer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+def outcomes(
+    request: pytest.FixtureRequest, transformer_dir: str, tmp_path_factory: pytest.TempPathFactory
+) -> Outcomes:
     guide, scratch = save_guide(tmp_path_factory.mktemp("guide")), tmp_path_factory.mktemp("guided_ranks")
-    names = st_guided_ranks.names()
-    return run_checks(st_guided_ranks.check, names, st_guided_ranks.WORLD, scratch, transformer_dir, guide)
+    return run_checks(st_guided_ranks.check, asked(request), st_guided_ranks.WORLD, scratch, transformer_dir, guide)
 
 
 @pytest.mark.parametrize("name", st_guided_ranks.names())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from processes import Outcomes, asked, assert_passed, run_checks
 from sentence_transformers.sentence_transformer import losses as library
 from sentence_transformers.sentence_transformer.modules import Normalize
 from st_parts import EXACT, assert_same, build, dense, features, value_and_grads
-from st_processes import Outcomes, assert_passed, run_checks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -89,8 +89,10 @@ def check(name: str, rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes(transformer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return run_checks(check, names(), WORLD, tmp_path_factory.mktemp("mined-ranks"), transformer_dir)
+def outcomes(
+    request: pytest.FixtureRequest, transformer_dir: str, tmp_path_factory: pytest.TempPathFactory
+) -> Outcomes:
+    return run_checks(check, asked(request), WORLD, tmp_path_factory.mktemp("mined-ranks"), transformer_dir)
 
 
 @pytest.mark.parametrize("name", names())

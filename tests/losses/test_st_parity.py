@@ -95,6 +95,7 @@ def test_model(case: str, options: dict, transformer_dir: str) -> None:
     assert_same(ours, value_and_grads(case_.theirs(model), model, batch, labels, upstream=2.0))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # raised inside inductor
 @pytest.mark.parametrize("case", ["cosent", "angle", "triplet"])
 def test_compiled(case: str, transformer_dir: str) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
+from processes import Outcomes, asked, assert_passed, run_checks
 from sentence_transformers.sentence_transformer import losses as library
 from sentence_transformers.sentence_transformer.modules import Normalize
 from st_parts import EXACT, TOLERANCE, assert_same, build, dense, features, value_and_grads
-from st_processes import Outcomes, assert_passed, run_checks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -193,8 +193,10 @@ def check(name: str, rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes(transformer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return run_checks(check, NAMES, WORLD, tmp_path_factory.mktemp("unwrapped-ranks"), transformer_dir)
+def outcomes(
+    request: pytest.FixtureRequest, transformer_dir: str, tmp_path_factory: pytest.TempPathFactory
+) -> Outcomes:
+    return run_checks(check, asked(request), WORLD, tmp_path_factory.mktemp("unwrapped-ranks"), transformer_dir)
 
 
 @pytest.mark.parametrize("name", NAMES)

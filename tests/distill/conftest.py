@@ -1,5 +1,0 @@
-from __future__ import annotations
-
-import os
-
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
