@@ -38,7 +38,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 MARK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.S)
 MISSING = "**TODO: not measured yet.**\n"
 DEVICE = "nvidia-h100-80gb-hbm3"
-CPU = "cpu-x86-64"
+CPU, H200 = "cpu-x86-64", "nvidia-h200"
 
 
 # --- what a cell says ---
@@ -98,6 +98,7 @@ QUANTITIES: dict[str, Callable[[Line], str]] = {
     "error of margins": value,
     "error, nats": value,
     "error of the loss": value,
+    "error of embeddings": value,
     "difference": value,
     "": lambda line: line.note,
 }
@@ -248,7 +249,10 @@ TABLES = {
     "step": Table("contrastive", r"training step.*", ("ms", "GiB")),
     "tokens": Table("token-losses", r"(log-prob|cross-ent).*", (*LONG, "error, nats")),
     "weight": Table("token-losses", r"weight gradient.*", ("error of gradients", "")),
+    "tokens-h200": Table("token-losses", r"(log-prob|cross-ent).*", (*LONG, "error, nats"), device=H200),
+    "sparse": Table("sparse", r"SPLADE.*", (*LONG, "error of embeddings"), device=H200),
     "dpo": Table("preference", r"DPO, .*", (*LONG, "error of margins")),
+    "dpo-h200": Table("preference", r"DPO, .*", (*LONG, "error of margins"), device=H200),
     "logps": Table("preference", r"log-probabilities.*", (*LONG, "error, nats")),
     "losses": Table("preference", PREFERENCE, ("ms (x floor)", "GiB"), under="", row="{loss}", column="{who}"),
     "losses-errors": Table(
@@ -285,7 +289,9 @@ TABLES = {
         "swap", rf"losses, {SWAPPED}", ("difference", "x spread"), under="", row="{loss}", column="{name}"
     ),
     "ranks": Table("swap-ranks", r"(?P<loss>\w+, .*) rows, bfloat16", ("ms", "GiB"), under="{loss}"),
-    "gathered": Table("swap-ranks", r"gathered InfoNCE.*", ("ms", "GiB", "error of gradients", "error of the loss")),
+    "gathered": Table(
+        "swap-ranks", r"gathered InfoNCE.*", ("ms", "GiB", "error of gradients", "error of the loss"), device=H200
+    ),
     "ranks-errors": Table(
         "swap-ranks",
         r"errors, (?P<loss>.*) rows, float32",
@@ -298,7 +304,7 @@ TABLES = {
 }
 
 
-WHERE = {"where": "", "where-cpu": CPU}  # marks -> the device, where it is not the page's
+WHERE = {"where": "", "where-cpu": CPU, "where-h200": H200}  # marks -> the device, where it is not the page's
 
 
 def where(lines: Sequence[Line]) -> str:
