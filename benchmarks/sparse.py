@@ -118,16 +118,19 @@ def truth(case: Case, grad: bool) -> Callable[[], list[Tensor]]:
         weight, bias = (t.detach().double().requires_grad_() for t in (case.weight, case.bias))
         n, length, _ = case.hidden.shape
         size = max(TRUTH_NUMBERS // (length * len(weight)), 1)
-        embeddings, of_hidden = [], []
+        embeddings, of_hidden, sums = [], [], [torch.zeros_like(weight), torch.zeros_like(bias)]
         for part in range(0, n, size):
             texts = slice(part, part + size)
             hidden = case.hidden[texts].detach().double().requires_grad_()
             found = plain(hidden, weight, bias, case.mask[texts], case.pooling)
             embeddings.append(found.detach().float())
             if grad:
-                (found * case.upstream[texts]).sum().backward()
-                of_hidden.append(hidden.grad.float())  # type: ignore[union-attr]
-        gradients = [torch.cat(of_hidden), weight.grad.float(), bias.grad.float()] if grad else []  # type: ignore
+                upstream = case.upstream[texts].to(found)
+                of_part, *of_sides = torch.autograd.grad(found, (hidden, weight, bias), upstream)
+                of_hidden.append(of_part.float())
+                for total, more in zip(sums, of_sides):
+                    total += more
+        gradients = [torch.cat(of_hidden), *(total.float() for total in sums)] if grad else []
         return [torch.cat(embeddings), *gradients]
 
     return run

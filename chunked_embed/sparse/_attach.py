@@ -107,11 +107,11 @@ def _neighbours(model: nn.Module) -> Iterator[tuple[Any, Any]]:
             yield from pairwise(module.children())
 
 
-def _check(encoder: Any, transformer: type, splade_pooling: type, pooling: Any) -> None:
+def _check(encoder: Any, transformer: Any, splade_pooling: Any, pooling: Any) -> None:
     for module, kind, ours in ((encoder, transformer, _encode), (pooling, splade_pooling, _hand_on)):
         own = vars(module).get("forward")
         attached = getattr(own, "func", None) is ours
-        if type(module).forward is not kind.forward or not (own is None or attached):  # type: ignore[attr-defined]
+        if type(module).forward is not kind.forward or not (own is None or attached):
             raise TypeError(f"expected a {kind.__name__} with the library's forward, got {type(module).__name__}")
     _check_head(encoder.model)
 
