@@ -220,9 +220,8 @@ class Into:
             elif spec.identity:
                 self.places[spec.name] = self.gradients.destination(spec.terms[0].input, self.visit.span, rows)
             else:
-                self.places[spec.name] = torch.empty(
-                    (rows, spec.width), dtype=spec.operand_dtype, device=self.layout.device
-                )
+                place = torch.empty((rows, spec.row), dtype=spec.operand_dtype, device=self.layout.device)
+                self.places[spec.name] = place[:, : spec.width]
         return self.places[spec.name]
 
     def outputs(self, grad: Tensor, name: str | None = None, bias: Tensor | None = None) -> None:

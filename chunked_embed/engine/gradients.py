@@ -149,6 +149,8 @@ class Gradients:
                 found[i] = torch.zeros((length, *operand.shape[1:]), dtype=dtype, device=operand.device)
             if i in self.inverse_norms:
                 self._through_norms_(i, found[i], self.selection.order if rowlike else None)
+            if i in self.layout.room:
+                found[i] = found[i][..., : self.layout.shapes[i][-1]]
         return [found.pop(i, None) for i in range(len(self.dtypes))]
 
     def _through_norms_(self, i: int, grad: Tensor, order: Tensor | None) -> None:
@@ -175,15 +177,14 @@ def power_of_two(weights: Sequence[Tensor]) -> Tensor:
 def scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``grad * factor`` in ``dtype``, rounded once, without a wide copy. Out of place unless there is nothing to do."""
     if factor is None:
-        return in_dtype(grad, dtype)
+        return in_dtype(grad, dtype).contiguous()
     result = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
-    grad = grad.contiguous()
     if grad.numel() < BLOCK:
-        scale_(grad, factor, result)
+        scale_(grad.contiguous(), factor, result)
         return result
     rows = _rows_of_block(grad)
     for part, out in zip(grad.split(rows), result.split(rows), strict=True):
-        scale_(part, factor, out)
+        scale_(part.contiguous(), factor, out)
     return result
 
 

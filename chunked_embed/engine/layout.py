@@ -21,6 +21,7 @@ from .. import checks
 from ..chunking import Chunking
 from ..kernels.norms import of_length_one
 from .call import Arguments, Positions, Structure, Term, autocast_dtype, label_of, operand_dtype
+from .products import whole
 from .recent import Recent
 from .step import Needs, Shape, Step
 from .types import HALF, accumulator_dtype
@@ -64,6 +65,7 @@ class Spec:
     wants_grad: bool  # any of its tensors does: the gradient of its outputs is needed
     cosine: bool = False  # inverse norms of the rows of input and weight are factors of the outputs
     in_place: bool = False  # the gradient of the outputs takes their place, or the first half of each of their rows
+    row: int = 0  # numbers from one row of outputs to the next
 
     @property
     def identity(self) -> bool:
@@ -112,6 +114,7 @@ class Layout:
     rowlike: frozenset[int]
     normed: frozenset[int]  # those whose inverse norms are factors of outputs
     cast: dict[int, torch.dtype]  # operands that autocast converts
+    room: dict[int, int]  # numbers of a row with zeros behind them, of operands whose rows are no whole vectors
     compiled: bool
     at_once: int  # bytes of all outputs in float32, and of operands that are cast to it
     small: bool  # so that chunks and compiled steps are a detour: see ``direct.py``
@@ -223,8 +226,18 @@ class Layout:
         for i, power in powers.items():
             given[i] = (given[i] * power[:, None]).to(self.operand_dtype(i))
         for i, dtype in self.cast.items():
-            given[i] = given[i].to(dtype)
+            if i not in self.room:
+                given[i] = given[i].to(dtype)
+        for i, width in self.room.items():
+            x = given[i]
+            given[i] = x.new_empty(*x.shape[:-1], width, dtype=self.operand_dtype(i))
+            given[i][..., : x.shape[-1]] = x
+            given[i][..., x.shape[-1] :] = 0
         return given
+
+    def width(self, i: int) -> int:
+        """Numbers of a row of an operand, and of its gradient until that is finished."""
+        return self.room.get(i, self.shapes[i][-1])
 
     @cached_property
     def widened(self) -> frozenset[int]:
@@ -292,6 +305,9 @@ class Layout:
 
 BIASES = ("none", "frozen", "learns")
 TARGET = "target"  # the row argument that is a target without being named as one
+FEWEST_WITH_ROOM = 128  # numbers of a row that gets room for whole vectors, 6% of it at most
+FEWEST_OUTPUTS = 4096  # of a row of outputs that does; narrower ones are of any width to a compiled step
+
 # Outputs in float32, and operands that are cast to it, of a whole call: up to here chunks are a detour.
 DIRECT_BYTES = {"cuda": 32 << 20, "cpu": 16 << 20}
 KERNEL_BYTES = 8 << 20  # the same, where kernels do the steps: they start sooner than what has to be compiled
@@ -370,12 +386,14 @@ class _Builder:
         first = self.tensors[0]
         self.leading = tuple(first.shape[:-1])
         self.device = first.device
+        self.runs_on = self.device
         self.cast: dict[int, torch.dtype] = {}
         if first.dim() < 2 or math.prod(self.leading) == 0:
             raise ValueError(f"expected an input of shape (..., H) with at least one row, got {tuple(first.shape)}")
 
     def layout(self, runs_on: torch.device | None) -> Layout:
         structure, tensors, device = self.structure, self.tensors, runs_on or self.device
+        self.runs_on = device
         specs = {positions.name: self.projection(positions) for positions in structure.projections}
         widths = sorted({spec.width for spec in specs.values()})
         for name, i in structure.rows:
@@ -408,6 +426,7 @@ class _Builder:
             rowlike=frozenset(inputs | {i for _, i in structure.rows}),
             normed=frozenset(normed),
             cast=self.cast,
+            room={} if small else self.rooms(specs, device),
             compiled=not small if chunking.compiled is None else chunking.compiled,
             at_once=at_once,
             small=small,
@@ -426,6 +445,18 @@ class _Builder:
         outputs = self.n_rows * sum(spec.width for spec in specs.values())
         return 4 * (outputs + sum(self.tensors[i].numel() for i in narrow))
 
+    def rooms(self, specs: Mapping[str, Spec], device: torch.device) -> dict[int, int]:
+        """Half-precision rows of products that begin anywhere, as those over a vocabulary of 30,522 do: they would be
+        read a number or two at a time."""
+        formed = [spec for spec in specs.values() if not spec.identity and spec.operand_dtype in HALF]
+        operands = {i for spec in formed for term in spec.terms for i in term if i is not None}
+        elsewhere = {i for _, i in (*self.structure.rows, *self.structure.columns)}
+        elsewhere |= {term.input for spec in specs.values() if spec not in formed for term in spec.terms}
+        widths = {i: self.tensors[i].shape[-1] for i in operands}
+        if operands & elsewhere:  # functions see it as it is
+            return {}
+        return {i: n for i, w in widths.items() if (n := whole(w, device)) != w and w >= FEWEST_WITH_ROOM}
+
     def projection(self, positions: Positions) -> Spec:
         name, terms, bias, cosine, asked = positions
         label, tensors = label_of(name), self.tensors
@@ -434,7 +465,7 @@ class _Builder:
         if first.weight is None:
             x = checks.tensor(f"input{label}", tensors[first.input], kind="floating")
             wants = torch.is_grad_enabled() and x.requires_grad  # there is no product to cast for
-            return Spec(name, terms, None, x.shape[-1], x.dtype, x.dtype, wants)
+            return Spec(name, terms, None, x.shape[-1], x.dtype, x.dtype, wants, row=x.shape[-1])
         width = tensors[first.weight].shape[0] if tensors[first.weight].dim() else 0
         dtypes: dict[str, torch.dtype] = {}
         for n, term in enumerate(terms):
@@ -455,7 +486,9 @@ class _Builder:
                 raise ValueError(f"expected bias{label} of shape ({width},), got {tuple(tensors[bias].shape)}")
         dtype = checks.one_dtype("the tensors of a projection", dtypes)
         widened = self.options.chunking.float32_outputs and dtype in HALF
-        spec = Spec(name, terms, bias, width, dtype, accumulator_dtype(dtype) if widened else dtype, False, cosine)
+        outputs = accumulator_dtype(dtype) if widened else dtype
+        row = whole(width, self.runs_on) if dtype in HALF and width > FEWEST_OUTPUTS else width
+        spec = Spec(name, terms, bias, width, dtype, outputs, False, cosine, row=row)
         wants = torch.is_grad_enabled() and any(tensors[i].requires_grad for i in spec.positions)
         return replace(spec, wants_grad=wants)
 

@@ -124,14 +124,16 @@ class ChunkPlan:
 
     @property
     def gathered_bytes(self) -> int:
-        return sum(self._bytes_of(i, dtype, self.used_rows) for i, dtype in enumerate(self.sums))
+        room = self.layout.room
+        return sum(self._bytes_of(i, dtype, self.used_rows, room.get(i)) for i, dtype in enumerate(self.sums))
 
-    def _bytes_of(self, i: int, dtype: torch.dtype | None, rows: int) -> int:
-        """A gradient in this dtype; a row-aligned one of so many rows."""
+    def _bytes_of(self, i: int, dtype: torch.dtype | None, rows: int, width: int | None = None) -> int:
+        """A gradient in this dtype; a row-aligned one of so many rows, of another width perhaps."""
         layout = self.layout
         if dtype is None or not layout.wants_grad[i]:
             return 0
-        n = layout.shapes[i].numel()
+        shape = layout.shapes[i]
+        n = shape.numel() if width is None else shape[:-1].numel() * width
         return dtype.itemsize * (n // layout.n_rows * rows if i in layout.rowlike else n)
 
     @property
@@ -151,8 +153,9 @@ class ChunkPlan:
                 held += self._bytes_of(i, layout.dtypes[i], layout.n_rows)
                 backward = max(backward, held)
                 held -= self._bytes_of(i, self.sums[i], self.used_rows)
-        cast = [(i, dtype) for i, dtype in layout.cast.items() if dtype != layout.dtypes[i]]
-        operands = sum(layout.shapes[i].numel() * dtype.itemsize for i, dtype in cast)
+        copied = {i for i, dtype in layout.cast.items() if dtype != layout.dtypes[i]} | set(layout.room)
+        sizes = {i: layout.shapes[i][:-1].numel() * layout.width(i) for i in copied}
+        operands = sum(n * layout.operand_dtype(i).itemsize for i, n in sizes.items())
         return operands + max(forward, backward)
 
     def __str__(self) -> str:
@@ -409,7 +412,7 @@ def _places(layout: Layout, capacity: int, holds: bool) -> Places:
     held = [unit for unit in layout.units if unit.trains and holds]
 
     def size(spec: Spec) -> int:
-        return -(-capacity * spec.width * spec.output_dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        return -(-capacity * spec.row * spec.output_dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
     found: dict[str, tuple[int, int]] = {}
     spaces = [0]

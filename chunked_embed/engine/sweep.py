@@ -171,9 +171,9 @@ class Sweep:
         (space, offset), spec = self.places[name], self.layout.specs[name]
         if space not in self.spaces:
             self.spaces[space] = torch.empty(self.sizes[space], dtype=torch.uint8, device=self.layout.device)
-        n_bytes = self.capacity * spec.width * spec.output_dtype.itemsize
-        place = self.spaces[space][offset : offset + n_bytes]
-        return place.view(spec.output_dtype).view(self.capacity, spec.width)
+        n_bytes = self.capacity * spec.row * spec.output_dtype.itemsize
+        place = self.spaces[space][offset : offset + n_bytes].view(spec.output_dtype)
+        return place.view(self.capacity, spec.row)[:, : spec.width]
 
     def _inverse_norms(self) -> dict[int, Tensor]:
         given = {i: self.operands[i] for i in sorted(self.layout.normed)}

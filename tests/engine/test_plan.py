@@ -43,6 +43,7 @@ COLUMNS = 20_000 if torch.cuda.is_available() else 5_000  # more take a CPU seco
 SHAPES = {  # loss, rows, hidden, columns; of how many rows one is used, rows of a segment
     "one chunk": (CrossEntropy, 256, 64, 4500, 1, None),
     "many chunks": (CrossEntropy, 2048, 64, 4500, 1, None),
+    "rows of no whole vectors": (CrossEntropy, 2048, 515, 4500, 1, None),
     "grouped": (NLL, 1024, 64, 4500, 1, None),
     "long groups": (NLL, 2048, 64, 4500, 1, 1024),
     "few rows of many": (CrossEntropy, 40_000, 256, COLUMNS, 20, None),

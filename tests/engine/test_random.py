@@ -13,6 +13,7 @@ from random_calls import Draft, Tensors, arguments, drafts, engine_loss, plain
 
 from chunked_embed import FlexChunkLoss
 from chunked_embed.engine import compile as cache
+from chunked_embed.engine import layout, products
 
 KINDS = ("row-wise", "grouped", "coupled", "scores")
 
@@ -138,6 +139,18 @@ def test_direct_in_half_precision(request, dtype, autocast):
 
 def test_chunked(request):
     run(request, compiled=False, sample=120)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False)]
+)
+def test_rows_with_room(request, monkeypatch, dtype, autocast):
+    """Chunks whose rows begin with whole vectors, and what is beyond them apart, as on a GPU; beside the direct way."""
+    monkeypatch.setattr(products, "VECTORS", {"cpu": 8})
+    monkeypatch.setattr(products, "FEWEST", 1)
+    monkeypatch.setattr(layout, "FEWEST_WITH_ROOM", 1)
+    monkeypatch.setattr(layout, "FEWEST_OUTPUTS", 1)
+    run(request, compiled=None, sample=25, how=partial(check_ways, dtype=dtype, autocast=autocast))
 
 
 def test_groups_of_several_chunks(request):
