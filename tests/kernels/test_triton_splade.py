@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_device import DEVICE, INTERPRETED, MARKS
+from kernel_device import DEVICE, INTERPRETED, MARKS, exact
 
 from chunked_embed import functional as CF
 from chunked_embed.kernels import splade
@@ -38,7 +38,7 @@ def case(lengths, columns, width, dtype=DTYPE, bias=True):
     weight = torch.randn(columns, width, generator=generator).mul_(0.4)
     added = torch.randn(columns, generator=generator) if bias else None
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
-    leaves = [t if t is None else t.to(dtype).to(DEVICE).requires_grad_() for t in (hidden, weight, added)]
+    leaves = [t if t is None else exact(t).to(dtype).to(DEVICE).requires_grad_() for t in (hidden, weight, added)]
     return leaves, mask.to(DEVICE)
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from chunked_embed import checks
 from chunked_embed import functional as CF
 from chunked_embed.gather import is_distributed
-from chunked_embed.losses._base import BY_ROWS
+from chunked_embed.losses._base import Small
 from chunked_embed.losses._compat import LEAVES_SMALL, SparseEncoder, sparse_library
 from chunked_embed.losses._kinds import check_model, is_ordinary
 
-SMALL = BY_ROWS
+SMALL = Small(cpu=1 << 20, gpu=1 << 24, autocast=1 << 24)
 
 
 class FlopsLoss(sparse_library.FlopsLoss):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from chunked_embed.losses._base import Small
 from chunked_embed.losses._compat import SparseEncoder, sparse_library, util
 from chunked_embed.losses._kinds import check_model
 from chunked_embed.losses.cosent import CoSENTLoss
@@ -15,6 +16,9 @@ from chunked_embed.losses.distill_kl_div import DistillKLDivLoss
 from chunked_embed.losses.margin_mse import MarginMSELoss
 from chunked_embed.losses.triplet import TripletLoss
 from chunked_embed.sparse.losses._inside import Inside
+
+WIDE = Small(cpu=1 << 20, gpu=1 << 25, autocast=1 << 25)
+"""Of rows as wide as a vocabulary: a thousand of them, where functions are compiled and no kernel has them."""
 
 
 class SparseCoSENTLoss(Inside, CoSENTLoss, sparse_library.SparseCoSENTLoss):
@@ -132,6 +136,8 @@ class SparseTripletLoss(Inside, TripletLoss, sparse_library.SparseTripletLoss):
         >>> loss.compute_loss_from_embeddings([anchor, positive, negative]).backward()
     """
 
+    _small = WIDE
+
 
 class SparseMarginMSELoss(Inside, MarginMSELoss, sparse_library.SparseMarginMSELoss):
     """``mean((s(query, positive) - s(query, negative_k) - margin_k)^2)`` over queries and negatives:
@@ -155,6 +161,8 @@ class SparseMarginMSELoss(Inside, MarginMSELoss, sparse_library.SparseMarginMSEL
         >>> loss.compute_loss_from_embeddings([query, positive, negative], torch.rand(8)).backward()
     """
 
+    _small = WIDE
+
 
 class SparseDistillKLDivLoss(Inside, DistillKLDivLoss, sparse_library.SparseDistillKLDivLoss):
     """``T_s^2 * mean over queries of KL(softmax(teacher / T_t) || softmax(s(query, candidates) / T_s))``:
@@ -177,6 +185,8 @@ class SparseDistillKLDivLoss(Inside, DistillKLDivLoss, sparse_library.SparseDist
         >>> query, positive, negative = (torch.rand(8, 512, requires_grad=True) for _ in range(3))
         >>> loss.compute_loss_from_embeddings([query, positive, negative], torch.rand(8, 2)).backward()
     """
+
+    _small = WIDE
 
     def __init__(
         self,
