@@ -680,6 +680,43 @@ CASES["sparse.losses.Splade margins"] = splade("SparseMarginMSELoss", "abcd", tw
 CASES["autocast sparse.losses.Splade"] = splade("SparseMultipleNegativesRankingLoss", "ab", autocast="half")
 
 
+# --- late interaction ------------------------------------------------------------------------------------------------
+
+
+def tokens(columns: str = "ab", length: int = 4) -> Tensors:
+    """Of texts whose tokens are unit vectors, of which a document's are mixtures of its query's and others."""
+    rows = {name: F.normalize(x, dim=1) for name, x in spread(columns=columns).items()}
+    return {name: x.unflatten(0, (-1, length)) for name, x in rows.items()}
+
+
+def max_sim_formula(x: Tensors, both: bool = False, own: bool = False) -> Tensor:
+    if own:
+        best = torch.einsum("nqh,ndh->nqd", x["a"], x["b"]).amax(2)
+        return (best.sum(1) - 1).square().mean()
+    blocks = [torch.einsum("nqh,mdh->nmqd", x["a"], x[name]).amax(3).sum(2) for name in x if name != "a"]
+    scores, target = torch.cat(blocks, 1), torch.arange(len(x["a"]))
+    loss = F.cross_entropy(scores, target)
+    return (loss + F.cross_entropy(scores[:, : len(scores)].T, target)) / 2 if both else loss
+
+
+def max_sim(columns: str, autocast: str | None = None, *, both: bool = False, own: bool = False) -> Case:
+    ways: dict[str, Any] = {"directions": BOTH, "partition_mode": "per_direction"} if both else {}
+
+    def ours(x: Tensors, **_: Any) -> Tensor:
+        if own:
+            return (CF.max_sim_pairs(x["a"], x["b"]) - 1).square().mean()
+        return CF.max_sim_info_nce(x["a"], x["b"], hard_negatives=[x[name] for name in columns[2:]], **ways)
+
+    truth = partial(max_sim_formula, both=both, own=own)
+    return Case(partial(tokens, columns), ours, truth, tuple(columns), autocast)
+
+
+CASES["MaxSim contrast"] = max_sim("abc")
+CASES["MaxSim contrast, two ways"] = max_sim("ab", both=True)
+CASES["MaxSim of own documents"] = max_sim("ab", own=True)
+CASES["autocast MaxSim contrast"] = max_sim("ab", "half")
+
+
 # --- Matryoshka ------------------------------------------------------------------------------------------------------
 
 WIDTHS, WIDTH_WEIGHTS = (64, 32, 16), (1.0, 0.5, 0.25)

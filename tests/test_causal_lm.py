@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignment import CPOLoss
 from chunked_embed import Head, LossOutput, causal_lm
 
 transformers = pytest.importorskip("transformers")
+from largest import Largest  # noqa: E402
 from lm_parts import (  # noqa: E402
     IDS,
     INPUTS,
@@ -208,18 +208,6 @@ def test_check_lets_rounding_of_an_adapter_pass(name: str, options: dict[str, An
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["lm_head"], r=8, lora_alpha=32, init_lora_weights=False, **options)
     causal_lm.check(peft.get_peft_model(larger(name).bfloat16(), config), {"input_ids": LONG})
-
-
-class Largest(TorchDispatchMode):
-    """How many elements the largest tensor has that anything makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        made = [x.numel() for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, Tensor)]
-        self.elements = max([self.elements, *made])
-        return out
 
 
 def vision_language(**text: Any) -> tuple[Any, dict[str, Tensor]]:

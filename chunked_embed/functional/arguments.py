@@ -152,6 +152,14 @@ def check_trained(name: str, value: Any, device: torch.device | None = None) -> 
     return checks.tensor(name, value, device=device, kind="floating")
 
 
+def check_mask(name: str, mask: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Bool or integers, one for each token."""
+    checks.tensor(name, mask, shape, device=device)
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"expected {name} to be bool or hold integers, got {mask.dtype}")
+    return mask
+
+
 def check_labels(labels: Tensor, rows: Tensor) -> None:
     """One real number a row. Waits for the device where labels may be NaN."""
     checks.tensor("labels", labels, (len(rows),), device=rows.device, kind="real")

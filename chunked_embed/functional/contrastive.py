@@ -15,7 +15,7 @@ from ..chunking import Chunking
 from ..engine.call import operand_dtype
 from ..engine.compile import outside_compile
 from ..engine.types import accumulator_dtype
-from ..gather import ranks
+from ..gather import Ranks, ranks
 from .arguments import Activation, Rows, check_embeddings, shared
 from .attention_steps import AttentionRows, AttentionStep, TwoSidedAttention
 from .by_rows import Similarity, mean_by_rows
@@ -105,8 +105,10 @@ class InfoNCE(Contrast):
         self.partition_mode = partition_mode
 
     def loss_fn(self, outputs: Mapping[str, Tensor], rows: Rows, columns: Rows | None = None) -> Tensor:
-        if self.plain and len(outputs) == 1:
-            return F.cross_entropy(outputs["query_to_doc"] * self.scale_of(rows), rows["target"], reduction="none")
+        if self.plain and (len(outputs) == 1 or self.partition_mode == "per_direction"):  # where no digits cancel
+            scale, target = self.scale_of(rows), rows["target"]
+            losses = [F.cross_entropy(o * scale, target, reduction="none") for o in outputs.values()]
+            return losses[0] if len(losses) == 1 else torch.stack(losses).mean(0)
         lses = [self.logits(name, o, rows, columns).logsumexp(1) for name, o in outputs.items()]
         total = lses[0] if len(lses) == 1 else _partition(torch.stack(lses), self.partition_mode)
         return total - self.positive(outputs["query_to_doc"], rows)
@@ -291,10 +293,8 @@ def info_nce(
         "doc_to_query": (documents, all_queries),
         "doc_to_doc": (documents, bank),
     }
-    mine = slice(processes.offset, processes.offset + n)
-    rows = {"target": torch.arange(mine.start, mine.stop, device=queries.device)}
-    if isinstance(scale, Tensor):
-        rows["scale"] = scale.to(queries.device, accumulator_dtype(queries.dtype)).expand(n)
+    target = torch.arange(processes.offset, processes.offset + n, device=queries.device)
+    rows = {"target": target, **row_scale(scale, n, queries)}
     columns = None
     if ids is not None:
         rows |= ids.rows()
@@ -323,16 +323,41 @@ def info_nce(
             chunking,
             swapped=("doc_to_query", "doc_to_doc"),
         )
-    elif two_sided:
+        return processes.share(loss)
+    projections = {name: projection(name) for name in (("query_to_doc",) if two_sided else directions)}
+    return over_blocks(projections, directions, partition_mode, rows, columns, processes, chunking, options)
+
+
+def over_blocks(
+    projections: Mapping[str, Projection],
+    directions: tuple[str, ...],
+    partition_mode: str,
+    rows: Rows,
+    columns: Rows | None,
+    processes: Ranks,
+    chunking: Chunking,
+    options: Mapping[str, Any],
+) -> Tensor:
+    """The loss of this process's rows, of blocks of similarities. Both directions between queries and documents take
+    one, or one each."""
+    if set(directions) == TWO_SIDED and len(projections) == 1:
         over_both = shared(TwoSided, chunking, **options)
-        scores = over_both.scores(projection("query_to_doc"), rows, columns=columns)
+        scores = over_both.scores(projections["query_to_doc"], rows, columns=columns)
         (parts,) = processes.stack(scores["over_queries"])  # log-sum-exps over each process's own queries
+        mine = slice(processes.offset, processes.offset + len(rows["target"]))
         both = torch.stack([scores["over_documents"], parts[:, mine].logsumexp(0)])
         loss = (_partition(both, partition_mode) - scores["positive"]).mean()
     else:
         row_wise = shared(InfoNCE, chunking, partition_mode=partition_mode, **options)
-        loss = row_wise({name: projection(name) for name in directions}, rows, columns=columns).loss
+        loss = row_wise(projections, rows, columns=columns).loss
     return processes.share(loss)
+
+
+def row_scale(scale: float | Tensor, n: int, like: Tensor) -> Rows:
+    """One that may learn, as a row argument."""
+    if not isinstance(scale, Tensor):
+        return {}
+    return {"scale": scale.to(like.device, accumulator_dtype(like.dtype)).expand(n)}
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from ..engine.autograd import once_only
 from ..engine.call import autocast_dtype, operand_dtype, refuse_transforms
 from ..engine.compile import outside_compile
 from ..kernels import splade as kernels
-from .arguments import check_trained
+from .arguments import check_mask, check_trained
 
 POOLINGS = ("max", "sum")
 ACTIVATIONS = tuple(kernels.LOG1P)
@@ -183,10 +183,7 @@ def _texts_of_rows(
         n, length, _ = hidden.shape
         ids = torch.arange(n, device=device)[:, None].expand(n, length)
         if mask is not None:
-            checks.tensor("mask", mask, (n, length), device=device)
-            if mask.is_floating_point() or mask.is_complex():
-                raise TypeError(f"expected mask to be bool or hold integers, got {mask.dtype}")
-            ids = ids.masked_fill(mask == 0, -1)
+            ids = ids.masked_fill(check_mask("mask", mask, (n, length), device) == 0, -1)
         return ids.flatten(), n
     if segments is None or mask is not None:
         raise ValueError("expected segments (T,), the text of each token, and no mask with hidden (T, H)")

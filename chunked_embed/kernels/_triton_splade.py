@@ -95,6 +95,12 @@ def _total(text, value, next_text, next_value):
     return next_text, tl.where(text == next_text, value + next_value, next_value)
 
 
+@triton.jit
+def _in_order(bits):
+    """Bits of numbers of either sign, as integers in the numbers' order, with NaN beyond infinity; and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
 @Launched
 @triton.jit
 def _pool_kernel(
@@ -116,6 +122,7 @@ def _pool_kernel(
     SUM: tl.constexpr,
     TWICE: tl.constexpr,
     PLACES: tl.constexpr,
+    SIGNED: tl.constexpr,
     BIAS: tl.constexpr,
     DESCRIBED: tl.constexpr,
     GROUP: tl.constexpr,
@@ -146,7 +153,10 @@ def _pool_kernel(
             u = tl.reshape(_activated(z, TWICE), (COLUMNS, GROUPS, GROUP))
             of_group = tl.sum(tl.where(tokens[None, :, :], u, 0.0), 2)
         else:
-            bits = tl.reshape(z.to(tl.int32, bitcast=True), (COLUMNS, GROUPS, GROUP))
+            bits = z.to(tl.int32, bitcast=True)
+            if SIGNED:
+                bits = _in_order(bits)
+            bits = tl.reshape(bits, (COLUMNS, GROUPS, GROUP))
             of_group = tl.max(bits, 2)
             if PLACES:
                 within = tl.arange(0, GROUP)[None, None, :]
@@ -178,6 +188,7 @@ def _together_kernel(
     at_row,
     SUM: tl.constexpr,
     PLACES: tl.constexpr,
+    SIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -188,7 +199,8 @@ def _together_kernel(
     first, last = start // ROWS, (start + length - 1) // ROWS
     out_ptr += text.to(tl.int64) * V + columns
     at_ptr += text.to(tl.int64) * at_row + columns
-    total = tl.zeros((BLOCK,), values_ptr.dtype.element_ty)
+    lowest = -0x80000000 if SIGNED else 0
+    total = tl.full((BLOCK,), lowest, values_ptr.dtype.element_ty)
     at = tl.zeros((BLOCK,), tl.int32)
     if length > 0:
         for tile in range(first, last + 1):
@@ -204,13 +216,15 @@ def _together_kernel(
     if SUM:
         tl.store(out_ptr, total, mask=inside)
     else:
+        if SIGNED:
+            total = _in_order(total)
         tl.store(out_ptr, total.to(tl.float32, bitcast=True), mask=inside)
         if PLACES:
             tl.store(at_ptr, at.to(at_ptr.dtype.element_ty), mask=inside)
 
 
 def _pooled(
-    x: Tensor, weight: Tensor, bias: Tensor | None, of: Texts, places: bool, times: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, of: Texts, places: bool, times: int, signed: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """``times``: that log1p is taken before the sum; zero: the largest."""
     (n_rows, depth), columns, n = x.shape, len(weight), len(of.lengths)
@@ -229,6 +243,7 @@ def _pooled(
             SUM=times > 0,
             TWICE=times > 1,
             PLACES=places,
+            SIGNED=signed,
             BIAS=bias is not None,
             DESCRIBED=described,
             GROUP=GROUP,
@@ -250,6 +265,7 @@ def _pooled(
             ),
             SUM=times > 0,
             PLACES=places,
+            SIGNED=signed,
             ROWS=rows,
             BLOCK=BLOCK,
             num_warps=4,
@@ -263,8 +279,9 @@ def max_pool(
     bias: Tensor | None,  # (V,)
     of: Texts,
     keep: bool,
+    signed: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    return _pooled(x, weight, bias, of, keep, 0)
+    return _pooled(x, weight, bias, of, keep, 0, signed)
 
 
 def sum_pool(x: Tensor, weight: Tensor, bias: Tensor | None, of: Texts, times: int) -> Tensor:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from chunked_embed.kernels import available
 from chunked_embed.kernels.selection import selected
+from chunked_embed.kernels.weighted_sums import weighted_sums
 
 GROUP = 16  # rows of a text come in groups of so many, in the kernels
 CHUNK_ROWS = 256  # or a multiple of it, of those whose outputs are formed at a time
@@ -131,7 +131,7 @@ def max_pool(
     if of.grouped:
         from chunked_embed.kernels import _triton_splade as kernels
 
-        return kernels.max_pool(x, weight, bias, of, keep)
+        return kernels.max_pool(x, weight, bias, of, keep, signed=False)
     shape = len(of.lengths), len(weight)
     best = torch.zeros(shape, dtype=wide(x.dtype), device=x.device)
     at = torch.zeros(shape, dtype=of.position_dtype, device=x.device) if keep else None
@@ -169,7 +169,7 @@ def max_gradients(
             part = g[:, first : first + size].t()
             column, text = part.nonzero(as_tuple=True)
             rows = of.start[text] + at[text, column + first]
-            weight_out[first : first + size] = _weighted_sums(table, rows.long(), part[column, text], column, len(part))
+            weight_out[first : first + size] = weighted_sums(table, rows.long(), part[column, text], column, len(part))
     if hidden_out is not None:
         table, rows_out = weight.to(g.dtype), torch.empty(x.shape, dtype=hidden_out.dtype, device=x.device)
         size = max(budget // (ENTRY_BYTES * len(weight)), 1)
@@ -179,16 +179,9 @@ def max_gradients(
             start, stop = of.bounds[first], of.bounds[min(first + size, len(g))]
             rows, order = (of.start[text + first] + at[text + first, column] - start).sort(stable=True)
             weights, column = part[text, column][order], column[order]
-            rows_out[start:stop] = _weighted_sums(table, column, weights, rows, stop - start)
+            rows_out[start:stop] = weighted_sums(table, column, weights, rows, stop - start)
         of.put_rows(rows_out, hidden_out)
     return None
-
-
-def _weighted_sums(table: Tensor, rows: Tensor, weights: Tensor, bag: Tensor, bags: int) -> Tensor:  # (bags, H)
-    """Of rows of a table, ``bag`` by bag."""
-    before = torch.bincount(bag, minlength=bags).cumsum(0)
-    offsets = torch.cat([before.new_zeros(1), before])
-    return F.embedding_bag(rows, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 # --- sums ------------------------------------------------------------------------------------------------------------
@@ -237,7 +230,7 @@ def sum_gradients(
         part = x[first:stop]
         dz = _slopes(upstream, part, weight, bias, of, first, activation, of_bias)
         if rows is not None:
-            rows[first:stop] = _unscaled(_product(dz.t(), weight), power)
+            rows[first:stop] = _unscaled(product(dz.t(), weight), power)
         if by_column is not None:
             _add_product(by_column, dz, part)
     if rows is not None and hidden_out is not None:
@@ -308,11 +301,11 @@ def _by_text(
 
 
 def _outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (V, R)
-    z = _product(weight, x.t())
+    z = product(weight, x.t())
     return z if bias is None else z.add_(bias[:, None])
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """Float32 of half-precision operands."""
     if a.is_cuda and a.dtype in HALF:
         return torch.mm(a, b, out_dtype=torch.float32)
