@@ -182,6 +182,7 @@ class ChunkedLoss(CachedLossMixin):
 
     _small: ClassVar[Small] = BY_ROWS
     _library: ClassVar[Callable[..., Any] | None] = None  # the library's computation from embeddings
+    _of_tokens: ClassVar[bool] = False  # embeddings are (N, T, D), and have masks
     _watch: checks.NaNWatch | None = None
     _settings: ClassVar[tuple[str, ...]] = ()  # attributes that some values are refused of
 
@@ -212,7 +213,7 @@ class ChunkedLoss(CachedLossMixin):
         """In every constructor, last."""
         for name in options:
             self._check_taken(name)
-        check_model(getattr(self, "model", None))
+        self._check_model(getattr(self, "model", None))
         Options(**options)  # together, before any of them is set
         defaults = {name: getattr(Options, name) for name in self._own_options}
         for name, value in {**defaults, **options}.items():
@@ -223,6 +224,9 @@ class ChunkedLoss(CachedLossMixin):
             self._check_taken(name)
             Options(**{**self._options(), name: value})
         super().__setattr__(name, value)
+
+    def _check_model(self, model: Any) -> None:
+        check_model(model)
 
     def _check_taken(self, option: str) -> None:
         if option not in self._takes:
@@ -358,9 +362,10 @@ class ChunkedLoss(CachedLossMixin):
         """The loss of mini-batches of embeddings, as :class:`CachedLossMixin` asks for it."""
         columns = [column[0] if len(column) == 1 else torch.cat(column) for column in reps]
         loss = self._total(self.compute_loss_from_embeddings(columns, labels))
-        if not with_backward:
-            return loss
-        leaves = [leaf for column in reps for leaf in column]
+        return self._pulled(loss, [leaf for column in reps for leaf in column]) if with_backward else loss
+
+    def _pulled(self, loss: Tensor, leaves: list[Tensor]) -> Tensor:
+        """The number, with the gradients of it added to the embeddings', and those of what else learns kept."""
         own = leaves_behind(loss, leaves)
         grads = gradients(loss, [*leaves, *own])
         parts = [(leaf, grad) for leaf, grad in zip(leaves, grads) if grad is not None]

@@ -7,13 +7,17 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from sentence_transformers import SentenceTransformerModelCardData, SparseEncoderModelCardData
+import sentence_transformers
 from torch import nn
 
 from chunked_embed import __version__
-from chunked_embed.losses._compat import library, sparse_library
+from chunked_embed.losses._compat import library, multi_vector_library, sparse_library
 
-_LIBRARIES = {"chunked_embed.losses.": library, "chunked_embed.sparse.losses.": sparse_library}
+_LIBRARIES = {
+    "chunked_embed.losses.": library,
+    "chunked_embed.sparse.losses.": sparse_library,
+    "chunked_embed.multi_vector.losses.": multi_vector_library,
+}
 """Whose classes those of our modules take the place of."""
 
 
@@ -25,7 +29,8 @@ def sign_cards() -> None:
     loss that wraps ours, be it the library's or a user's, that ours is in it.
     """
     # What writes the name and the parameters of a loss. A library without it has cards with our names, unsigned.
-    for data in (SentenceTransformerModelCardData, SparseEncoderModelCardData):
+    for kind in ("SentenceTransformer", "SparseEncoder", "MultiVectorEncoder"):  # the last one since 6.0
+        data: Any = getattr(sentence_transformers, f"{kind}ModelCardData", None)
         original = getattr(data, "compute_dataset_metrics", None)
         if original is not None and not hasattr(original, "_signs"):
             data.compute_dataset_metrics = _signing(original)

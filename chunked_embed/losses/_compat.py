@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,7 +29,7 @@ if tuple(int(part) for part in sentence_transformers.__version__.split(".")[:2])
 # Whose computations ours are compared with: small batches are left to them. Before, they differ from class to class.
 LEAVES_SMALL = tuple(int(part) for part in sentence_transformers.__version__.split(".")[:2]) >= (6, 2)
 
-from sentence_transformers import SentenceTransformer, SparseEncoder, util
+from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder, util
 from sentence_transformers.base.losses import CachedLossMixin, RandContext, uses_gradient_cache
 from sentence_transformers.sentence_transformer import losses as library
 from sentence_transformers.sentence_transformer.losses.matryoshka import shrink
@@ -43,6 +46,10 @@ except ImportError:  # 5.x embeds every column in a forward pass of its own
     ) -> list:
         return [model(features)["sentence_embedding"] for features in features_list]
 
+
+multi_vector_library: Any = None  # there is no MultiVectorEncoder in 5.x
+with suppress(ModuleNotFoundError):
+    multi_vector_library = import_module("sentence_transformers.multi_vector_encoder.losses")
 
 TripletDistanceMetric = library.TripletDistanceMetric
 SiameseDistanceMetric = library.SiameseDistanceMetric

@@ -13,26 +13,54 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from chunked_embed import checks
 from chunked_embed.functional.arguments import TRAINED, check_embeddings, check_trained  # noqa: F401  # for distill, too
-from chunked_embed.losses._compat import Pooling, library, sentence_transformers, sparse_library
+from chunked_embed.losses._compat import (
+    CrossEncoder,
+    Pooling,
+    SparseEncoder,
+    library,
+    multi_vector_library,
+    sentence_transformers,
+    sparse_library,
+)
 
 _OTHERS = {
-    "MultiVectorEncoder": "embeds tokens: its losses are those of sentence_transformers.multi_vector_encoder",
+    "MultiVectorEncoder": "embeds tokens: its losses are those of chunked_embed.multi_vector.losses",
     "CrossEncoder": "scores pairs of texts: its losses are those of sentence_transformers.cross_encoder",
 }
 """Models without an embedding of a text, unless they pool one: what they do, and where to go with them."""
+_SPARSE = "embeds texts: its losses are those of chunked_embed.sparse.losses"
 
 
 def check_model(model: Any, name: str = "model") -> None:
     """A model, as far as that shows: anything may embed, and a loss of given embeddings asks for nothing."""
-    if isinstance(model, (type, str)):
-        got = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
-        raise TypeError(f"expected a SentenceTransformer as {name}, got {got}")
-    inner = model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else model
-    inner = getattr(inner, "_orig_mod", inner)  # of a compiled one
+    inner = _inside(model, name, "SentenceTransformer")
     for kind, does in _OTHERS.items():
         other = getattr(sentence_transformers, kind, None)  # there is no MultiVectorEncoder in 5.x
         if other is not None and isinstance(inner, other) and not any(isinstance(m, Pooling) for m in inner.modules()):
             raise TypeError(f"expected a SentenceTransformer as {name}, got a {type(inner).__name__}, which {does}")
+
+
+def check_embeds_tokens(model: Any, name: str = "model") -> None:
+    """The same of a model whose embeddings are those of tokens."""
+    inner = _inside(model, name, "MultiVectorEncoder")
+    if isinstance(inner, (CrossEncoder, SparseEncoder)):
+        does = _OTHERS["CrossEncoder"] if isinstance(inner, CrossEncoder) else _SPARSE
+        raise TypeError(f"expected a MultiVectorEncoder as {name}, got a {type(inner).__name__}, which {does}")
+
+
+def of_tokens(loss: Any) -> bool:
+    """Whether it is a loss of a MultiVectorEncoder, ours or the library's."""
+    names = () if multi_vector_library is None else multi_vector_library.__all__
+    theirs = tuple(getattr(multi_vector_library, name) for name in names)
+    return getattr(loss, "_of_tokens", False) or isinstance(loss, theirs)
+
+
+def _inside(model: Any, name: str, expected: str) -> Any:
+    if isinstance(model, (type, str)):
+        got = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
+        raise TypeError(f"expected a {expected} as {name}, got {got}")
+    inner = model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else model
+    return getattr(inner, "_orig_mod", inner)  # of a compiled one
 
 
 def check_columns(embeddings: Any) -> list[Tensor]:

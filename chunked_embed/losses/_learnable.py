@@ -5,13 +5,16 @@ DistributedDataParallel wraps the model alone. With gradient caching, ``ChunkedL
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from chunked_embed import checks
+from chunked_embed.checks import POSITIVE
 from chunked_embed.gather import is_distributed
 
 
@@ -36,3 +39,30 @@ def averaged(parameter: Tensor) -> Tensor:
     if is_distributed() and parameter.requires_grad and torch.is_grad_enabled():
         return _Averaged.apply(parameter)
     return parameter
+
+
+class LearnableScale(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
+    """Mixed in before a loss with a ``scale``: a number, or, as ``exp(log_scale)``, a parameter of the loss."""
+
+    learnable_scale = False
+    scale: Any
+
+    def _set_scale(self, scale: float | Tensor, learnable: bool) -> None:
+        """In the constructor."""
+        self.learnable_scale = bool(learnable)
+        if learnable:
+            self.log_scale = nn.Parameter(torch.tensor(math.log(scale), dtype=torch.float32))
+        else:
+            self.scale = scale
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "scale" and vars(self).get("learnable_scale"):  # as it is now
+            return float(self.log_scale.detach().exp())
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scale" and vars(self).get("learnable_scale"):
+            with torch.no_grad():
+                self.log_scale.fill_(math.log(checks.number("scale", value, POSITIVE)))
+        else:
+            super().__setattr__(name, value)

@@ -16,7 +16,15 @@ from chunked_embed.losses._around import Around
 from chunked_embed.losses._attach import attach, gradients, leaves_behind
 from chunked_embed.losses._base import OF_MINI_BATCHES, OPTIONS, ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, is_plain, library, shrink, uses_gradient_cache
-from chunked_embed.losses._kinds import ForACall, check_model, check_wrapped, is_ordinary, replaced
+from chunked_embed.losses._kinds import (
+    ForACall,
+    check_embeds_tokens,
+    check_model,
+    check_wrapped,
+    is_ordinary,
+    of_tokens,
+    replaced,
+)
 
 
 class MatryoshkaLoss(Around, library.MatryoshkaLoss):
@@ -35,6 +43,9 @@ class MatryoshkaLoss(Around, library.MatryoshkaLoss):
         options: See :class:`~chunked_embed.losses.Options`. ``mini_batch_size`` caches gradients around any loss that
             can be computed from embeddings and does not cache by itself. All but the mini-batch options are set on the
             wrapped loss, which must then be one of this package.
+
+    Of a MultiVectorEncoder each token's embedding is cut: around the losses of ``chunked_embed.multi_vector.losses``,
+    and around the library's cached one. Mini-batches are the wrapped loss's there.
 
     Inputs: those of the wrapped loss.
 
@@ -59,7 +70,7 @@ class MatryoshkaLoss(Around, library.MatryoshkaLoss):
         n_dims_per_step: int = -1,
         **options: Any,
     ) -> None:
-        check_model(model)
+        self._check_model(model, loss)
         check_wrapped(loss)
         calculate_loss = vars(loss).get("calculate_loss")
         super().__init__(model, loss, matryoshka_dims, matryoshka_weights, n_dims_per_step)
@@ -69,12 +80,22 @@ class MatryoshkaLoss(Around, library.MatryoshkaLoss):
         self._set_options(**options)
         self._check_inner()
 
+    def _check_model(self, model: Any, loss: Any = None) -> None:
+        (check_embeds_tokens if of_tokens(vars(self).get("_modules", {}).get("loss", loss)) else check_model)(model)
+
     def _check_inner(self) -> None:
         name, caches = type(self.loss).__name__, uses_gradient_cache(self.loss)
         if caches and isinstance(self.loss, library.MatryoshkaLoss):
             raise ValueError(f"expected mini-batches on the outermost MatryoshkaLoss alone, got a {name} that has them")
+        if of_tokens(self.loss) and not (caches or isinstance(self.loss, ChunkedLoss)):
+            raise ValueError(
+                f"expected {name} of chunked_embed.multi_vector.losses inside of MatryoshkaLoss, or one with gradient "
+                "caching, got the library's, whose embeddings no loss around it can cut"
+            )
         if not self._in_mini_batches:
             return
+        if of_tokens(self.loss):
+            raise ValueError(f"expected mini-batches of a loss of tokens on that loss, Cached{name}, not around it")
         if caches:
             raise ValueError(f"mini_batch_size is set on the wrapped {name} already: set it on one of the two")
         embeds = isinstance(getattr(self.loss, "model", None), nn.Module)
@@ -98,10 +119,10 @@ class MatryoshkaLoss(Around, library.MatryoshkaLoss):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         features = list(sentence_features)
         self._check_inner()
-        caches = uses_gradient_cache(self.loss)
-        if self._in_mini_batches or (not caches and self._is_ours()):
+        caches, tokens = uses_gradient_cache(self.loss), of_tokens(self.loss)
+        if self._in_mini_batches or (not caches and not tokens and self._is_ours()):
             return super().forward(features, labels)
-        if not caches:
+        if not caches and not tokens:
             return library.MatryoshkaLoss.forward(self, features, labels)
         whole = isinstance(self.loss, ChunkedLoss) and not replaced(self.loss, "calculate_loss")
         name = "compute_loss_from_embeddings" if whole else "calculate_loss"
@@ -119,14 +140,14 @@ class MatryoshkaLoss(Around, library.MatryoshkaLoss):
         inner = ours.compute_loss_from_embeddings if self._is_ours() else self._by_forward
         return self._over_widths(inner, embeddings, labels)
 
-    def _over_widths(self, inner: Callable, embeddings: list[Tensor], labels: Any) -> Tensor:
+    def _over_widths(self, inner: Callable, embeddings: list[Tensor], labels: Any, *masks: Any) -> Tensor:
         ordinary = is_ordinary(embeddings)
-        if not ordinary:
+        if not ordinary and not of_tokens(self.loss):
             for i, column in enumerate(embeddings):
                 check_embeddings({f"embeddings[{i}]": column})
 
         def at_width(columns: list[Tensor], dim: int) -> Tensor:
-            return inner(columns, _cut(labels, embeddings, dim))
+            return inner(columns, _cut(labels, embeddings, dim), *masks)
 
         small = ordinary and isinstance(self.loss, ChunkedLoss) and self.loss._is_small(embeddings, labels)
         if small and not replaced(self.loss, "compute_loss_from_embeddings"):
@@ -143,19 +164,19 @@ class MatryoshkaLoss(Around, library.MatryoshkaLoss):
         self, calculate_loss: Callable, reps: list[list[Tensor]], *args: Any, with_backward: bool = False, **kwargs: Any
     ) -> Tensor:
         """``calculate_loss`` of a gradient-caching loss of the library, at every width."""
-        columns = [torch.cat(column) for column in reps]
-        sizes = [[len(part) for part in column] for column in reps]
+        flat = [part for column in reps for part in column]
 
         def at_width(shrunk: list[Tensor], dim: int) -> Tensor:
-            cut = [_cut(arg, columns, dim) for arg in args]
-            parts = [column.split(size) for column, size in zip(shrunk, sizes)]
+            cut = [_cut(arg, flat, dim) for arg in args]
+            each = iter(shrunk)
+            parts = [[next(each) for _ in column] for column in reps]
             if not torch.is_grad_enabled():
                 return calculate_loss(parts, *cut, **kwargs)
             leaves = [[part.detach().requires_grad_() for part in column] for column in parts]
             value = calculate_loss(leaves, *cut, with_backward=True, **kwargs)
-            return attach(value.detach(), shrunk, [torch.cat([_grad(leaf) for leaf in column]) for column in leaves])
+            return attach(value.detach(), shrunk, [_grad(leaf) for column in leaves for leaf in column])
 
-        loss = self._one_by_one(columns, at_width)
+        loss = self._one_by_one(flat, at_width)
         if with_backward:
             loss.backward()
         return loss.detach() if with_backward else loss
@@ -186,7 +207,7 @@ class MatryoshkaLoss(Around, library.MatryoshkaLoss):
         grads = [torch.zeros_like(c, dtype=torch.promote_types(c.dtype, torch.float32)) for c in columns]
         of_own: dict[Tensor, Tensor] = {}
         for dim, weight in self._widths():
-            narrow = [column.detach()[:, :dim] for column in columns]
+            narrow = [column.detach()[..., :dim] for column in columns]
             # Float16 gradients would underflow: what a GradScaler scales comes in only at backward.
             narrow = [(x.float() if x.dtype == torch.float16 else x).requires_grad_() for x in narrow]
             loss = weight * at_width([narrowed(x, dim) for x in narrow], dim)
@@ -194,7 +215,7 @@ class MatryoshkaLoss(Around, library.MatryoshkaLoss):
             found = gradients(loss, [*narrow, *own])
             for grad, part in zip(grads, found):
                 if part is not None:
-                    grad[:, :dim] += part
+                    grad[..., :dim] += part
             for leaf, part in zip(own, found[len(narrow) :]):
                 if part is not None:
                     of_own[leaf] = of_own[leaf] + part if leaf in of_own else part
@@ -240,6 +261,8 @@ class Matryoshka2dLoss(library.Matryoshka2dLoss):
                 "expected no mini-batches in Matryoshka2dLoss, whose layers are those of one forward pass, got "
                 f"{ {name: options[name] for name in OF_MINI_BATCHES if name in options} }"
             )
+        if of_tokens(loss):
+            raise ValueError(f"expected a loss of texts' embeddings in Matryoshka2dLoss, got {type(loss).__name__}")
         newer = {} if layer_weighting == "uniform" else {"layer_weighting": layer_weighting}  # not in 5.x
         library.AdaptiveLayerLoss.__init__(
             self,
@@ -266,15 +289,15 @@ class Matryoshka2dLoss(library.Matryoshka2dLoss):
 
 
 def _first(column: Tensor, dim: int) -> Tensor:
-    width = column.shape[1]
+    width = column.shape[-1]
     if dim > width:
         raise ValueError(f"matryoshka_dims cannot be greater than the embeddings' width, {width}: got {dim}")
-    return column if dim == width else column[:, :dim]
+    return column if dim == width else column[..., :dim]
 
 
 def _first_of_unit_length(column: Tensor, dim: int) -> Tensor:
     narrow = _first(column, dim)
-    return F.normalize(narrow if narrow.dtype is torch.float32 else widened(narrow), dim=1)
+    return F.normalize(narrow if narrow.dtype is torch.float32 else widened(narrow), dim=-1)
 
 
 def _grad(leaf: Tensor) -> Tensor:

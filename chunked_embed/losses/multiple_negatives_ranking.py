@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from chunked_embed import checks
@@ -17,7 +16,7 @@ from chunked_embed.functional.contrastive import HARDNESS_MODES, check_direction
 from chunked_embed.losses._around import Around
 from chunked_embed.losses._base import BY_SIMILARITIES, ChunkedLoss
 from chunked_embed.losses._compat import SentenceTransformer, callable_name, known_matrix, library, util
-from chunked_embed.losses._learnable import averaged
+from chunked_embed.losses._learnable import LearnableScale, averaged
 from chunked_embed.losses._texts import text_ids
 
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
@@ -34,7 +33,7 @@ _CACHED_SYMMETRIC: Any = getattr(
 logger = logging.getLogger(__name__)
 
 
-class MultipleNegativesRankingLoss(ChunkedLoss, library.MultipleNegativesRankingLoss):
+class MultipleNegativesRankingLoss(LearnableScale, ChunkedLoss, library.MultipleNegativesRankingLoss):
     """``mean over i of  log Z_i - s(q_i, d_i)`` with ``s = scale * similarity``, and Z the sum of exp(s) over the
     candidates in the batch. See :func:`chunked_embed.functional.info_nce`.
 
@@ -72,7 +71,6 @@ class MultipleNegativesRankingLoss(ChunkedLoss, library.MultipleNegativesRanking
 
     _small = BY_SIMILARITIES
     _settings = ("scale", "directions", "partition_mode", "hardness_mode", "hardness_strength")
-    learnable_scale = False
     false_negatives: Literal["text", "labels"] | None = None
 
     def __init__(
@@ -106,24 +104,8 @@ class MultipleNegativesRankingLoss(ChunkedLoss, library.MultipleNegativesRanking
         self.hardness_mode = hardness_mode
         self.hardness_strength = hardness_strength
         self.false_negatives = false_negatives
-        self.learnable_scale = bool(learnable_scale)
-        if learnable_scale:
-            self.log_scale = nn.Parameter(torch.tensor(math.log(scale), dtype=torch.float32))
-        else:
-            self.scale = scale
+        self._set_scale(scale, learnable_scale)
         self._set_options(gather_across_devices=gather_across_devices, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "scale" and vars(self).get("learnable_scale"):  # as it is now
-            return float(self.log_scale.detach().exp())
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "scale" and vars(self).get("learnable_scale"):
-            with torch.no_grad():
-                self.log_scale.fill_(math.log(checks.number("scale", value, POSITIVE)))
-        else:
-            super().__setattr__(name, value)
 
     @property
     def _similarity(self) -> str | None:

@@ -12,7 +12,9 @@ from chunked_embed import losses
 SCRIPT = """
 import sys, types
 from chunked_embed import losses
+from chunked_embed.multi_vector import losses as multi_vector_losses
 from chunked_embed.sparse import losses as sparse_losses
+assert "MultiVectorMarginMSELoss" in dir(multi_vector_losses)
 assert "CoSENTLoss" in dir(losses) and "SpladeLoss" in dir(sparse_losses) and "sentence_transformers" not in sys.modules
 old = types.ModuleType("sentence_transformers")
 old.__version__ = "5.6.1"

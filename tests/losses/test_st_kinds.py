@@ -245,7 +245,7 @@ def multi_vector(folder: str, *tail: nn.Module) -> nn.Module:
 
 
 MODELS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "multi vector": (multi_vector, "got a MultiVectorEncoder, which embeds tokens: .*multi_vector_encoder"),
+    "multi vector": (multi_vector, "got a MultiVectorEncoder, which embeds tokens: .*embed.multi_vector.losses"),
     "cross encoder": (
         lambda folder: CrossEncoder(folder, num_labels=1, device="cpu"),
         "got a CrossEncoder, which scores pairs of texts: .*cross_encoder",
