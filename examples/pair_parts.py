@@ -1,4 +1,4 @@
-"""What train_contrastive.py and train_splade.py share: pairs of texts, and a run that can stop and go on."""
+"""What train_contrastive.py, train_splade.py and train_colbert.py share: pairs of texts, a run that can be resumed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # imported below where they are used: --help and a wrong opti
     from torch import Tensor, nn
 
 POOL = 2000  # held-out pairs
+QUERIES = 300  # of them, where a library's evaluator ranks the documents of all of them
 OWN_STATE = "loss.pt"  # the last file of a checkpoint: one without it was cut off while it was written
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 MAIN = os.environ.get("RANK", "0") == "0"
@@ -51,6 +52,14 @@ def load_pairs(
     kept = [i for i, row in enumerate(held_out.select(range(min(len(held_out), 2 * POOL)))) if is_new(row)]
     clean = [i for i, row in enumerate(train) if not seen & {row[column] for column in wanted[:2]}]
     return train.select(clean), held_out.select(kept)
+
+
+def searched(held_out: Dataset) -> tuple[dict[str, str], dict[str, str], dict[str, set[str]]]:
+    """Queries, documents (hard negatives among them) and each query's own, as the library's evaluators take them."""
+    query, *others = held_out.column_names
+    queries = {str(i): text for i, text in enumerate(held_out[query][:QUERIES])}
+    corpus = {f"{name} {i}": text for name in others for i, text in enumerate(held_out[name])}
+    return queries, corpus, {i: {f"{others[0]} {i}"} for i in queries}
 
 
 # ---- stopping and going on

