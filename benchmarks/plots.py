@@ -202,6 +202,43 @@ FIGURES = {
         floor="floor: 4 products",
         floor_is=FOUR,
     ),
+    "sparse": Figure(
+        "A SPLADE head over 256 texts of 256 tokens, a vocabulary of 30,522",
+        {
+            f"SPLADE, {kind}, 256 texts x 256, V=30522, H=768, bfloat16": told
+            for kind, told in {
+                "100% active": "untrained",
+                "2% active": "trained",
+                "sum": "sum",
+                "encode": "encode",
+            }.items()
+        },
+        {"CF.splade_pool": US, "sentence-transformers": SBERT, "torch.compile": "torch.compile"},
+        (TIME, MEMORY),
+        floor="floor: 1 product",
+        floor_is="one bare matrix product",
+    ),
+    "sparse_losses": Figure(
+        "Losses of 16,384 sparse embeddings over a vocabulary of 30,522",
+        {
+            f"{loss} 16384x30522, 1.0% other than zero, autocast": told
+            for loss, told in {"splade": "ranking", "margins": "MarginMSE", "order": "CoSENT", "flops": "FLOPS"}.items()
+        },
+        SWAPPED,
+        (TIME, MEMORY),
+    ),
+    "late_interaction": Figure(
+        "MaxSim contrast of queries of 32 tokens with documents of 128 to 256",
+        {f"MaxSim contrast, {n} x 32 and 128-256, H=128, bfloat16": f"{n:,} queries" for n in (256, 1024, 4096)},
+        {
+            "CF.max_sim_info_nce": US,
+            "flash-maxsim": "flash-maxsim",
+            "late-interaction-kernels": "late-interaction-kernels",
+        },
+        (TIME, MEMORY),
+        floor="floor: 3 products",
+        floor_is="three products",
+    ),
     "distillation": Figure(
         "Jensen-Shannon divergence from a teacher: 8,192 tokens, a vocabulary of 128,256",
         {"JSD, 8192 tokens, V=128256, H=2048 from 4096, bfloat16": "JSD"},

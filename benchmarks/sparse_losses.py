@@ -18,6 +18,7 @@ what waits for the second pass. It has a time and a peak alone.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -46,6 +47,7 @@ BOUNDS = {"float32": 1e-4, "bfloat16": 1e-2, "autocast": 1e-2}
 NAMES = ("queries", "documents", "negatives")
 DOCUMENTS, QUERIES = 3e-2, 5e-2  # weights of the regularisers, large enough to be seen in the gradients
 FEW = 256  # rows up to which candidates are timed in turn
+FEW_STEPS = 4096  # and up to which a training step is timed more than once
 Terms = dict[str, Tensor]
 
 
@@ -167,7 +169,7 @@ def run_splade(
     if name == "margins":
         truth = exact(partial(margins, expected=labels.double()), leaves)
     if name == "order":
-        truth = exact(lambda a, b, rows: order(a, b, labels) * len(a) if rows.start == 0 else 0 * a.sum(), leaves)
+        truth = exact(lambda a, b, rows: order(a, b, labels) * len(a) if rows.start == 0 else 0 * (a + b).sum(), leaves)
     weights = {"document_regularizer_weight": DOCUMENTS, "query_regularizer_weight": QUERIES}
 
     def candidate(package: Any, **options: Any) -> Callable[[], Tensor]:
@@ -266,7 +268,10 @@ def run_step(bench: Benchmark, rows: int, width: int, kind: str, density: float,
             value.backward()
             return value.detach()
 
-        bench.add(case, who, role, once(step, bench.device)[1])
+        # Some thousand calls of a small model: what the host does beside them comes and goes.
+        timings = [once(step, bench.device)[1] for _ in range(3 if rows <= FEW_STEPS else 1)]
+        quickest = min(timings, key=lambda timing: timing.ms)
+        bench.add(case, who, role, replace(quickest, first_s=timings[0].first_s))
 
 
 def main(

@@ -80,8 +80,8 @@ def the_rest() -> Iterator[Target]:
         source = ("preference", LONG.format(width), "DPOLoss", "peak_gib")
         yield Target(f"the same, H={width}, above the inputs", 1.2, "GiB", source)
     for most, unit, column in ((30, "ms", "ms"), (0.6, "GiB", "peak_gib")):
-        head = ("sparse @ nvidia-h200", "SPLADE, 100% active, 256 texts x 256, *", "CF.splade_pool", column)
-        yield Target("a SPLADE head, 256 texts x 256 tokens, V=30,522, on an H200", most, unit, head)
+        head = ("sparse", "SPLADE, 100% active, 256 texts x 256, *", "CF.splade_pool", column)
+        yield Target("a SPLADE head, 256 texts x 256 tokens, V=30,522", most, unit, head)
     ranks = ("swap-ranks @ nvidia-h200", "gathered InfoNCE, 2 x 32768x768, bfloat16", "ours", "ms")
     yield Target("gathered InfoNCE, two H200s, 2 x 32,768 rows x 768", 18, "ms", ranks)
 
