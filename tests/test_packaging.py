@@ -70,7 +70,10 @@ def where_imported(library: str) -> list[str]:
         ("triton", ("chunked_embed/kernels/",)),
         (
             "sentence_transformers",
-            ("chunked_embed/losses/", "chunked_embed/sparse/", "distill/sentence_transformers.py"),
+            (
+                *("chunked_embed/losses/", "chunked_embed/sparse/", "chunked_embed/multi_vector/"),
+                "distill/sentence_transformers.py",
+            ),
         ),
         (
             "transformers",

@@ -66,8 +66,8 @@ def max_sim(
 ) -> Tensor:  # (N, M)
     """``s(i, j) = sum over t of  max over u of  q_it . d_ju``: scores of all queries with all documents by the best
     token of the document for each of the query's. Nothing of the size of all tokens with all is held: what stays for
-    backward is where the maxima are, two bytes for each token of a query and document, and beyond a GiB of them (a
-    quarter on a CPU) not even that. Padding is dropped before any product.
+    backward is where the maxima are, a byte or two for each token of a query and document, and beyond a GiB of them
+    (a quarter on a CPU) not even that. Padding is dropped before any product.
 
     Gradients fall on the tokens of the maxima alone, the first of equal ones, as torch's do, and are summed in an order
     that is always the same.
@@ -118,14 +118,12 @@ def _all_pairs(
     max_chunk_bytes: int | None,
 ) -> Tensor:  # (N, M)
     device = queries.device
-    banks, masks = [x for x, _ in documents], [_whole(*given) for given in documents]
-    longest = max(x.shape[1] for x in banks)
-    if len(banks) > 1:
-        banks, masks = (
-            [F.pad(x, (*[0, 0] * (x.dim() - 2), 0, longest - x.shape[1])) for x in t] for t in (banks, masks)
-        )
-    bank = banks[0] if len(banks) == 1 else torch.cat(banks)
-    there, own = masks[0] if len(masks) == 1 else torch.cat(masks), _whole(queries, mask)
+    own, (bank, there) = _whole(queries, mask), (documents[0][0], _whole(*documents[0]))
+    if len(documents) > 1:
+        longest = max(x.shape[1] for x, _ in documents)
+        more = [longest - x.shape[1] for x, _ in documents]
+        bank = torch.cat([F.pad(x, (0, 0, 0, n)) for (x, _), n in zip(documents, more)])
+        there = torch.cat([F.pad(_whole(*given), (0, n)) for given, n in zip(documents, more)])
     how = _How(
         operands,
         max_chunk_bytes or BUDGET.get(device.type, CPU_BUDGET),

@@ -24,8 +24,6 @@ EXACT = {"rtol": 1e-10, "atol": 1e-11}  # the file has twelve digits
 LIBRARY = {"rtol": 1e-5, "atol": 2e-6}  # its scores are float32
 ZEROS, LEFT_OUT = "zeros", "left out"  # what masked tokens of documents are
 
-missing = not hasattr(CF, "max_sim_info_nce")
-
 
 def ours(columns: list[Tensor], masks: list[Tensor], scale: float, **options: Any) -> Tensor:
     (queries, documents, *negatives), (query_mask, document_mask, *negative_masks) = columns, masks
@@ -124,7 +122,6 @@ def test_the_file_has_both_kinds_of_inputs():
     assert {(zeros[name], negatives[name]) for name in zeros} == {(a, b) for a in (True, False) for b in (True, False)}
 
 
-@pytest.mark.skipif(missing, reason="no max_sim_info_nce")
 @pytest.mark.parametrize("chunk_size", [None, 2])
 @cases("Contrastive", "CachedContrastive")
 def test_contrastive(case: Case, masked: str, chunk_size: int | None):
@@ -136,7 +133,6 @@ def test_contrastive(case: Case, masked: str, chunk_size: int | None):
     compare(case, value, inputs.tokens, EXACT)
 
 
-@pytest.mark.skipif(missing, reason="no max_sim_info_nce")
 def test_masked_tokens_are_left_out():
     """Not PyLate's numbers, where a masked token's zero wins there."""
     for case in CASES:
@@ -154,7 +150,6 @@ def kl_divergence(scores: Tensor, teacher: Tensor, normalized: bool) -> Tensor:
     return F.kl_div(scores.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
 
 
-@pytest.mark.skipif(missing, reason="no max_sim_pairs")
 @cases("Distillation")
 def test_distillation(case: Case, masked: str):
     inputs = Inputs.read(case.inputs)
@@ -182,12 +177,11 @@ def test_scores(table: dict[str, Any], masked: str):
     pairs = table["function"] == "colbert_kd_scores"
     function = scoring.colbert_kd_scores if pairs else scoring.colbert_scores
     made = [(function(queries, documents, queries_mask=query_mask, documents_mask=document_mask).double(), LIBRARY)]
-    if not missing:
-        if pairs:
-            own = CF.max_sim_pairs(queries, documents, query_mask, document_mask)
-        else:
-            own = CF.max_sim(queries, documents.flatten(0, 1), query_mask, document_mask.flatten(0, 1))
-        made.append((own, EXACT))
+    if pairs:
+        own = CF.max_sim_pairs(queries, documents, query_mask, document_mask)
+    else:
+        own = CF.max_sim(queries, documents.flatten(0, 1), query_mask, document_mask.flatten(0, 1))
+    made.append((own, EXACT))
     expected = torch.tensor(table["scores"], dtype=torch.float64)
     for scores, tolerance in made:
         if masked == ZEROS or not inputs.zeros:
@@ -207,8 +201,7 @@ def test_xtr_scores(table: dict[str, Any]):
     library = scoring.xtr_scores(queries, documents, queries_mask=query_mask, documents_mask=document_mask, top_k=k)
     made = [library.double()]
     documents, document_mask = documents.flatten(0, 1), document_mask.flatten(0, 1)
-    if hasattr(CF, "xtr_scores"):
-        made.append(CF.xtr_scores(queries, documents, query_mask, document_mask, top_k=k))
+    made.append(CF.xtr_scores(queries, documents, query_mask, document_mask, top_k=k))
 
     products = torch.einsum("nqh,mdh->nqmd", queries, documents).masked_fill(~document_mask, -2.0)
     least = products.flatten(2).topk(k, dim=2).values[:, :, -1, None, None]
