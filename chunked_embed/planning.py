@@ -94,7 +94,8 @@ def _functions() -> dict[str, Callable[..., Any]]:
     from . import functional, linear_logps
 
     found = {name: getattr(functional, name) for name in functional.__all__}
-    others = "cosent_from_scores", "splade_pool"  # which the engine does not lay out
+    of_tokens = "splade_pool", "xtr_scores", "max_sim", "max_sim_pairs", "max_sim_info_nce"
+    others = "cosent_from_scores", *of_tokens  # which the engine does not lay out
     plain = {n: f for n, f in found.items() if inspect.isfunction(f) and n not in others}
     return {"linear_logps": linear_logps, **plain}
 
