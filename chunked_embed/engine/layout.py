@@ -65,7 +65,7 @@ class Spec:
     wants_grad: bool  # any of its tensors does: the gradient of its outputs is needed
     cosine: bool = False  # inverse norms of the rows of input and weight are factors of the outputs
     in_place: bool = False  # the gradient of the outputs takes their place, or the first half of each of their rows
-    row: int = 0  # numbers from one row of outputs to the next
+    row: int = field(kw_only=True)  # numbers from one row of outputs to the next
 
     @property
     def identity(self) -> bool:

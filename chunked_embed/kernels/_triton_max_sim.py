@@ -8,7 +8,8 @@ Gradients: that of a query's token is a sum of documents' tokens, one of each do
 document's tokens a product of the queries' tokens with a matrix of one entry a column, formed in registers. Both go
 through all others in their order: nothing is atomic, and a result is the same to the last bit.
 
-Which tokens count is known on the device alone: the host does not wait for it.
+Which tokens count is known on the device alone: the host does not wait for it. Batches of any lengths have the same
+kernels, but for the width of a token, of its place, and of a document's tile.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _larger(a, b):
 
 
 @Launched
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _survey_kernel(
     mask_ptr,  # (N, L) uint8
     count_ptr,  # (N,), tiles of MULTIPLE of the tokens that count
@@ -60,7 +61,7 @@ def _survey_kernel(
 
 
 @Launched
-@triton.jit
+@triton.jit(do_not_specialize=["L"])
 def _pack_kernel(
     mask_ptr,  # (N, L) uint8
     start_ptr,  # (N + 1,), where the tokens of each text begin, in tiles of MULTIPLE
@@ -86,7 +87,7 @@ def _pack_kernel(
 
 
 @Launched
-@triton.jit
+@triton.jit(do_not_specialize=["first", "stop", "M", "D"])
 def _best_kernel(
     q_ptr,  # (N x Q, H)
     d_ptr,  # (M x D, H)
@@ -149,7 +150,7 @@ def _best_kernel(
 
 
 @Launched
-@triton.jit
+@triton.jit(do_not_specialize=["out_ptr", "first", "M"])
 def _sums_kernel(
     best_ptr,  # (M, width)
     query_start_ptr,  # (N + 1,)
@@ -177,7 +178,7 @@ def _sums_kernel(
 
 
 @Launched
-@triton.jit
+@triton.jit(do_not_specialize=["g_ptr", "first", "stop", "g_row", "M", "Q", "D"])
 def _of_queries_kernel(
     g_ptr,  # (queries, M) float32
     at_ptr,  # (M, width)
@@ -221,7 +222,7 @@ def _of_queries_kernel(
 
 
 @Launched
-@triton.jit
+@triton.jit(do_not_specialize=["g_ptr", "power_ptr", "first", "stop", "g_row", "Q", "D"])
 def _of_documents_kernel(
     g_ptr,  # (queries, M) float32
     at_ptr,  # (M, width)
@@ -380,7 +381,7 @@ def _packed(mask: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
     """-> tokens that count, where each text begins among them, in tiles of so many (N + 1,), and its last one (N,)."""
     (n, length), device = mask.shape, mask.device
     given = mask.contiguous().view(torch.uint8)
-    counts, last = torch.empty(2, n, dtype=torch.int32, device=device).unbind()
+    counts, last = (torch.empty(n, dtype=torch.int32, device=device) for _ in range(2))
     start = torch.zeros(n + 1, dtype=torch.int32, device=device)
     # A tile more, which is nobody's, behind the last.
     out = torch.empty((n * cdiv(length, multiple) + 1) * multiple, dtype=torch.int32, device=device)

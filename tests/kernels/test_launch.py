@@ -38,7 +38,7 @@ class Kernel:
         def launch(*given):
             self.launches.append((grid, given))
 
-        return compile_and_launch if len(grid) == 1 else launch
+        return compile_and_launch if len(grid) < 3 else launch
 
 
 @compiled
@@ -111,7 +111,7 @@ def test_kinds_are_those_of_triton(specialised):
 def kernels(monkeypatch):
     """All kernels of these modules, of which none runs: only what they would be compiled for is kept."""
     pytest.importorskip("triton")
-    names = ("contrast", "norms", "scale", "similarity", "similarity_product", "linear_scores")
+    names = ("contrast", "norms", "scale", "similarity", "similarity_product", "linear_scores", "max_sim")
     found = {}
     for module in [import_module(f"chunked_embed.kernels._triton_{name}") for name in names]:
         for name, launched in vars(module).items():
@@ -182,6 +182,22 @@ def test_ragged_tokens_compile_few_kernels(kernels):
         "linear_scores._tiles_kernel": tiles,
         "linear_scores._rows_kernel": 2,
     }
+
+
+@compiled
+def test_ragged_documents_compile_few_kernels(kernels):
+    """Of the same width; documents of more than 128 tokens take larger tiles than those of fewer."""
+    lengths = random.Random(1)
+    for n in SIZES[:20]:
+        queries, documents = (
+            torch.randn(n, lengths.randint(*of), 64).half().requires_grad_() for of in ((1, 40), (65, 256))
+        )
+        mask = torch.ones(documents.shape[:2], dtype=torch.bool)
+        CF.max_sim_info_nce(queries, documents, document_mask=mask).backward()
+    once = ("_survey_kernel", "_pack_kernel", "_best_kernel", "_sums_kernel", "_of_queries_kernel")
+    expected = {f"max_sim.{name}": 1 for name in once} | {"max_sim._of_documents_kernel": 2}
+    expected |= dict.fromkeys(("max_sim._survey_kernel", "max_sim._pack_kernel"), 2)  # of queries, and of documents
+    assert compilations(kernels, "max_sim") == expected
 
 
 @pytest.mark.gpu
