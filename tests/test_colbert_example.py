@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import common  # noqa: E402
 import train_colbert  # noqa: E402
 from pair_examples import ENV, TWO, Program, assert_same_end, end_of, said, without_dropout  # noqa: E402
+from processes import run_program  # noqa: E402
 
 COLBERT = Program("train_colbert.py")
 train = COLBERT.train
@@ -61,8 +61,8 @@ def test_it_learns_and_documents_get_smaller(tmp_path: Path, code: Path) -> None
         tokens = [[match["token"] for match in pair[when]] for when in ("before", "after")]
         assert tokens[0] == tokens[1] and "".join(tokens[0]).replace("##", "") == pair["query"].replace(" ", "")
 
-    fresh = [sys.executable, "-c", FRESH, str(tmp_path / "model")]
-    loaded = subprocess.run(fresh, capture_output=True, text=True, timeout=300, env=ENV)
+    (tmp_path / "fresh.py").write_text(FRESH)
+    loaded = run_program(tmp_path / "fresh.py", tmp_path / "model", env=ENV)
     assert loaded.returncode == 0, loaded.stderr
     query, width, long, short, own, other = map(float, loaded.stdout.split())
     assert (query, width, long, short) == (5, 32, 9, 8)  # [CLS] and [SEP] with the words, without , ! and .

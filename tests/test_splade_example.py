@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import common  # noqa: E402
 import train_splade  # noqa: E402
 from pair_examples import ENV, TWO, Program, assert_same_end, end_of, said, without_dropout  # noqa: E402
+from processes import run_program  # noqa: E402
 
 SPLADE = Program("train_splade.py")
 train = SPLADE.train
@@ -54,8 +54,8 @@ def test_it_learns_and_its_embeddings_get_sparser(tmp_path: Path, code: Path) ->
         for words in sides.values():
             assert len(words) == train_splade.WORDS and list(words.values()) == sorted(words.values(), reverse=True)
 
-    fresh = [sys.executable, "-c", FRESH, str(tmp_path / "model")]
-    loaded = subprocess.run(fresh, capture_output=True, text=True, timeout=300, env=ENV)
+    (tmp_path / "fresh.py").write_text(FRESH)
+    loaded = run_program(tmp_path / "fresh.py", tmp_path / "model", env=ENV)
     assert loaded.returncode == 0, loaded.stderr
     active, *words = loaded.stdout.split()
     assert 0 < float(active) < 5000 and {"limit", "crane"} & {*words}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import FlexChunkLoss, Projection, checks
 from ..chunking import Chunking
+from ..engine.call import autocast_dtype, operand_dtype
 from ..engine.types import accumulator_dtype
 from ..engine.values import PLAIN
 from ..signatures import Seen, signature
@@ -150,6 +151,21 @@ def check_trained(name: str, value: Any, device: torch.device | None = None) -> 
                 f"expected {name} to be floating point, got {found}: quantised embeddings can't be trained on"
             )
     return checks.tensor(name, value, device=device, kind="floating")
+
+
+def token_operands(queries: Tensor, documents: Tensor) -> torch.dtype:
+    """In which both are multiplied: autocast's, or the one that they have."""
+    if autocast_dtype(queries.device) is None or torch.float64 in (queries.dtype, documents.dtype):
+        checks.one_dtype("queries and documents", {"queries": queries.dtype, "documents": documents.dtype})
+    return operand_dtype(queries.dtype, queries.device)
+
+
+def token_mask(name: str, mask: Tensor | None, tokens: Tensor) -> Tensor | None:  # (..., L) of (..., L, H)
+    """As bool, where there is one."""
+    if mask is None:
+        return None
+    check_mask(name, mask, tuple(tokens.shape[:-1]), tokens.device)
+    return mask if mask.dtype == torch.bool else mask != 0
 
 
 def check_mask(name: str, mask: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:

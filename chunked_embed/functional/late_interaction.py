@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .. import checks
 from ..engine.autograd import once_only
-from ..engine.call import autocast_dtype, operand_dtype, refuse_transforms
+from ..engine.call import autocast_dtype, refuse_transforms
 from ..engine.compile import outside_compile
 from ..gather import ranks
 from ..kernels import max_sim as kernels
 from ..kernels import splade
 from ..kernels.max_sim import EMPTY_DOCUMENT, Pairs
-from .arguments import check_mask, check_trained
+from .arguments import check_trained, token_mask, token_operands
 from .scored import ScoredContrast, gather_tokens
 
 BUDGET = {"cuda": 1 << 30}  # bytes of what is formed of a chunk of queries and all documents
@@ -105,7 +105,7 @@ def max_sim(
     checks.flag("length_normalize", length_normalize)
     checks.integer_or_none("max_chunk_bytes", max_chunk_bytes, low=1)
     told = {"query_mask": (query_mask, queries), "document_mask": (document_mask, documents)}
-    masks = [_mask(name, *given) for name, given in told.items()]
+    masks = [token_mask(name, *given) for name, given in told.items()]
     return _all_pairs(queries, masks[0], [(documents, masks[1])], operands, length_normalize, max_chunk_bytes)
 
 
@@ -258,7 +258,10 @@ def max_sim_pairs(
     operands = _checked(queries, documents, own=True)
     checks.flag("length_normalize", length_normalize)
     checks.integer_or_none("max_chunk_bytes", max_chunk_bytes, low=1)
-    mask, own_mask = _mask("query_mask", query_mask, queries), _mask("document_mask", document_mask, documents)
+    mask, own_mask = (
+        token_mask("query_mask", query_mask, queries),
+        token_mask("document_mask", document_mask, documents),
+    )
     single = documents.dim() == 3
     if single:
         documents, own_mask = documents[:, None], None if own_mask is None else own_mask[:, None]
@@ -344,8 +347,8 @@ def max_sim_info_nce(
     if autocast_dtype(queries.device) is None or any(x.dtype == torch.float64 for x in lists):
         checks.one_dtype("documents", {name: x.dtype for name, x in zip(names, lists)})
     told = ["document_mask", *(f"hard_negative_masks[{k}]" for k in range(len(lists) - 1))]
-    masks = [_mask(name, mask, x) for name, mask, x in zip(told, masks, lists)]
-    mask = _mask("query_mask", query_mask, queries)
+    masks = [token_mask(name, mask, x) for name, mask, x in zip(told, masks, lists)]
+    mask = token_mask("query_mask", query_mask, queries)
     checks.flag("length_normalize", length_normalize)
     checks.integer_or_none("max_chunk_bytes", max_chunk_bytes, low=1)
     processes = ranks(queries, gather_across_devices)
@@ -390,13 +393,4 @@ def _checked(queries: Tensor, documents: Tensor, own: bool = False) -> torch.dty
     if not fits or (own and len(documents) != n):
         expected = " or ".join(shapes).replace("H", str(width)).replace("N", str(n) if own else "N")
         raise ValueError(f"expected documents of shape {expected}, got {tuple(documents.shape)}")
-    if autocast_dtype(queries.device) is None or torch.float64 in (queries.dtype, documents.dtype):
-        checks.one_dtype("queries and documents", {"queries": queries.dtype, "documents": documents.dtype})
-    return operand_dtype(queries.dtype, queries.device)
-
-
-def _mask(name: str, mask: Tensor | None, x: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    check_mask(name, mask, tuple(x.shape[:-1]), x.device)
-    return mask if mask.dtype == torch.bool else mask != 0
+    return token_operands(queries, documents)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .. import checks
 from ..engine.autograd import once_only
-from ..engine.call import autocast_dtype, operand_dtype, refuse_transforms
+from ..engine.call import refuse_transforms
 from ..engine.compile import outside_compile
 from ..engine.products import mm
 from ..kernels.max_sim import EMPTY_DOCUMENT
-from ..kernels.splade import Texts, texts, wide
+from ..kernels.splade import Texts, texts_of, wide
 from ..kernels.weighted_sums import weighted_sums
-from .arguments import check_mask, check_trained
+from .arguments import check_trained, token_mask, token_operands
 
 BUDGET = {"cuda": 1 << 28}  # bytes of similarities at a time
 CPU_BUDGET = 1 << 26
@@ -130,8 +130,8 @@ def xtr_scores(
     checks.integer_or_none("max_chunk_bytes", max_chunk_bytes, low=1)
     operands = _checked(queries, documents, pairs)
     device = queries.device
-    of_queries = _texts("query_mask", query_mask, queries.shape[:-1], device)
-    of_documents = _texts("document_mask", document_mask, documents.shape[:-1], device)
+    of_queries = _texts("query_mask", query_mask, queries)
+    of_documents = _texts("document_mask", document_mask, documents)
     how = _How(
         top_k=min(top_k, of_documents.tokens),
         operands=operands,
@@ -160,18 +160,13 @@ def _checked(queries: Tensor, documents: Tensor, pairs: bool) -> torch.dtype:
             f"expected documents of shape ({len(queries)}, D, {width}), or ({len(queries)}, K, D, {width}), with "
             f"pairs=True, got {tuple(documents.shape)}"
         )
-    if autocast_dtype(queries.device) is None or torch.float64 in (queries.dtype, documents.dtype):
-        checks.one_dtype("queries and documents", {"queries": queries.dtype, "documents": documents.dtype})
-    return operand_dtype(queries.dtype, queries.device)
+    return token_operands(queries, documents)
 
 
-def _texts(name: str, mask: Tensor | None, shape: torch.Size, device: torch.device) -> Texts:
+def _texts(name: str, mask: Tensor | None, tokens: Tensor) -> Texts:
     """Which rows count, one text after the other. Waits for the device."""
-    if mask is not None:
-        check_mask(name, mask, tuple(shape), device)
-    n = shape[:-1].numel()
-    ids = torch.arange(n, device=device)[:, None].expand(n, shape[-1]).flatten()
-    return texts(ids if mask is None else ids.masked_fill(mask.flatten() == 0, -1), n, grouped=False)[0]
+    known = token_mask(name, mask, tokens)
+    return texts_of(torch.ones(tokens.shape[:-1], dtype=torch.bool, device=tokens.device) if known is None else known)
 
 
 def _retrieve(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from chunked_embed.kernels.splade import Texts, max_gradients, product, serves, texts, wide
+from chunked_embed.kernels.splade import Texts, max_gradients, product, serves, texts_of, wide
 
 EMPTY_DOCUMENT = -1e9
 """The score of a document without tokens, below that of any other: sentence-transformers' number."""
@@ -123,8 +123,8 @@ class ColumnPairs(Pairs):
     def __init__(self, query_mask: Tensor, document_mask: Tensor, dtype: torch.dtype, budget: int) -> None:
         device = query_mask.device
         self.n, self.m, self.dtype = len(query_mask), len(document_mask), dtype
-        self.queries = texts(_ids(query_mask), self.n, False)[0]
-        self.documents = texts(_ids(document_mask), self.m, serves(dtype, device))[0]
+        self.queries = texts_of(query_mask)
+        self.documents = texts_of(document_mask, grouped=serves(dtype, device))
         self.budget = min(budget, BLOCK_BYTES.get(device.type, CPU_BLOCK_BYTES))
 
     def prepared(self, queries: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,11 +191,6 @@ class ColumnPairs(Pairs):
                 queries_out[columns] = rows
             else:
                 queries_out.index_copy_(0, self.queries.source[columns], rows)
-
-
-def _ids(mask: Tensor) -> Tensor:  # (N, L) -> (N x L,), the text of each token, negative where it does not count
-    ids = torch.arange(len(mask), device=mask.device)[:, None].expand(mask.shape)
-    return ids.masked_fill(~mask, -1).flatten()
 
 
 def _add_columns(out: Tensor, text: Tensor, values: Tensor) -> None:  # (queries, M), (V,), (M, V)

@@ -70,6 +70,13 @@ def serves(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype in HALF and available(device)
 
 
+def texts_of(mask: Tensor, grouped: bool = False) -> Texts:  # (..., L) bool
+    """Of the tokens that count: each line of the mask is a text. Waits for the device."""
+    n = mask.shape[:-1].numel()
+    ids = torch.arange(n, device=mask.device).view(*mask.shape[:-1], 1).expand(mask.shape)
+    return texts(ids.masked_fill(~mask, -1).flatten(), n, grouped)[0]
+
+
 def texts(
     segments: Tensor,  # (M,) integers: the text of each row; a negative one drops it
     n: int,
