@@ -41,7 +41,7 @@ def has_errors(line):
 BRIEFLY = ("--seconds", "0")
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "arguments", "lines"),
     [
@@ -69,7 +69,7 @@ def test_small_mode(tmp_path, script, arguments, lines):
     assert all(float(line["value_error"]) < 1e-4 * float(line["value_mean"]) for line in told), told
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
@@ -91,7 +91,7 @@ def test_half_precision_outputs_are_lines_of_their_own(tmp_path, script, argumen
 HALF = ", half-precision outputs"
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [["step", "--pairs", "4"], ["first", "--first-rows", "8", "--match", "call, MNRL"], ["head"]]
 )
@@ -185,7 +185,7 @@ def train(folder, *arguments, launch=()):
 RUNS = ("TRL", "ours", "TRL, the same again", "TRL, another seed")
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize("losses", ["orpo,gkd", "kto,dpo"])
 def test_trainers_have_the_curves_of_trl(tmp_path, losses):
     done, curves, lines = train(tmp_path, "--only", losses, "--match", "bfloat16")
@@ -203,7 +203,7 @@ def test_trainers_have_the_curves_of_trl(tmp_path, losses):
         assert len({row["loss"] for row in of_runs["ours"]}) > 1
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["split over two", "FSDP2 on 2"])
 def test_trainers_on_two_devices(tmp_path, layout):
     """Under FSDP2 TRL's log-probabilities are rounded, and differ from ours by as much."""
@@ -242,7 +242,7 @@ def test_curves_of_trainers_are_compared_with_the_spread(tmp_path, monkeypatch, 
     assert trainers.read_run(path, "case", "ours").losses == []
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_swapped_losses_have_the_curves_of_the_library(tmp_path):
     """In a few steps the library's spread is one of single roundings, so that the ratio to it says nothing."""
     pytest.importorskip("sentence_transformers")
@@ -292,7 +292,7 @@ def test_swapped_losses_are_compared_with_the_spread(tmp_path, monkeypatch, caps
     assert "WRONG" in bench.lines[-2].note
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize("match", ["CachedMultiple", "CoSENT"])
 def test_losses_of_two_processes(tmp_path, match):
     pytest.importorskip("sentence_transformers")
@@ -308,7 +308,7 @@ def test_losses_of_two_processes(tmp_path, match):
     assert whos - {"ours", "ours, mini-batches"} == peers
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_gathered_embeddings(tmp_path):
     pytest.importorskip("sentence_transformers")
     command = [sys.executable, *TWO, ROOT / "benchmarks" / "gathered.py", "--device", "cpu", "--no-compiled"]

@@ -36,7 +36,7 @@ print(*query.shape, *(len(d) for d in documents), *model.similarity([query], doc
 """
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_it_learns_and_documents_get_smaller(tmp_path: Path, code: Path) -> None:
     out = train(tmp_path, "--dataset", code, "--eval-every", "3", "--merge", "3")
     assert out.returncode == 0, out.stdout + out.stderr
@@ -69,7 +69,7 @@ def test_it_learns_and_documents_get_smaller(tmp_path: Path, code: Path) -> None
     assert own > other
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["asked to", "killed"])
 def test_a_run_that_stopped_goes_on_to_the_same_end(tmp_path: Path, how: str, code: Path) -> None:
     arguments = ("--save-every", "1", "--dataset", code)
@@ -80,7 +80,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_end(tmp_path: Path, how: str, co
         assert pair["before"] == reference["before"] != pair["after"]
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("maxsim", 0), ("xtr", 16), ("meanmaxsim", 16), ("xtr", 0)], ids=str)
 def test_ours_ends_where_the_librarys_does(tmp_path: Path, options: tuple[str, int], code: Path) -> None:
     loss, rows = options
@@ -93,7 +93,7 @@ def test_ours_ends_where_the_librarys_does(tmp_path: Path, options: tuple[str, i
     assert_same_end(tmp_path / "ours", tmp_path / "library", tolerance=2e-4, astray=1e-3)
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_hard_negatives_of_a_file_in_mini_batches(tmp_path: Path) -> None:
     rows = [f"what is {i},it is {i},it is not {i}" for i in range(80)]
     (tmp_path / "pairs.csv").write_text("\n".join(["q,d,negative", *rows]))
@@ -105,7 +105,7 @@ def test_hard_negatives_of_a_file_in_mini_batches(tmp_path: Path) -> None:
     assert len(end_of(tmp_path / "out")[0]["loss"]) == 2
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path: Path, code: Path) -> None:
     without_dropout(Path(common.bundled_folder("--model")), tmp_path / "model")
     # In bf16, which some CPUs have, the order of sums shows: Adam makes whole steps of it.

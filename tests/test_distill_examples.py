@@ -227,7 +227,7 @@ def test_documents(code: Path) -> None:
 LM = ("--quick", "--characters", "60000")
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_distil_a_language_model_then_offline(tmp_path: Path, code: Path) -> None:
     online = ("--dataset", code, "--output", tmp_path / "one", "--loss", "taid", "--loss", "topk")
     result = run("distill_lm.py", *LM, *online)
@@ -256,7 +256,7 @@ def test_distil_a_language_model_then_offline(tmp_path: Path, code: Path) -> Non
     assert other.returncode == 2 and "its teacher was another one" in said(other)
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_a_killed_script_goes_on(tmp_path: Path) -> None:
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
@@ -297,7 +297,7 @@ def test_a_killed_script_goes_on(tmp_path: Path) -> None:
         assert half[name][:] == whole[name][:]
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["layers", "static", "hidden"])
 def test_distil_embeddings(how: str, tmp_path: Path, code: Path) -> None:
     pytest.importorskip("sentence_transformers")

@@ -229,7 +229,7 @@ def test_loop_in_bf16(saved: dict[str, Path], tmp_path: Path) -> None:
     assert log != exact
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["accumulated", "precomputed", "processes"])
 def test_loop_in_another_way_to_the_same_end(how: str, saved: dict[str, Path], tmp_path: Path) -> None:
     # float64, since Adam makes whole steps of rounding errors. What is precomputed is kept in float32.
@@ -309,7 +309,7 @@ def test_class_weights() -> None:
     assert kto_loop.class_weights(labels, 3, 5) == (3, 5)
 
 
-@pytest.mark.parametrize("loss", ["kto", pytest.param("apo_zero_unpaired", marks=pytest.mark.slow(among="file"))])
+@pytest.mark.parametrize("loss", ["kto", pytest.param("apo_zero_unpaired", marks=pytest.mark.slow)])
 def test_kto_loop_is_trls(loss: str, judged: dict[str, Path], tokenizer: Any, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     transformers = pytest.importorskip("transformers")
@@ -376,7 +376,7 @@ def test_bcos_delta_is_the_mean_reward_in_training(judged: dict[str, Path], tmp_
     assert abs(log[-1]["point"]) > 1e-3
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "how"),
     [
@@ -459,7 +459,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_training_with_trl(tmp_path: Path, code: Path) -> None:
     pytest.importorskip("trl")
     names = ["sigmoid", "sigmoid+sft", "fpo_js", "simpo"]
@@ -478,7 +478,7 @@ def test_training_with_trl(tmp_path: Path, code: Path) -> None:
     assert all((tmp_path / name / "model.safetensors").exists() for name in names)
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_training_with_trl_on_files(saved: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("trl")
     files = [text for name, path in saved.items() for text in (f"--{name}", path)]
@@ -501,7 +501,7 @@ def test_losses_that_there_are_not(names: list[str], message: str) -> None:
         train_dpo.make_losses(names, beta=0.1, compiled=False)
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_training_with_trl_tells_a_mistake_in_a_sentence(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     out = run("train_dpo.py", "--loss-type", "ppo", "--output", tmp_path)

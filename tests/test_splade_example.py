@@ -35,7 +35,7 @@ print(model.sparsity(embeddings)["active_dims"], *(word for word, _ in model.dec
 """
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_it_learns_and_its_embeddings_get_sparser(tmp_path: Path, code: Path) -> None:
     weights = ("--document-weight", "0.05", "--query-weight", "0.05", "--ramp", "linear", "--eval-every", "3")
     out = train(tmp_path, "--dataset", code, *weights)
@@ -61,7 +61,7 @@ def test_it_learns_and_its_embeddings_get_sparser(tmp_path: Path, code: Path) ->
     assert 0 < float(active) < 5000 and {"limit", "crane"} & {*words}
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["asked to", "killed"])
 def test_a_run_that_stopped_goes_on_to_the_same_end(tmp_path: Path, how: str, code: Path) -> None:
     # The weights of FLOPS are at another height in each step, and the model drops out: all of it must come back.
@@ -73,7 +73,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_end(tmp_path: Path, how: str, co
     assert got["words"].keys() == expected["words"].keys()
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_hard_negatives_of_a_file_in_mini_batches(tmp_path: Path) -> None:
     rows = [f"what is {i},it is {i},it is not {i}" for i in range(80)]
     (tmp_path / "pairs.csv").write_text("\n".join(["q,d,negative", *rows]))
@@ -85,7 +85,7 @@ def test_hard_negatives_of_a_file_in_mini_batches(tmp_path: Path) -> None:
     assert len(end_of(tmp_path / "out")[0]["loss"]) == 2
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path: Path, code: Path) -> None:
     without_dropout(Path(common.bundled_folder("--model")), tmp_path / "plain")
     train_splade.with_new_head(str(tmp_path / "plain")).save_pretrained(str(tmp_path / "model"))

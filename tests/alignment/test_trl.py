@@ -23,7 +23,7 @@ from alignment import BCOLoss, DPOLoss, IRPOLoss, KTOLoss, SimPOLoss, TDPOLoss  
 from alignment.trl import BCO_STATE, LOSS_TYPES  # noqa: E402
 
 pytestmark = [
-    pytest.mark.slow(among="file"),
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
     pytest.mark.filterwarnings("ignore::FutureWarning:trl"),
     pytest.mark.filterwarnings("ignore::UserWarning:trl"),

@@ -89,6 +89,7 @@ def assert_same(folder: Path, tolerance: float = 2e-6, **options: Any) -> Any:
     return ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [
@@ -282,6 +283,7 @@ def test_another_loss(tmp_path: Path) -> None:
 # --- data and settings -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "collator",
     [

@@ -52,7 +52,7 @@ from distill import (
 from distill.trainer import DistillCollator
 
 pytestmark = [
-    pytest.mark.slow(among="file"),
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
     pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),

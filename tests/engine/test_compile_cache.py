@@ -72,6 +72,7 @@ def test_each_shape_key_has_a_graph():
     assert compilations() == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wide", [False, True], ids=["dynamic rows", "fixed sizes"])
 @pytest.mark.parametrize("name", ["cross_entropy", "preference", "ranked", "identity"])
 def test_ragged_batches(name, wide, monkeypatch):
@@ -329,6 +330,7 @@ def by_attribute(mask):
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [by_function, by_class, by_attribute])
 def test_a_function_made_anew_in_each_call(make):
     alive, few = [], specialize.MANY

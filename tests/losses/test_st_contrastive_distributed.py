@@ -14,7 +14,7 @@ import torch.distributed as dist
 from processes import Outcomes, asked, assert_passed, run_checks, spawn
 
 pytestmark = [
-    pytest.mark.slow(among="file"),
+    pytest.mark.slow,
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),

@@ -321,7 +321,7 @@ def test_a_module_that_takes_anothers_place(folder):
     assert_same(run(mine), run(model))
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_trainer(folder, tmp_path):
     """The same curve as the library's, and the same parameters at the end."""
     from datasets import Dataset
@@ -367,7 +367,7 @@ def outcomes(request, folder, tmp_path_factory):
     return run_checks(ranks.check, asked(request), ranks.WORLD, tmp_path_factory.mktemp("outcomes"), *models)
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 @pytest.mark.parametrize("name", attach_ranks.NAMES)
 def test_several_processes(name, outcomes):
