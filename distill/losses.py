@@ -34,7 +34,7 @@ from .divergences import (
 )
 
 Extra: TypeAlias = "Sequence[tuple[Tensor, Tensor]]"
-REPORTS = ("student_entropy", "teacher_agreement")
+REPORTS = ("student_entropy", "teacher_agreement", "tempered_entropy")
 
 
 class Term(NamedTuple):
@@ -75,7 +75,8 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
             probability out there (not for divergences that are infinite where the teacher is zero). "refuse" raises. A
             longer teacher is cut in any case (logits of -inf would be the same), and the hard loss always sees the
             student's whole vocabulary.
-        report: further metrics, "student_entropy" and "teacher_agreement" (whether their top tokens are the same).
+        report: further metrics, "student_entropy", "tempered_entropy" (that of the student's softmax at ``temperature``)
+            and "teacher_agreement" (whether their top tokens are the same).
         chunk_size, max_chunk_bytes, compiled, float32_outputs: as for ``FlexChunkLoss``. With half-precision logits a
             divergence between close distributions is off by about a percent.
 
@@ -433,8 +434,9 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
             metrics["ce"] = nll(student.softmax(), rows["target"])
             total = total + self.weight_hard * metrics["ce"]
         if "student_entropy" in reports:
-            q = student.softmax()
-            metrics["student_entropy"] = -(q.p * q.log.detach()).sum(1)
+            metrics["student_entropy"] = student.entropy()
+        if "tempered_entropy" in reports:
+            metrics["tempered_entropy"] = student.entropy(self.inverse_temperature)
         return total, metrics
 
     def without_own(self, outputs: Any, own: Tensor) -> Any:
@@ -463,6 +465,11 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
             theirs = Logits(teacher.z[:, :more])
         return {"common": (ours, theirs), "whole": (student, teacher)}
 
+    @property
+    def inverse_temperature(self) -> Any:
+        """What logits are multiplied by; None: nothing."""
+        return None if "temperature" in dict(self.pinned) else 1 / self.temperature
+
     def value(self, term: Term, sides: Sides, columns: Any) -> Tensor:  # (R,)
         """A term, unweighted."""
         pinned, divergence = dict(self.pinned), term.divergence
@@ -470,7 +477,7 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
         student, teacher = sides["common" if divergence.shared_vocabulary else "whole"]
         if self.holds(term, divergence.takes_head):
             options["embedding"] = columns["embedding"][: student.z.shape[1]]
-        factor = 1 / self.temperature if divergence.tempered and "temperature" not in pinned else None
+        factor = self.inverse_temperature if divergence.tempered else None
         if divergence.core is not None:
             return divergence.core(student.softmax(factor), teacher.softmax(factor), **options)
         return divergence.function(student.times(factor), teacher.times(factor), **options)
@@ -492,6 +499,10 @@ class Logits:
         if plain not in self.found:
             self.found[plain] = normalized(self.times(factor))
         return self.found[plain]
+
+    def entropy(self, factor: Any = None) -> Tensor:  # (R,)
+        q = self.softmax(factor)
+        return -(q.p * q.log.detach()).sum(1)
 
 
 Sides: TypeAlias = dict[str, tuple[Logits, Logits]]

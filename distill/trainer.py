@@ -23,7 +23,7 @@ import dataclasses
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -63,10 +63,14 @@ class Distilling(HeadTrainer):
     loss: DistillationLoss
     teacher_model: Any
 
+    usual_report: ClassVar[tuple[str, ...]] = ("student_entropy", "teacher_agreement")
+    """What is logged unless ``report`` says otherwise."""
+
     def take_loss(self, loss: DistillationLoss, report: Sequence[str] | None, check: bool) -> None:
         check_given_loss(loss, DistillationLoss, None)
         possible = REPORTS[:1] if isinstance(loss, TopKLoss) else REPORTS
-        loss.report = possible if report is None else as_report(report)
+        usual = [name for name in self.usual_report if name in possible]
+        loss.report = usual if report is None else as_report(report)
         if unknown := [name for name in loss.report if name not in possible]:
             raise ValueError(f"expected report of {type(loss).__name__} among {list(possible)}, got {unknown}")
         self.loss = loss
@@ -228,7 +232,8 @@ class DistillTrainer(Distilling, Trainer):
             token after t. Columns that a model reads and the collator leaves out are refused.
         schedule: ``loss.numbers`` as functions of progress, which is 0 at the first step and 1 at the last:
             ``{"t": lambda progress: 0.4 + 0.6 * progress}``.
-        report: which of "student_entropy" and "teacher_agreement" to log. By default both, if the loss can.
+        report: which of "student_entropy", "teacher_agreement" and "tempered_entropy" to log. By default the first two,
+            if the loss can.
         check: at the first batch, compare a few logits that each model's head gives with the model's own, and documents
             in one row with and without others. That ids are below the sizes of embeddings is always checked.
         args, trainer_options: ``Trainer``'s. ``label_smoothing_factor`` and ``compute_loss_func`` are refused: the loss

@@ -77,9 +77,9 @@ def where_imported(library: str) -> list[str]:
         ),
         (
             "transformers",
-            ("chunked_embed/causal_lm.py", "chunked_embed/trainer_callback.py", "distill/trainer.py", "distill/trl.py"),
+            ("chunked_embed/causal_lm.py", "chunked_embed/trainer_callback.py", "distill/trainer.py", "distill/trl/"),
         ),
-        ("trl", ("alignment/trl/", "distill/trl.py")),
+        ("trl", ("alignment/trl/", "distill/trl/")),
         ("peft", ()),
     ],
 )
