@@ -75,8 +75,8 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
             probability out there (not for divergences that are infinite where the teacher is zero). "refuse" raises. A
             longer teacher is cut in any case (logits of -inf would be the same), and the hard loss always sees the
             student's whole vocabulary.
-        report: further metrics, "student_entropy", "tempered_entropy" (that of the student's softmax at ``temperature``)
-            and "teacher_agreement" (whether their top tokens are the same).
+        report: further metrics, "student_entropy", "tempered_entropy" (the student's at ``temperature``) and
+            "teacher_agreement" (whether their top tokens are the same).
         chunk_size, max_chunk_bytes, compiled, float32_outputs: as for ``FlexChunkLoss``. With half-precision logits a
             divergence between close distributions is off by about a percent.
 

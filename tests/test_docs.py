@@ -203,6 +203,7 @@ MODULES = [
     "chunked_embed.sparse.losses",
     "chunked_embed.multi_vector.losses",
     "alignment.trl",
+    "distill.trl",
 ]
 
 

@@ -186,7 +186,7 @@ def test_every_public_name_is_on_a_loss_page():
         for prefix in ("losses", "sparse.losses", *multi_vector(), "CF", "alignment", "distill")
         for name in found(prefix).__all__
     }
-    trainers = {*found("alignment.trl").HOMES, "DistillTrainer", "ChunkedGKDTrainer"} - {"BCO_STATE"}
+    trainers = {*found("alignment.trl").HOMES, *found("distill.trl").HOMES, "DistillTrainer"} - {"BCO_STATE"}
     assert sorted({*public, *names_of_formulas(), *trainers} - words - {"functional"}) == []
 
 

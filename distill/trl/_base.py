@@ -23,7 +23,7 @@ warn_untested("distill.trl", trl, TESTED)
 class Taught(Distilling):
     """A trainer of TRL's with a student that generates and a teacher of the same vocabulary."""
 
-    config_class: ClassVar[type]
+    config_class: ClassVar[Any]
     """TRL's, of which ``args`` are one."""
     numbers: ClassVar[Mapping[str, type[DistillationLoss]]] = {"beta": JSDLoss}
     """What ``args`` say of the loss, and TRL's trainer reads at each step: by its name, the losses that have it."""
@@ -54,7 +54,7 @@ class Taught(Distilling):
         self.check_loss()
         with _taught(args, teacher_model, self.load_teacher) as teacher, self.building():
             theirs = _vocabulary(teacher)
-            super().__init__(model, teacher, args, *more, **trainer_options)
+            super().__init__(model, teacher, args, *more, **trainer_options)  # type: ignore[call-arg]
         self.attach_model()
         # TRL has wrapped its forward for autocast. What goes past that is called under autocast here.
         causal_lm.attach(self.accelerator.unwrap_model(self.teacher_model))

@@ -37,14 +37,15 @@ NEEDED = {
 class ChunkedDistillationTrainer(Taught, DistillationTrainer):
     """``trl.DistillationTrainer`` on the chunked engine: its arguments, and those below.
 
-    Generation, tools, vLLM and images are TRL's. A step's loss is the sum over its generated tokens, those of tools left
-    out, divided by their number on all processes; an evaluation's is the mean of its batches'. Logged is what TRL logs,
-    and each term of the loss, ``teacher_agreement`` and, of a mixture of experts, ``aux_loss``; these and ``entropy``
-    are means over tokens (TRL's ``entropy`` is one over micro-batches). Settings of ``args`` that nothing reads warn.
+    Generation, tools, vLLM and images are TRL's. A step's loss is the sum over its generated tokens, without those of
+    tools, divided by their number on all processes; an evaluation's is the mean of its batches'. Logged is what TRL
+    logs, and each term of the loss, ``teacher_agreement`` and, of a mixture of experts, ``aux_loss``; these and
+    ``entropy`` are means over tokens (TRL's ``entropy`` is one over micro-batches). Settings of ``args`` that nothing
+    reads warn.
 
     Args:
-        teacher_model: a model, or its name (``args.teacher_model_init_kwargs`` and ``teacher_model_revision`` then go to
-            ``from_pretrained``). None: ``args.teacher_model_name_or_path``.
+        teacher_model: a model, or its name (``args.teacher_model_init_kwargs`` and ``args.teacher_model_revision`` then
+            go to ``from_pretrained``). None: ``args.teacher_model_name_or_path``.
         loss: a ``DistillationLoss`` in place of ``JSDLoss(args.beta, temperature=args.temperature)``. A ``beta`` or a
             ``temperature`` of ``args`` that it does not have is refused: ``args.generation_kwargs={"temperature": x}``
             is that of sampling alone. So is a hard loss: the tokens are the student's own samples, whose cross-entropy
@@ -109,12 +110,15 @@ class ChunkedDistillationTrainer(Taught, DistillationTrainer):
     def check_loss(self) -> None:
         if self.loss.weight_hard != 0 or self.loss.weight_soft == 0:
             raise ValueError(
-                "expected a loss with weight_hard=0 (no \"ce\") and weight_soft above: completions are the student's "
+                'expected a loss with weight_hard=0 (no "ce") and weight_soft above: completions are the student\'s '
                 f"own samples, got {self.loss.weight_hard} and {self.loss.weight_soft} of {type(self.loss).__name__}"
             )
 
     def check_read(self, by_name: bool) -> None:
-        unread = [*UNREAD, *(name for needed, names in NEEDED.items() if not getattr(self.args, needed) for name in names)]
+        unread = [
+            *UNREAD,
+            *(name for needed, names in NEEDED.items() if not getattr(self.args, needed) for name in names),
+        ]
         unread += [] if self.tools else ["max_tool_calling_iterations"]
         unread += [] if by_name else ["teacher_model_revision"]
         if said := [f"{name}={getattr(self.args, name)!r}" for name in unread if self._is_set(name)]:
@@ -135,7 +139,8 @@ class ChunkedDistillationTrainer(Taught, DistillationTrainer):
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         self.check_prompts(torch.tensor([max(ids, default=0) for ids in prompt_ids]))
-        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        with _without_router_logits(self.model):
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -164,7 +169,9 @@ class ChunkedDistillationTrainer(Taught, DistillationTrainer):
 def _in_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Prompts and completions as what models read, and labels where a student's own token is to be predicted."""
     if unknown := sorted(set(inputs) - {*TOKENS, *COUNTS, *SHOWN}):
-        raise ValueError(f"expected {[*TOKENS, *COUNTS, *SHOWN]} among the inputs, got also {unknown}, which nothing reads")
+        raise ValueError(
+            f"expected {[*TOKENS, *COUNTS, *SHOWN]} among the inputs, got also {unknown}, which nothing reads"
+        )
     prompts, completions = inputs["prompt_ids"], inputs["completion_ids"]
     own = inputs["completion_mask"]
     if "tool_mask" in inputs:
@@ -176,6 +183,20 @@ def _in_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
         "labels": torch.cat([torch.full_like(prompts, -100), labels], 1),
         **{name: inputs[name] for name in SHOWN if name in inputs},
     }
+
+
+@contextlib.contextmanager
+def _without_router_logits(model: Any) -> Iterator[None]:
+    """While a mixture of experts generates: its balance counts in training, and is ill-defined beside a cache."""
+    config = model.config.get_text_config()
+    asked = getattr(config, "output_router_logits", False)
+    try:
+        if asked:
+            config.output_router_logits = False
+        yield
+    finally:
+        if asked:
+            config.output_router_logits = asked
 
 
 @contextlib.contextmanager
