@@ -15,18 +15,20 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.trainer import distillation_trainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
+from .. import packing
 from ..losses import DistillationLoss, JSDLoss
 from ._base import Taught
 
 TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
 COUNTS = ("num_items_in_batch", "num_images", "num_tiles")
-SHOWN = (
-    *("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes"),
-    *("token_type_ids", "mm_token_type_ids", "image_position_ids"),
+ABOUT_PICTURES = (
+    *("image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids"),
+    *("mm_token_type_ids", "image_position_ids"),
 )
-"""What models are given of images, beside the tokens."""
+SHOWN = ("pixel_values", *ABOUT_PICTURES)
+"""What models are given of pictures, beside the tokens."""
 DEFAULTS = {field.name: field.default for field in fields(DistillationConfig)}
-UNREAD = ("label_smoothing_factor", "average_tokens_across_devices", "train_sampling_strategy")
+UNREAD = ("label_smoothing_factor", "train_sampling_strategy")
 NEEDED = {
     "use_vllm": tuple(name for name in DEFAULTS if name.startswith("vllm_")),
     "log_completions": ("num_completions_to_print", "log_unique_prompts"),
@@ -105,7 +107,7 @@ class ChunkedDistillationTrainer(Taught, DistillationTrainer):
         return create_model_from_path(name, **options)
 
     def building(self) -> contextlib.AbstractContextManager[Any]:
-        return _adapters_on_heads()
+        return _adapters_in_forward()
 
     def check_loss(self) -> None:
         if self.loss.weight_hard != 0 or self.loss.weight_soft == 0:
@@ -121,6 +123,9 @@ class ChunkedDistillationTrainer(Taught, DistillationTrainer):
         ]
         unread += [] if self.tools else ["max_tool_calling_iterations"]
         unread += [] if by_name else ["teacher_model_revision"]
+        unread += (
+            ["average_tokens_across_devices"] if self.accelerator.num_processes > 1 else []
+        )  # else it says nothing
         if said := [f"{name}={getattr(self.args, name)!r}" for name in unread if self._is_set(name)]:
             warnings.warn(f"nothing reads {', '.join(said)} of args here", stacklevel=3)
 
@@ -160,7 +165,10 @@ class ChunkedDistillationTrainer(Taught, DistillationTrainer):
         return num_items_in_batch
 
     def model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in inputs.items() if name != "labels"}
+        """All but labels, and what is said of pictures to a student that does not read it."""
+        read = packing.read_by(self.model)
+        left_out = {"labels"} | (set() if read is None else {*ABOUT_PICTURES} - read)
+        return {name: value for name, value in inputs.items() if name not in left_out}
 
     def take_means(self, mode: str) -> dict[str, float]:
         return {"entropy" if name == "tempered_entropy" else name: x for name, x in super().take_means(mode).items()}
@@ -200,11 +208,15 @@ def _without_router_logits(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _adapters_on_heads() -> Iterator[None]:
-    """TRL refuses an adapter on the head, which its loss would not see."""
-    kept = distillation_trainer.BaseTunerLayer
-    distillation_trainer.BaseTunerLayer = ()
+def _adapters_in_forward() -> Iterator[None]:
+    """TRL refuses adapters on the head and virtual tokens, which its loss would go past. A prefix stays refused: what
+    generates with a cache may leave it out."""
+    ours = {"BaseTunerLayer": (), "PromptLearningConfig": getattr(distillation_trainer, "PrefixTuningConfig", ())}
+    kept = {name: getattr(distillation_trainer, name) for name in ours if hasattr(distillation_trainer, name)}
     try:
+        for name in kept:
+            setattr(distillation_trainer, name, ours[name])
         yield
     finally:
-        distillation_trainer.BaseTunerLayer = kept
+        for name, value in kept.items():
+            setattr(distillation_trainer, name, value)

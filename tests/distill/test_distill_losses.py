@@ -569,13 +569,16 @@ def test_means_are_over_the_tokens_that_count():
     torch.testing.assert_close(every.means["kl"], every.metrics["kl"].mean())
 
 
-def test_reports():
+@pytest.mark.parametrize("name", ["kl", "mse"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_reports(name, temperature):
     x = make()
     used = x["target"] != -100
-    metrics = run("kl", x, temperature=2.0, report=("student_entropy", "teacher_agreement")).metrics
+    metrics = run(name, x, temperature=temperature, report=distill.losses.REPORTS).metrics
     student, teacher = logits(x, "student").detach(), logits(x, "teacher")
-    entropy = torch.distributions.Categorical(logits=student).entropy()
-    torch.testing.assert_close(metrics["student_entropy"][used], entropy)
+    for key, at in {"student_entropy": 1.0, "tempered_entropy": temperature}.items():
+        entropy = torch.distributions.Categorical(logits=student / at).entropy()
+        torch.testing.assert_close(metrics[key][used], entropy, msg=key)
     assert torch.equal(metrics["teacher_agreement"][used].bool(), student.argmax(1) == teacher.argmax(1))
 
 

@@ -230,29 +230,31 @@ def test_every_divergence_trains(name: str, tmp_path: Path) -> None:
 
 # --- the models ------------------------------------------------------------------------------------------------------
 
-HEADS: dict[str, dict[str, Any]] = {
-    "lora": {"target_modules": ["q_proj", "lm_head"]},
-    "dora": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
-    "in whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+ADAPTERS: dict[str, peft.PeftConfig] = {
+    "lora": peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "lm_head"]),
+    "dora": peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "lm_head"], use_dora=True),
+    "in whole": peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "virtual tokens": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", HEADS)
-def test_adapters_on_the_head(kind: str, tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", **HEADS[kind])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_on_the_head_and_before_the_text(kind: str, tmp_path: Path) -> None:
+    config = copy.deepcopy(ADAPTERS[kind])
     made = make(ChunkedDistillationTrainer, tmp_path, torch.float64, peft_config=config, args={"beta": 0.5})
     learning = {name: p for name, p in made.model.named_parameters() if p.requires_grad}
     for p in learning.values():  # some begin at zero
         p.data = p.data.double() + 0.1 * torch.randn(p.shape, dtype=torch.float64)
     made.model.eval()
     read, labels = whole(batch())
-    expected = GKDTrainer.generalized_jsd_loss(*logits_of(made, read), labels=labels[:, 1:], beta=0.5)
+    logits = [z[:, -labels[:, 1:].shape[1] :] for z in logits_of(made, read)]  # behind virtual tokens
+    expected = GKDTrainer.generalized_jsd_loss(*logits, labels=labels[:, 1:], beta=0.5)
     loss = made.compute_loss(made.model, batch())
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
     for name, ours, wanted in zip(learning, gradients(made, loss), gradients(made, expected), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
-    assert any("lm_head" in name for name in learning)
+    assert any(("lm_head" if isinstance(config, peft.LoraConfig) else "prompt") in name for name in learning)
     made.train()  # it generates, too
 
 
@@ -449,6 +451,9 @@ def test_refusals(options: dict[str, Any], message: str, tmp_path: Path) -> None
 def test_other_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a teacher_model, got None"):
         ChunkedDistillationTrainer(parts.student(), args=on_policy_parts.arguments(tmp_path))
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="Prompt-learning"):
+        make(ChunkedDistillationTrainer, tmp_path, peft_config=prefix)
     with pytest.raises(TypeError, match="expected args to be a DistillationConfig, got TrainingArguments"):
         ChunkedDistillationTrainer(parts.student(), parts.teacher(), parts.arguments(tmp_path))
 
@@ -476,7 +481,6 @@ def test_numbers_set_later(tmp_path: Path) -> None:
 
 IN_VAIN: dict[str, Any] = {
     "label_smoothing_factor": 0.1,
-    "average_tokens_across_devices": False,
     "train_sampling_strategy": "sequential",
     "vllm_mode": "server",
     "num_completions_to_print": 3,
