@@ -10,7 +10,7 @@
 
 The loss runs inside the student's own forward, where its head would (``chunked_embed.causal_lm``), and is any
 ``DistillationLoss`` with a teacher. Written for TRL 1.16. What differs on purpose: an adapter on the head is trained
-(TRL refuses it; virtual tokens of prompt tuning, too, in on-policy distillation), a mixture of experts has the auxiliary
+(TRL refuses it; in on-policy distillation also virtual tokens of prompt tuning), a mixture of experts has the auxiliary
 loss that its config or ``args`` ask for (TRL leaves it out), heads of two sizes are compared on the ids that both have
 where ``vocabulary="cut"`` says so, and heads on two devices are served. With several processes ``ChunkedGKDTrainer``'s
 loss is the mean over the tokens of all (TRL's is that divided by the number of processes). What does not: an on-policy

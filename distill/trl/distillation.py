@@ -102,6 +102,8 @@ class ChunkedDistillationTrainer(Taught, DistillationTrainer):
         if args.teacher_model_revision is not None:
             options["revision"] = args.teacher_model_revision
         options |= args.teacher_model_init_kwargs or {}
+        if isinstance(options["dtype"], str) and options["dtype"] != "auto":
+            options["dtype"] = getattr(torch, options["dtype"])
         if args.distributed_state.distributed_type in (DistributedType.MULTI_GPU, DistributedType.DEEPSPEED):
             options["device_map"] = None
         return create_model_from_path(name, **options)
@@ -117,20 +119,16 @@ class ChunkedDistillationTrainer(Taught, DistillationTrainer):
             )
 
     def check_read(self, by_name: bool) -> None:
-        unread = [
-            *UNREAD,
-            *(name for needed, names in NEEDED.items() if not getattr(self.args, needed) for name in names),
-        ]
-        unread += [] if self.tools else ["max_tool_calling_iterations"]
-        unread += [] if by_name else ["teacher_model_revision"]
-        unread += (
-            ["average_tokens_across_devices"] if self.accelerator.num_processes > 1 else []
-        )  # else it says nothing
-        if said := [f"{name}={getattr(self.args, name)!r}" for name in unread if self._is_set(name)]:
+        args = self.args
+        unread = [*UNREAD, *(name for needed in NEEDED for name in NEEDED[needed] if not getattr(args, needed))]
+        if not self.tools:
+            unread.append("max_tool_calling_iterations")
+        if not by_name:
+            unread.append("teacher_model_revision")
+        if self.accelerator.num_processes > 1:  # with one it says nothing
+            unread.append("average_tokens_across_devices")
+        if said := [f"{x}={getattr(args, x)!r}" for x in unread if x in DEFAULTS and getattr(args, x) != DEFAULTS[x]]:
             warnings.warn(f"nothing reads {', '.join(said)} of args here", stacklevel=3)
-
-    def _is_set(self, name: str) -> bool:
-        return name in DEFAULTS and getattr(self.args, name) != DEFAULTS[name]
 
     def share_ids(self, ours: int, theirs: int) -> None:
         super().share_ids(ours, theirs)

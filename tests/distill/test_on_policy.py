@@ -305,23 +305,22 @@ def test_prompts_beyond_the_embeddings(side: str, tmp_path: Path) -> None:
         made.train()
 
 
-@pytest.mark.parametrize("given", [None, {"dtype": "float64"}], ids=str)
+@pytest.mark.parametrize("given", [None, {"dtype": "float64"}, {"attn_implementation": "eager"}], ids=str)
 def test_a_teacher_by_name(given: dict[str, Any] | None, tmp_path: Path) -> None:
     name = str(tmp_path / "teacher")
     parts.teacher(torch.float32).save_pretrained(name)
     args = {"teacher_model_init_kwargs": given, "teacher_model_name_or_path": name, "teacher_model_revision": "main"}
-    if given:
-        with pytest.raises(ValueError, match="Invalid `dtype`"):  # as in TRL
-            ChunkedDistillationTrainer(parts.student(), None, on_policy_parts.arguments(tmp_path, **args))
-        return
     options = {"train_dataset": prompts(), "processing_class": parts.tokenizer()}
     settings = on_policy_parts.arguments(tmp_path, **args)
     for _ in range(2):  # args can be used again
         made = ChunkedDistillationTrainer(parts.student(torch.float32), None, settings, **options)
         assert settings.teacher_model_init_kwargs == given
     theirs = DistillationTrainer(parts.student(torch.float32), name, settings, **options)
-    assert made.teacher_model.dtype == theirs.teacher_model.dtype == torch.float32
     torch.testing.assert_close(made.teacher_model.state_dict(), theirs.teacher_model.state_dict())
+    for ours, expected in zip(made.teacher_model.parameters(), theirs.teacher_model.parameters(), strict=True):
+        assert ours.dtype == expected.dtype
+    attention = "_attn_implementation"
+    assert getattr(made.teacher_model.config, attention) == getattr(theirs.teacher_model.config, attention)
 
 
 def test_without_args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
