@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .cpo import ChunkedCPOTrainer
     from .dpo import ChunkedDPOTrainer
     from .kto import BCO_STATE, ChunkedBCOTrainer, ChunkedKTOTrainer
+    from .online_dpo import ChunkedOnlineDPOTrainer
     from .orpo import ChunkedORPOTrainer
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "ChunkedDPOTrainer",
     "ChunkedKTOTrainer",
     "ChunkedORPOTrainer",
+    "ChunkedOnlineDPOTrainer",
 ]
 
 LOSS_TYPES: dict[str, Callable[..., PairLoss]] = {
@@ -92,6 +94,7 @@ HOMES = {
     "ChunkedDPOTrainer": "dpo",
     "ChunkedKTOTrainer": "kto",
     "ChunkedORPOTrainer": "orpo",
+    "ChunkedOnlineDPOTrainer": "online_dpo",
 }
 
 

@@ -46,7 +46,10 @@ def conflicts(config: Any, loss: PreferenceLoss, settings: Settings) -> list[str
 
 
 def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    """A list of one thing says no more than that thing."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return value[0] if len(value) == 1 else tuple(value)
 
 
 def refuse(config: Any, loss: PreferenceLoss, name: str, setting: Setting) -> NoReturn:
