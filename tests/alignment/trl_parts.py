@@ -48,6 +48,18 @@ def pairs(size: int = 12, seed: int = 0) -> Dataset:
     )
 
 
+def prompts(size: int = 12, seed: int = 0) -> Dataset:
+    """With a number each, for rewards."""
+    rows = pairs(size, seed)
+    return Dataset.from_list([{"prompt": row["prompt"], "number": n} for n, row in enumerate(rows)])
+
+
+def odd_words(completions: list[Any], **_: Any) -> list[float]:
+    """A reward: how many of a completion's words have an odd number."""
+    texts = [said if isinstance(said, str) else said[-1]["content"] for said in completions]
+    return [float(sum(int(word[1:]) % 2 for word in text.split() if word in WORDS)) for text in texts]
+
+
 def verdicts(size: int = 12, seed: int = 0) -> Dataset:
     """Single completions, each with a label."""
     rows = [

@@ -12,6 +12,7 @@ import torch
 import trl_parts as parts
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from alignment.trl import (
@@ -19,6 +20,7 @@ from alignment.trl import (
     ChunkedCPOTrainer,
     ChunkedDPOTrainer,
     ChunkedKTOTrainer,
+    ChunkedOnlineDPOTrainer,
     ChunkedORPOTrainer,
 )
 
@@ -34,6 +36,9 @@ class Kind:
     data: Callable[..., Any]
     has_reference: bool = True
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Of the config."""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """To the trainer."""
 
 
 KINDS = {
@@ -44,10 +49,21 @@ KINDS = {
     "orpo": Kind(ORPOTrainer, ChunkedORPOTrainer, ORPOConfig, parts.pairs, False, {"max_length": 32}),
 }
 
+SAMPLING = {  # TRL's cannot evaluate
+    "online": Kind(
+        OnlineDPOTrainer,
+        ChunkedOnlineDPOTrainer,
+        OnlineDPOConfig,
+        parts.prompts,
+        fixed={"max_new_tokens": 6, "eval_strategy": "no"},
+        given={"reward_funcs": parts.odd_words},
+    ),
+}
+
 
 def make(kind: str, ours: bool, folder: Path, model: Any = None, data: Any = None, **options: Any) -> Any:
     """A trainer of either package; ``args`` are the config's, the rest the trainer's."""
-    k = KINDS[kind]
+    k = (KINDS | SAMPLING)[kind]
     settings = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -70,7 +86,7 @@ def make(kind: str, ours: bool, folder: Path, model: Any = None, data: Any = Non
         options["ref_model"] = parts.reference(policy)
     if ours and "loss" not in options:
         options.setdefault("loss_options", PLAIN)
-    options = {"eval_dataset": k.data(6, 1), "processing_class": parts.tokenizer(), **options}
+    options = {"eval_dataset": k.data(6, 1), "processing_class": parts.tokenizer(), **k.given, **options}
     return (k.ours if ours else k.theirs)(
         model=policy, args=args, train_dataset=k.data() if data is None else data, **options
     )
