@@ -56,11 +56,12 @@ def test_rows_that_fill_up_a_batch_are_not_counted(kind: str, trained: list[dict
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
 
 
-def test_ddp_is_one_process_with_both_batches(trained: list[dict[Any, Any]], tmp_path: Path) -> None:
-    alone = trl_ranks.train("dpo", True, str(tmp_path), 1)
+@pytest.mark.parametrize("kind", ["dpo", "online"])
+def test_ddp_is_one_process_with_both_batches(kind: str, trained: list[dict[Any, Any]], tmp_path: Path) -> None:
+    alone = trl_ranks.train(kind, True, str(tmp_path), 1)
     for rank in trained:
         for name, value in alone["weights"].items():
-            torch.testing.assert_close(rank["dpo", True]["weights"][name], value, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(rank[kind, True]["weights"][name], value, rtol=1e-9, atol=1e-11)
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,25 @@ def odd_words(completions: list[Any], **_: Any) -> list[float]:
     return [float(sum(int(word[1:]) % 2 for word in text.split() if word in WORDS)) for text in texts]
 
 
+def seeded(trainer: Any) -> Any:
+    """What a trainer samples follows from its prompts: not from what was drawn before, nor from the batch."""
+    ids_of = trainer.processing_class.convert_tokens_to_ids
+
+    def generate(model: Any, prompts: list[str], images: Any = None) -> tuple[Any, ...]:
+        rows, completions = [ids_of(text.split()) for text in prompts] * 2, []
+        for n, row in enumerate(rows):
+            g = torch.Generator().manual_seed(sum(row) + 1000 * (n // len(prompts)))
+            length = int(torch.randint(2, 7, (), generator=g))
+            completions.append([*torch.randint(3, 63, (length - 1,), generator=g).tolist(), 1][:6])
+        width, longest = max(map(len, rows)), max(map(len, completions))
+        ids = [[0] * (width - len(row)) + row for row in rows], [c + [0] * (longest - len(c)) for c in completions]
+        prompt_ids, completion_ids = (torch.tensor(each) for each in ids)
+        return prompt_ids, (prompt_ids > 0).long(), completion_ids, (completion_ids > 0).long(), None
+
+    trainer._generate = generate
+    return trainer
+
+
 def verdicts(size: int = 12, seed: int = 0) -> Dataset:
     """Single completions, each with a label."""
     rows = [

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 WORLD = 2
-KINDS = ("dpo", "kto", "cpo", "orpo")
+KINDS = ("dpo", "kto", "cpo", "orpo", "online")
 DROPPING = ("cpo", "orpo")  # rows that fill up a last batch; TRL's others count them
 LAYOUTS = ("accelerate", "root only", "head alone")
 
@@ -26,8 +26,11 @@ def train(kind: str, ours: bool, folder: str, world: int) -> dict[str, Any]:
     if world > 1:
         args["ddp_backend"] = "gloo"
     model = trl_zoo.parts.model(torch.float64 if ours else torch.float32)
-    data = trl_zoo.KINDS[kind].data(16)
-    trainer = trl_zoo.trained(kind, ours, Path(folder), model=model, data=data, args=args)
+    data = (trl_zoo.KINDS | trl_zoo.SAMPLING)[kind].data(16)
+    trainer = trl_zoo.make(kind, ours, Path(folder), model=model, data=data, args=args)
+    if kind in trl_zoo.SAMPLING:
+        trl_zoo.parts.seeded(trainer)
+    trainer.train()
     evaluated = trainer.evaluate() if kind in DROPPING else {}
     return {"weights": dict(trainer.model.state_dict()), "logs": trainer.state.log_history, "evaluated": evaluated}
 

@@ -50,10 +50,23 @@ SETTINGS = {
 
 
 def aligned(kind: str, folder: Path, dtype: torch.dtype, **options: Any) -> Any:
-    if trl_zoo.KINDS[kind].has_reference:
+    if (trl_zoo.KINDS | trl_zoo.SAMPLING)[kind].has_reference:
         options["ref_model"] = trl_parts.model(dtype)
     args = SETTINGS | options.pop("args", {})
     return trl_zoo.make(kind, True, folder, model=trl_parts.model(dtype), args=args, **options)
+
+
+def sampled(folder: Path, dtype: torch.dtype) -> Any:
+    """What both trainers sample from one batch is the same."""
+    trainer = aligned("online", folder, dtype, args={"generation_kwargs": {"min_new_tokens": 6}})
+    compute_loss = trainer.compute_loss
+
+    def seeded(model: Any, inputs: Any, **kw: Any) -> Any:
+        torch.manual_seed(sum(inputs["number"]))
+        return compute_loss(model, inputs, **kw)
+
+    trainer.compute_loss = seeded
+    return trainer
 
 
 def distilled(folder: Path, dtype: torch.dtype) -> Any:
@@ -83,6 +96,7 @@ KINDS: dict[str, Callable[[Path, torch.dtype], Any]] = {
     "bco": lambda *a: aligned("bco", *a),
     "cpo": lambda *a: aligned("cpo", *a),
     "orpo": lambda *a: aligned("orpo", *a),
+    "online": sampled,
     "distill": distilled,
     "gkd": on_policy,
 }
@@ -92,6 +106,7 @@ LOGGED: dict[str, dict[str, float]] = {  # where the policy is its reference
     "tdpo": {"loss": math.log(2), "rewards/margins": 0.0},
     "kto": {"loss": 0.5, "rewards/chosen": 0.0, "rewards/rejected": 0.0, "kl": 0.0},
     "bco": {"loss": math.log(2), "rewards/margins": 0.0},
+    "online": {"rewards/margins": 0.0, "objective/kl": 0.0},  # TRL rounds the loss that is logged
     "distill": {"kl": 0.0, "teacher_agreement": 1.0},
     "gkd": {"jsd": 0.0, "teacher_agreement": 1.0},
 }
@@ -146,7 +161,7 @@ def check(name: str, rank: int) -> None:
     for key, gradient in found.items():
         expected = torch.stack([gradients[key].to(gradient) for _, gradients in steps]).mean(0)
         torch.testing.assert_close(gradient, expected, **close, msg=lambda text, key=key: f"{key}: {text}")
-    if getattr(trainer, "ref_model", None) is not None:
+    if getattr(trainer, "ref_model", None) is not None and "input_ids" in batches[rank]:
         scored = [t.compute_ref_log_probs(t.ref_model, batches[rank]) for t in (trainer, alone)]
         for ours, theirs in zip(*scored, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-4 if half else 1e-9)
