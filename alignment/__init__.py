@@ -20,10 +20,12 @@ from .losses import (
     SimPOLoss,
     SLiCLoss,
     TDPOLoss,
+    TPOLoss,
 )
 from .pairs import PairLoss, PairScores
 from .path import PreferenceLoss, PreparedLoss
 from .sequences import SequenceLoss, SequenceScores
+from .triples import TripleLoss
 
 __all__ = [
     "AlphaPOLoss",
@@ -46,5 +48,7 @@ __all__ = [
     "SequenceScores",
     "SimPOLoss",
     "TDPOLoss",
+    "TPOLoss",
+    "TripleLoss",
     "functional",
 ]

@@ -478,6 +478,35 @@ def simpo(chosen_mean: Tensor, rejected_mean: Tensor, *, beta: float, gamma: flo
     return smoothed_logistic(beta * (chosen_mean - rejected_mean) - gamma, label_smoothing)
 
 
+def tpo(
+    chosen: Tensor,
+    rejected: Tensor,
+    nll: Tensor,
+    *,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    alpha: float,
+    gamma: float,
+) -> Tensor:
+    """``alpha`` times the NLL of a gold completion, plus ``cpo``'s term, or with "tpo-l" ``simpo``'s.
+
+    "ipo" and "tpo-l" take log-probabilities per token.
+
+    Example:
+        >>> import torch
+        >>> from alignment import functional as AF
+        >>> chosen, rejected, nll = torch.tensor([-10.0]), torch.tensor([-12.0]), torch.tensor([2.0])
+        >>> AF.tpo(chosen, rejected, nll, loss_type="sigmoid", beta=0.1, label_smoothing=0.0, alpha=1.0, gamma=0.5)
+        tensor([2.5981])
+    """
+    if loss_type == "tpo-l":
+        term = simpo(chosen, rejected, beta=beta, gamma=gamma, label_smoothing=label_smoothing)
+    else:
+        term = cpo(chosen, rejected, loss_type=loss_type, beta=beta, label_smoothing=label_smoothing)
+    return term + alpha * nll if alpha else term
+
+
 def alphapo_reward(
     x: Tensor,  # (B,), log-probability per token
     reward_alpha: float,

@@ -1,9 +1,10 @@
 """The losses: each is its numbers and a formula of ``functional``.
 
-Losses over pairs come first, those over single sequences last; ``PairLoss.forward`` and ``SequenceLoss.forward`` say
-how they are called. In formulas ``c``, ``r``, ``rc``, ``rr`` are log-probabilities of the chosen and the rejected
-completion under policy and reference, ``lc = c - rc``, ``lr = r - rr``, ``nc`` and ``nr`` their token counts, ``b`` is
-beta. Losses are means over the pairs, or the sequences.
+Losses over pairs come first, then those over triples and over single sequences; ``PairLoss.forward``,
+``TripleLoss.forward`` and ``SequenceLoss.forward`` say how they are called. In formulas ``c``, ``r``, ``rc``, ``rr``
+are log-probabilities of the chosen and the rejected completion under policy and reference, ``lc = c - rc``,
+``lr = r - rr``, ``nc`` and ``nr`` their token counts, ``b`` is beta. Losses are means over the pairs, the triples, or
+the sequences.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from . import functional as AF
 from .pairs import PairLoss, PairScores
 from .path import Named
 from .sequences import SequenceLoss, SequenceScores
+from .triples import TripleLoss
 
 # Fields that several losses have.
 HELD: Any = number(0.1, POSITIVE, "how strongly the policy is held to the reference")
@@ -556,6 +558,63 @@ class SLiCLoss(PairLoss):
     def pair_loss(self, x: PairScores) -> Tensor:
         sft_logps = x.given.get("sft_logps", x.nll_logps)
         return AF.slic(x.chosen, x.rejected, sft_logps, delta=self.delta, alpha=self.alpha)
+
+
+# --- triples ---------------------------------------------------------------------------------------------------------
+
+
+class TPOLoss(TripleLoss):
+    """Triple preference optimisation: a preference term plus ``alpha`` times the NLL per token of a gold completion.
+
+        sigmoid  -(1 - e) logsigmoid(b (c - r)) - e logsigmoid(-b (c - r))
+        hinge    relu(1 - b (c - r))
+        ipo      (c / nc - r / nr - 1 / (2 b))^2
+        tpo-l    z = b (c / nc - r / nr) - gamma; -(1 - e) logsigmoid(z) - e logsigmoid(-z)
+
+    https://arxiv.org/abs/2405.16681; defaults are TRL's. The paper's reference is the gold completion: there is no
+    reference model. With ``alpha=0`` there are no gold completions either, and a call has pairs.
+
+    Example:
+        >>> import torch
+        >>> from alignment import TPOLoss
+        >>> hidden, head = torch.randn(6, 5, 8, requires_grad=True), torch.randn(11, 8)  # chosen, rejected, gold
+        >>> target = torch.randint(0, 11, (6, 5))
+        >>> out = TPOLoss(beta=0.1, alpha=1.0)(hidden, head, target)
+        >>> out.loss.backward()
+        >>> out.metrics["rewards/margins"].shape
+        torch.Size([2])
+    """
+
+    beta: float = number(0.01, POSITIVE, "scale of the margin")
+    loss_type: str = choice("sigmoid", ("sigmoid", "hinge", "ipo", "tpo-l"), "a name of the table")
+    alpha: float = number(1.0, NOT_NEGATIVE, "weight of the NLL per token of the gold completions")
+    label_smoothing: float = SMOOTHED
+    gamma: float = number(0.5, FINITE, "the margin that is asked for, of tpo-l")
+
+    @staticmethod
+    def readers(loss_type: str) -> Mapping[str, str]:
+        """Numbers that such a loss does not read, and what would."""
+        found = {} if loss_type == "tpo-l" else {"gamma": 'loss_type="tpo-l"'}
+        if loss_type not in ("sigmoid", "tpo-l"):
+            found["label_smoothing"] = 'loss_type="sigmoid" or "tpo-l"'
+        return found
+
+    @property
+    def unread(self) -> Mapping[str, str]:
+        return self.readers(self.loss_type)
+
+    @property
+    def takes_gold(self) -> bool:
+        return self.alpha > 0
+
+    @property
+    def per_token(self) -> bool:
+        return self.loss_type in ("ipo", "tpo-l")
+
+    def pair_loss(self, x: PairScores) -> Tensor:
+        chosen, rejected = self.logps(x)
+        numbers = {"alpha": self.alpha, "label_smoothing": self.label_smoothing, "gamma": self.gamma}
+        return AF.tpo(chosen, rejected, x.nll, loss_type=self.loss_type, beta=self.beta, **numbers)
 
 
 # --- single sequences ------------------------------------------------------------------------------------------------

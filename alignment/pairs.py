@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 from chunked_embed import ChunkPlan, Head, LossOutput, checks
 from chunked_embed.signatures import with_arguments_of
 
+from .batches import Batch, Tails, TwoTargets
 from .functional import mean_logps
-from .path import TABLE, Extra, Named, PreferenceLoss, PreparedLoss, Result, Sides, wide
+from .path import TABLE, Extra, Loose, Named, PreferenceLoss, PreparedLoss, Result, Sides, wide
 
 METRICS = (
     "logps/chosen",
@@ -84,7 +85,131 @@ class PairScores:
         return mean_logps(self.rejected, self.rejected_tokens)
 
 
-class PairLoss(PreferenceLoss):
+class ContrastLoss(PreferenceLoss):
+    """What losses over pairs and over triples share: a chosen completion beside a rejected one.
+
+    Example:
+        >>> from alignment import DPOLoss, TPOLoss
+        >>> from alignment.pairs import ContrastLoss
+        >>> issubclass(DPOLoss, ContrastLoss), issubclass(TPOLoss, ContrastLoss)
+        (True, True)
+        >>> DPOLoss().completions, TPOLoss().completions
+        (2, 3)
+    """
+
+    # --- what a loss says of itself ---
+
+    @property
+    def completions(self) -> int:
+        """Of a group, in a call: chosen, rejected, and what else there is."""
+        return 2
+
+    def pair_loss(self, x: PairScores) -> Result:
+        """One value per pair, and metrics if there are any."""
+        raise NotImplementedError(f"expected {type(self).__name__} to have a pair_loss(self, x), got none")
+
+    @property
+    def per_token(self) -> bool:
+        """Whether log-probabilities and rewards are logged per token, as TRL does where the loss takes them so."""
+        return False
+
+    def logps(self, x: PairScores) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of chosen and rejected, as logged."""
+        return (x.chosen_mean, x.rejected_mean) if self.per_token else (x.chosen, x.rejected)
+
+    def rewards(self, x: PairScores) -> tuple[Tensor, Tensor]:
+        """Rewards of chosen and rejected, as logged."""
+        chosen, rejected = self.logps(x)
+        if x.has_reference:
+            # Formed already, as a rule.
+            chosen = x.chosen_ratio if chosen is x.chosen else chosen - x.ref_chosen
+            rejected = x.rejected_ratio if rejected is x.rejected else rejected - x.ref_rejected
+        return self.reward_scale * chosen, self.reward_scale * rejected
+
+    # --- a call ---
+
+    def _contrasted(
+        self,
+        policy: Loose,
+        target: Tensor | None,
+        reference: Loose,
+        ref: Head | None,
+        ref_logps: Tensor | None,
+        nll_target: Tensor | None,
+        vectors: Mapping[str, Any],
+    ) -> PreparedLoss:
+        """What ``prepare`` of both returns."""
+        known, key = self._recall(*policy, *reference, ref, ref_logps, target, nll_target, **vectors)
+        if known:
+            heads = self._known_heads(policy, ref, reference)
+        else:
+            self._refuse_unknown(vectors)
+            heads = self._heads(policy, ref, reference, ref_logps)
+            self._check_targets(heads["policy"].hidden, target, nll_target)
+        assert target is not None
+        states = heads["policy"].hidden
+        size = states.shape[0] // self.completions
+        given = self._vectors(vectors, size, states.device, known)
+        batch = self._batch(size, target, nll_target)
+        segments, ids = batch.segments()
+        groups = {"segments": batch.of_group}
+        if ref_logps is not None:
+            groups["ref_logps"] = ref_logps.detach().double().view(2, size).t()
+        if given:
+            dtype = wide(states.dtype)
+            groups |= {name: vector.to(dtype) for name, vector in given.items()}
+        try:
+            return self._prepared(key, heads, ids, segments, batch.per_group, groups, batch, self._report)
+        except ValueError:
+            batch.refuse_other_ids()
+            raise
+
+    def _batch(self, size: int, target: Tensor, nll_target: Tensor | None) -> Batch:
+        """How so many groups lie."""
+        raise NotImplementedError
+
+    def _check_targets(self, states: Tensor, target: Any, nll_target: Any) -> None:
+        where: dict[str, Any] = {"shape": tuple(states.shape[:2]), "device": states.device, "kind": "integer"}
+        checks.tensor("target", target, **where)
+        size, odd = divmod(len(states), self.completions)
+        if odd or not size:
+            what = {2: "pairs, (2B, T, H), chosen first", 3: "triples, (3B, T, H): chosen, rejected, gold"}
+            raise ValueError(f"expected hidden of {what[self.completions]}, got {tuple(states.shape)}")
+
+    # --- behind the engine ---
+
+    def of_sums(self, scores: Any, groups: Named, batch: Batch) -> tuple[Tensor, Named]:
+        """The loss of some groups, from sums over their segments: ``(groups, segments)`` for each statistic."""
+        x = PairSums.of(scores, groups, batch)
+        result = self.pair_loss(x)
+        loss, metrics = result if isinstance(result, tuple) else (result, {})
+        with torch.no_grad():  # few operations: each is a launch
+            chosen, rejected = self.rewards(x)
+            accuracies = torch.gt(chosen, rejected, out=torch.empty_like(chosen))
+            columns = [*self.logps(x), chosen, rejected, chosen - rejected, accuracies]
+            tokens = x.chosen_tokens, x.rejected_tokens
+            sums, counts = [x.nll_logps], [x.nll_tokens]
+            if self.token_metrics:
+                sums += [batch.every(x.policy["entropy"]), x.sums["is_top1"][0], *x.sums["mean_logits"]]
+                counts += [batch.every(x.count), tokens[0], *tokens]
+            table = torch.stack([*columns, *tokens, *sums, *counts], 1)
+        return loss, {TABLE: table, **metrics}
+
+    @staticmethod
+    def _report(metrics: Named) -> tuple[Named, Named]:
+        """Columns of the table as metrics by name; those that are sums become means over all tokens of a kind in the
+        batch. -> them, and how many those are."""
+        rows = metrics.pop(TABLE).t().contiguous()  # (columns, pairs)
+        n = len(METRICS)
+        sums, counts = rows[n:].sum(1).chunk(2)
+        means = sums / counts.clamp_min(1)
+        found = dict(zip(METRICS, rows[:n].unbind(0), strict=True))
+        found |= zip(MEANS, means.unbind(0))  # the first alone, where there are no metrics of tokens
+        found["nll_loss"] = -found["nll_loss"]
+        return found | metrics, dict(zip(MEANS, counts.unbind(0)))
+
+
+class PairLoss(ContrastLoss):
     """Base of the losses over pairs: a subclass states its numbers as fields, and ``pair_loss``.
 
     ``loss(hidden, weight, target, ...)``, or ``loss(head, target=target, ...)``, takes both completions of each pair in
@@ -110,34 +235,10 @@ class PairLoss(PreferenceLoss):
 
     takes_nll_target: ClassVar[bool] = False
 
-    # --- what a loss says of itself ---
-
-    def pair_loss(self, x: PairScores) -> Result:
-        """One value per pair, and metrics if there are any."""
-        raise NotImplementedError(f"expected {type(self).__name__} to have a pair_loss(self, x), got none")
-
-    @property
-    def per_token(self) -> bool:
-        """Whether log-probabilities and rewards are logged per token, as TRL does where the loss takes them so."""
-        return False
-
     @property
     def tail_weight(self) -> float | None:
         """The weight of a completion's tokens beyond the shorter completion's length; None where all weigh alike."""
         return None
-
-    def logps(self, x: PairScores) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of chosen and rejected, as logged."""
-        return (x.chosen_mean, x.rejected_mean) if self.per_token else (x.chosen, x.rejected)
-
-    def rewards(self, x: PairScores) -> tuple[Tensor, Tensor]:
-        """Rewards of chosen and rejected, as logged."""
-        chosen, rejected = self.logps(x)
-        if x.has_reference:
-            # Formed already, as a rule.
-            chosen = x.chosen_ratio if chosen is x.chosen else chosen - x.ref_chosen
-            rejected = x.rejected_ratio if rejected is x.rejected else rejected - x.ref_rejected
-        return self.reward_scale * chosen, self.reward_scale * rejected
 
     # --- a call ---
 
@@ -185,30 +286,7 @@ class PairLoss(PreferenceLoss):
             ValueError, TypeError: shapes, dtypes, ids and options that do not fit, before any work.
         """
         policy, reference = (hidden, weight, bias, extra), (ref_hidden, ref_weight, ref_bias, ref_extra)
-        known, key = self._recall(*policy, *reference, ref, ref_logps, target, nll_target, **vectors)
-        if known:
-            heads = self._known_heads(policy, ref, reference)
-        else:
-            self._refuse_unknown(vectors)
-            heads = self._heads(policy, ref, reference, ref_logps)
-            self._check_targets(heads["policy"].hidden, target, nll_target)
-        assert target is not None
-        states = heads["policy"].hidden
-        pairs = states.shape[0] // 2
-        given = self._vectors(vectors, pairs, states.device, known)
-        batch = Batch(pairs, target, nll_target, self.ignore_index)
-        segments, ids, of_pair = batch.segments(self.tail_weight is not None)
-        groups = {"segments": of_pair}
-        if ref_logps is not None:
-            groups["ref_logps"] = ref_logps.detach().double().view(2, pairs).t()
-        if given:
-            dtype = wide(states.dtype)
-            groups |= {name: vector.to(dtype) for name, vector in given.items()}
-        try:
-            return self._prepared(key, heads, ids, segments, of_pair.shape[1], groups, batch, self._report)
-        except ValueError:
-            batch.refuse_other_ids()
-            raise
+        return self._contrasted(policy, target, reference, ref, ref_logps, nll_target, vectors)
 
     @with_arguments_of(prepare)
     def forward(self, *arguments: Any, **keywords: Any) -> LossOutput:
@@ -219,104 +297,23 @@ class PairLoss(PreferenceLoss):
         """What ``forward`` with the same arguments will do: print it before running."""
         return self.prepare(*arguments, **keywords).plan
 
+    def _batch(self, size: int, target: Tensor, nll_target: Tensor | None) -> Batch:
+        if nll_target is not None:
+            return TwoTargets(size, target, self.ignore_index, nll_target)
+        if (weight := self.tail_weight) is not None:
+            return Tails(size, target, self.ignore_index, weight)
+        return Batch(size, target, self.ignore_index)
+
     def _check_targets(self, states: Tensor, target: Any, nll_target: Any) -> None:
-        where: dict[str, Any] = {"shape": tuple(states.shape[:2]), "device": states.device, "kind": "integer"}
-        checks.tensor("target", target, **where)
-        pairs, odd = divmod(len(states), 2)
-        if odd or not pairs:
-            raise ValueError(f"expected hidden of pairs, (2B, T, H), chosen first, got {tuple(states.shape)}")
+        super()._check_targets(states, target, nll_target)
         if nll_target is None:
             return
         if not self.takes_nll_target:
             raise ValueError(f"expected no nll_target, {type(self).__name__} has none")
         if self.tail_weight is not None:
             raise ValueError("expected nll_target or a weight of tails, got both")
+        where: dict[str, Any] = {"shape": tuple(states.shape[:2]), "device": states.device, "kind": "integer"}
         checks.tensor("nll_target", nll_target, **where)
-
-    # --- behind the engine ---
-
-    def of_sums(self, scores: Any, groups: Named, batch: Batch) -> tuple[Tensor, Named]:
-        """The loss of some pairs, from sums over their segments: ``(pairs, segments)`` for each statistic."""
-        x = PairSums.of(scores, groups, batch, self.tail_weight)
-        result = self.pair_loss(x)
-        loss, metrics = result if isinstance(result, tuple) else (result, {})
-        with torch.no_grad():  # few operations: each is a launch
-            chosen, rejected = self.rewards(x)
-            accuracies = torch.gt(chosen, rejected, out=torch.empty_like(chosen))
-            columns = [*self.logps(x), chosen, rejected, chosen - rejected, accuracies]
-            tokens = x.chosen_tokens, x.rejected_tokens
-            sums, counts = [x.nll_logps], [x.nll_tokens]
-            if self.token_metrics:
-                entropy = x.sums["entropy"]
-                sums += [entropy[0] + entropy[1], x.sums["is_top1"][0], *x.sums["mean_logits"]]
-                counts += [tokens[0] + tokens[1], tokens[0], *tokens]
-            table = torch.stack([*columns, *tokens, *sums, *counts], 1)
-        return loss, {TABLE: table, **metrics}
-
-    @staticmethod
-    def _report(metrics: Named) -> tuple[Named, Named]:
-        """Columns of the table as metrics by name; those that are sums become means over all tokens of a kind in the
-        batch. -> them, and how many those are."""
-        rows = metrics.pop(TABLE).t().contiguous()  # (columns, pairs)
-        n = len(METRICS)
-        sums, counts = rows[n:].sum(1).chunk(2)
-        means = sums / counts.clamp_min(1)
-        found = dict(zip(METRICS, rows[:n].unbind(0), strict=True))
-        found |= zip(MEANS, means.unbind(0))  # the first alone, where there are no metrics of tokens
-        found["nll_loss"] = -found["nll_loss"]
-        return found | metrics, dict(zip(MEANS, counts.unbind(0)))
-
-
-class Batch:
-    """What a call knows of all its pairs. Of ids that are ignored no segment is read: the engine drops them."""
-
-    def __init__(self, pairs: int, target: Tensor, nll_target: Tensor | None, ignored: int) -> None:
-        self.pairs = pairs
-        self.target = target
-        self.nll_target = nll_target
-        self.ignored = ignored
-
-    def segments(self, tails: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """-> the segment of each token, its id, and the segments of each pair, ``(pairs, 2 or 4)``.
-
-        Segments of a pair: 0 chosen, 1 rejected. With tails: 0 chosen, 1 its tail, 2 rejected, 3 its tail. With an
-        ``nll_target``: 0 chosen tokens of the NLL alone, 1 rejected, 2 chosen tokens that the NLL leaves out, 3 others.
-        """
-        per_pair = 2 if self.nll_target is None and not tails else 4
-        of_pair = torch.arange(per_pair * self.pairs, device=self.target.device).view(self.pairs, per_pair)
-        if self.nll_target is not None:
-            return *self._with_nll(self.nll_target, of_pair), of_pair
-        first = of_pair[:, :: per_pair // 2].t().flatten()[:, None]  # (2B, 1)
-        if not tails:
-            return first.expand(self.target.shape), self.target, of_pair
-        used = self.target != self.ignored
-        lengths = used.sum(1).view(2, -1).amin(0).repeat(2)[:, None]
-        return first + (used.cumsum(1) > lengths), self.target, of_pair
-
-    def _with_nll(self, nll_target: Tensor, of_pair: Tensor) -> tuple[Tensor, Tensor]:
-        (ids, of_rejected), nll_ids = self.target.chunk(2), nll_target[: self.pairs]
-        chosen, in_nll = ids != self.ignored, nll_ids != self.ignored
-        both = torch.where(in_nll, nll_ids, ids)
-        # Ids that differ go beyond all segments: the engine refuses those after its one transfer.
-        beyond = (chosen & (both != ids)).mul(of_pair.numel())
-        of_chosen = chosen * (in_nll + 2) + of_pair[:, :1] + beyond
-        segments = torch.cat([of_chosen, of_pair[:, 1:2].expand_as(ids)])
-        return segments, torch.cat([both, of_rejected])
-
-    def refuse_other_ids(self) -> None:
-        """Waits for the device."""
-        if self.nll_target is None:
-            return
-        ids, nll_ids = self.target[: self.pairs], self.nll_target[: self.pairs]
-        both = (ids != self.ignored) & (nll_ids != self.ignored)
-        if bool((both & (ids != nll_ids)).any()):
-            raise ValueError("expected nll_target and target to agree where both have a token, got other ids")
-
-    @cached_property
-    def nll_tokens(self) -> Tensor:  # ()
-        """How many the NLL has, one or more."""
-        ids = self.target if self.nll_target is None else self.nll_target
-        return (ids[: self.pairs] != self.ignored).sum().clamp_min(1)
 
 
 class PairSums(PairScores):
@@ -327,18 +324,16 @@ class PairSums(PairScores):
     batch: Batch
 
     @classmethod
-    def of(cls, scores: Any, groups: Named, batch: Batch, tail_weight: float | None) -> PairSums:
+    def of(cls, scores: Any, groups: Named, batch: Batch) -> PairSums:
         policy, count = scores["policy"], scores["count"].double()
-        both = _plain if count.shape[1] == 2 else _with_tails if batch.nll_target is None else _with_nll
-        weighted = both if tail_weight is None else partial(_with_tails, of_tail=tail_weight)
         x = object.__new__(cls)
         own = x.__dict__  # not by the constructor, which wants all of it
-        own.update(policy=policy, count=count, batch=batch, given=groups, sums=Sides(policy, both))
-        own["chosen"], own["rejected"] = weighted(policy["logps"])
-        own["chosen_tokens"], own["rejected_tokens"] = both(count)
+        own.update(policy=policy, count=count, batch=batch, given=groups, sums=Sides(policy, batch.both))
+        own["chosen"], own["rejected"] = batch.weighted(policy["logps"])
+        own["chosen_tokens"], own["rejected_tokens"] = batch.both(count)
         own["has_reference"] = has_reference = "reference" in scores or "ref_logps" in groups
         if has_reference:
-            given = weighted(scores["reference"]["logps"].detach()) if "reference" in scores else None
+            given = batch.weighted(scores["reference"]["logps"].detach()) if "reference" in scores else None
             own["ref_chosen"], own["ref_rejected"] = given or groups["ref_logps"].unbind(1)
         return x
 
@@ -352,31 +347,12 @@ class PairSums(PairScores):
 
     @cached_property
     def nll_logps(self) -> Tensor:
-        logps = self.policy["logps"]
-        if logps.shape[1] == 2:
-            return self.chosen
-        return logps[:, 0] + logps[:, 1 if self.batch.nll_target is None else 3]
+        return self.batch.nll(self.policy["logps"], self.chosen)
 
     @cached_property
     def nll_tokens(self) -> Tensor:
-        return self.chosen_tokens if self.batch.nll_target is None else self.count[:, 0] + self.count[:, 3]
+        return self.batch.nll(self.count, self.chosen_tokens)
 
     @cached_property
     def nll(self) -> Tensor:
-        return self.nll_logps * -self.batch.pairs / self.batch.nll_tokens
-
-
-# Of the segments of pairs, what belongs to the chosen and to the rejected completions.
-
-
-def _plain(sums: Tensor) -> tuple[Tensor, Tensor]:  # (pairs, 2)
-    chosen, rejected = sums.unbind(1)
-    return chosen, rejected
-
-
-def _with_tails(sums: Tensor, of_tail: float = 1) -> tuple[Tensor, Tensor]:  # (pairs, 4)
-    return _plain(torch.add(sums[:, ::2], sums[:, 1::2], alpha=of_tail))
-
-
-def _with_nll(sums: Tensor) -> tuple[Tensor, Tensor]:  # (pairs, 4)
-    return sums[:, 2] + sums[:, 3], sums[:, 1]
+        return self.nll_logps * -self.batch.size / self.batch.nll_tokens

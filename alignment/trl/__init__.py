@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from .kto import BCO_STATE, ChunkedBCOTrainer, ChunkedKTOTrainer
     from .online_dpo import ChunkedOnlineDPOTrainer
     from .orpo import ChunkedORPOTrainer
+    from .tpo import ChunkedTPOTrainer
 
 __all__ = [
     "BCO_STATE",
@@ -67,6 +68,7 @@ __all__ = [
     "ChunkedKTOTrainer",
     "ChunkedORPOTrainer",
     "ChunkedOnlineDPOTrainer",
+    "ChunkedTPOTrainer",
 ]
 
 LOSS_TYPES: dict[str, Callable[..., PairLoss]] = {
@@ -95,6 +97,7 @@ HOMES = {
     "ChunkedKTOTrainer": "kto",
     "ChunkedORPOTrainer": "orpo",
     "ChunkedOnlineDPOTrainer": "online_dpo",
+    "ChunkedTPOTrainer": "tpo",
 }
 
 

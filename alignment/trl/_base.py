@@ -198,3 +198,12 @@ def pair_sums(out: LossOutput) -> Sums:
     sums = {name: pair for name, pair in out.sums.items() if not name.startswith("tokens/")}
     loss = out.metrics["nll_loss"]  # TRL means it over processes, not tokens: so does its loss
     return {**sums, "nll_loss": (loss, torch.ones_like(loss))}
+
+
+class AsConfigured(Chunked):
+    """Of trainers without a setting for a mixture of experts: its auxiliary loss is what the policy's config says."""
+
+    @property
+    def aux_loss_weight(self) -> float:
+        config = self.model.config.get_text_config()
+        return config.router_aux_loss_coef if getattr(config, "output_router_logits", False) else 0.0

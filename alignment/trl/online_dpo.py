@@ -18,7 +18,7 @@ from chunked_embed.trainers import Sums
 from .. import functional as AF
 from ..losses import HELD, DPOLoss
 from ..pairs import PairLoss, PairScores
-from ._base import pair_sums
+from ._base import AsConfigured, pair_sums
 from ._referenced import Referenced
 from ._settings import NOTHING, Setting, Settings
 
@@ -77,7 +77,7 @@ class Sampled(NamedTuple):
         }
 
 
-class ChunkedOnlineDPOTrainer(Referenced, OnlineDPOTrainer):
+class ChunkedOnlineDPOTrainer(AsConfigured, Referenced, OnlineDPOTrainer):
     """``trl.experimental.online_dpo.OnlineDPOTrainer`` on the chunked engine: its arguments, and those of
     ``alignment.trl``.
 
@@ -154,12 +154,6 @@ class ChunkedOnlineDPOTrainer(Referenced, OnlineDPOTrainer):
     @beta.setter
     def beta(self, value: float) -> None:
         self._beta = value
-
-    @property
-    def aux_loss_weight(self) -> float:
-        """What the policy's config says."""
-        config = self.model.config.get_text_config()
-        return config.router_aux_loss_coef if getattr(config, "output_router_logits", False) else 0.0
 
     # --- completions and rewards ---
 

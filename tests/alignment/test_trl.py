@@ -19,7 +19,7 @@ import trl_parts as parts  # noqa: E402
 from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralConfig, MixtralForCausalLM  # noqa: E402
 from trl_zoo import assert_same_training, make, trained  # noqa: E402
 
-from alignment import BCOLoss, DPOLoss, IRPOLoss, KTOLoss, SimPOLoss, TDPOLoss  # noqa: E402
+from alignment import BCOLoss, DPOLoss, IRPOLoss, KTOLoss, SimPOLoss, TDPOLoss, TPOLoss  # noqa: E402
 from alignment.trl import BCO_STATE, LOSS_TYPES  # noqa: E402
 
 pytestmark = [
@@ -65,6 +65,14 @@ CASES = {
         {"loss_type": "sigmoid", "alpha": 0.01},
     ],
     "orpo": [{}, {"beta": 0.5}],
+    "tpo": [
+        *({"loss_type": name, "beta": 0.1} for name in ("sigmoid", "hinge", "ipo", "tpo-l")),
+        {"label_smoothing": 0.1, "tpo_alpha": 0.5},
+        {"tpo_alpha": 0.0},
+        {"loss_type": "tpo-l", "tpo_l_gamma": 1.0, "beta": 2.0, "label_smoothing": 0.1},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"max_length": 8},
+    ],
 }
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 SYNCED = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
@@ -95,6 +103,10 @@ SLOW_CASES = {
         {"max_completion_length": 3, "disable_dropout": False, "beta": 0.3},
     ],
     "orpo": [{"max_length": 9, "padding_value": 5}, {"max_completion_length": 3, "disable_dropout": False}],
+    "tpo": [
+        REENTRANT,
+        {"pad_to_multiple_of": 8, "max_length": 9, "truncation_mode": "keep_end", "disable_dropout": False},
+    ],
 }
 PARAMETERS = [
     pytest.param(kind, case, marks=marks, id=f"{kind}-" + "-".join(f"{k}={v}" for k, v in case.items()))
@@ -113,13 +125,13 @@ def test_trains_like_trl(kind: str, case: dict[str, Any], tmp_path: Path) -> Non
     assert all(math.isfinite(log["eval_logits/chosen"]) for log in ours.state.log_history if "eval_loss" in log)
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto", "cpo", "orpo"])
+@pytest.mark.parametrize("kind", ["dpo", "kto", "cpo", "orpo", "tpo"])
 def test_trains_like_trl_under_autocast(kind: str, tmp_path: Path) -> None:
     theirs, ours = (trained(kind, ours, tmp_path, args={"bf16": True}) for ours in (False, True))
     assert_same_training(theirs, ours, but=("logits/", "grad_norm", "accurac"), tolerance=0.06)
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto", "cpo", "orpo"])
+@pytest.mark.parametrize("kind", ["dpo", "kto", "cpo", "orpo", "tpo"])
 def test_trains_an_adapter_like_trl(kind: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4, task_type="CAUSAL_LM")
     theirs, ours = (trained(kind, ours, tmp_path, peft_config=config) for ours in (False, True))
@@ -195,7 +207,7 @@ def test_any_loss_over_pairs(tmp_path: Path) -> None:
     trained("dpo", True, tmp_path, loss=SimPOLoss(compiled=False))  # which has no reference
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto", "orpo"])
+@pytest.mark.parametrize("kind", ["dpo", "kto", "orpo", "tpo"])
 def test_an_adapter_on_the_head_is_trained(kind: str, tmp_path: Path) -> None:
     """TRL's DPO and KTO refuse it, since their log-probabilities would go past it."""
     config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], r=4, init_lora_weights=False, lora_dropout=0.0)
@@ -300,6 +312,8 @@ def test_stored_reference_logps_are_those_of_the_temperature(tmp_path: Path) -> 
         ),
         ("bco", {"loss": KTOLoss()}, "expected loss to be a BCOLoss"),
         ("orpo", {"loss_options": {"chunk_size": 0}}, "chunk_size"),
+        ("tpo", {"loss": DPOLoss()}, "expected loss to be a TripleLoss, got DPOLoss"),
+        ("dpo", {"loss": TPOLoss()}, "expected loss to be a PairLoss, got TPOLoss"),
         ("cpo", {"loss": TDPOLoss(compiled=False)}, "a loss without a reference, got TDPOLoss"),
     ],
 )

@@ -48,6 +48,12 @@ def pairs(size: int = 12, seed: int = 0) -> Dataset:
     )
 
 
+def triples(size: int = 12, seed: int = 0) -> Dataset:
+    """Pairs and a gold completion."""
+    gold = [row["chosen"] for row in pairs(size, seed + 100)]
+    return Dataset.from_list([{**row, "reference": text} for row, text in zip(pairs(size, seed), gold, strict=True)])
+
+
 def prompts(size: int = 12, seed: int = 0) -> Dataset:
     """With a number each, for rewards."""
     rows = pairs(size, seed)

@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.experimental.tpo import TPOConfig, TPOTrainer
 
 from alignment.trl import (
     ChunkedBCOTrainer,
@@ -22,6 +23,7 @@ from alignment.trl import (
     ChunkedKTOTrainer,
     ChunkedOnlineDPOTrainer,
     ChunkedORPOTrainer,
+    ChunkedTPOTrainer,
 )
 
 PLAIN = {"compiled": False}
@@ -47,6 +49,7 @@ KINDS = {
     "bco": Kind(None, ChunkedBCOTrainer, KTOConfig, parts.verdicts),
     "cpo": Kind(CPOTrainer, ChunkedCPOTrainer, CPOConfig, parts.pairs, False, {"max_length": 32}),
     "orpo": Kind(ORPOTrainer, ChunkedORPOTrainer, ORPOConfig, parts.pairs, False, {"max_length": 32}),
+    "tpo": Kind(TPOTrainer, ChunkedTPOTrainer, TPOConfig, parts.triples, False),
 }
 
 SAMPLING = {  # TRL's cannot evaluate
