@@ -15,6 +15,8 @@ def trl():
         import trl
         import trl.experimental.cpo
         import trl.experimental.orpo
+        import trl.experimental.tpo
 
         _ = (trl.DPOTrainer, trl.KTOTrainer, trl.experimental.cpo.CPOTrainer, trl.experimental.orpo.ORPOTrainer)
+        _ = trl.experimental.tpo.TPOTrainer
     return trl

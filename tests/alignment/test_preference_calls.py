@@ -578,6 +578,7 @@ ARGUMENTS = {
     A.AlphaPOLoss: "beta=0.1, gamma=0.5, reward_alpha=0.25, label_smoothing=0.0, *, alpha=0.0",
     A.ORPOLoss: "beta=0.1",
     A.SLiCLoss: "delta=1.0, alpha=0.1",
+    A.TPOLoss: "beta=0.01, loss_type='sigmoid', alpha=1.0, label_smoothing=0.0, gamma=0.5",
     A.KTOLoss: "beta=0.1, loss_type='kto', desirable_weight=1.0, undesirable_weight=1.0",
     A.BCOLoss: "beta=0.1",
 }

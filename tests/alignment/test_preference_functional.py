@@ -39,6 +39,10 @@ FUNCTIONS: dict[str, tuple[Function, int]] = {
     "tdpo1": (partial(AF.tdpo, beta=0.1, loss_type="tdpo1", kl_weight=0.5), 4),
     **{f"cpo_{t}": (partial(AF.cpo, loss_type=t, **SMOOTH), 2) for t in ("sigmoid", "hinge", "ipo")},
     "simpo": (partial(AF.simpo, gamma=0.5, **SMOOTH), 2),
+    **{
+        f"tpo_{t}": (partial(AF.tpo, loss_type=t, alpha=0.7, gamma=0.5, **SMOOTH), 3)
+        for t in ("sigmoid", "hinge", "ipo", "tpo-l")
+    },
     "alphapo_reward": (partial(AF.alphapo_reward, reward_alpha=0.25), 1),
     "orpo": (partial(AF.orpo, beta=0.1), 2),
     "slic": (partial(AF.slic, delta=1.0, alpha=0.1), 3),

@@ -38,6 +38,7 @@ from alignment import (  # noqa: E402
     ORPOLoss,
     SimPOLoss,
     SLiCLoss,
+    TPOLoss,
 )
 
 pytestmark = [
@@ -76,7 +77,7 @@ def own_fields(kind: str) -> set[str]:
     return {field.name for field in dataclasses.fields(KINDS[kind].config)} - common
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto", "cpo", "orpo"])
+@pytest.mark.parametrize("kind", ["dpo", "kto", "cpo", "orpo", "tpo"])
 def test_every_field_is_served(kind: str) -> None:
     """One that a newer TRL adds is in none of the tables."""
     of_the_loss = set(KINDS[kind].ours._settings)
@@ -87,10 +88,10 @@ def test_every_field_is_served(kind: str) -> None:
 
 
 def test_no_field_is_in_a_table_for_nothing() -> None:
-    assert set(ELSEWHERE) <= set().union(*map(own_fields, ("dpo", "kto", "cpo", "orpo")))
+    assert set(ELSEWHERE) <= set().union(*map(own_fields, ("dpo", "kto", "cpo", "orpo", "tpo")))
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto", "cpo", "orpo"])
+@pytest.mark.parametrize("kind", ["dpo", "kto", "cpo", "orpo", "tpo"])
 def test_every_argument_is_served(kind: str) -> None:
     assert set(inspect.signature(KINDS[kind].theirs.__init__).parameters) - {"self"} <= ARGUMENTS
 
@@ -99,7 +100,7 @@ def test_every_argument_is_served(kind: str) -> None:
 
 # What a field may say that is not its default and not what ``loss`` has.
 OTHER = {
-    "loss_type": {"dpo": ["hinge"], "kto": "apo_zero_unpaired", "cpo": "hinge"},
+    "loss_type": {"dpo": ["hinge"], "kto": "apo_zero_unpaired", "cpo": "hinge", "tpo": "hinge"},
     "loss_weights": [0.5],
     "f_divergence_type": "js_divergence",
     "f_alpha_divergence_coef": 0.9,
@@ -108,6 +109,7 @@ OTHER = {
     "label_smoothing": 0.1,
 }
 GIVEN: dict[str, Any] = {"dpo": DPOLoss, "kto": KTOLoss, "bco": BCOLoss, "cpo": CPOLoss, "orpo": ORPOLoss}
+GIVEN["tpo"] = TPOLoss
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -141,6 +143,7 @@ CONFLICTS: list[tuple[str, dict[str, Any], Any, str]] = [
     ("cpo", {"loss_type": "simpo"}, CPOLoss(), "loss_type"),
     ("cpo", {"simpo_gamma": 0.7}, AlphaPOLoss(), "got simpo_gamma=0.7 and AlphaPOLoss with 0.5"),
     ("orpo", {"beta": 0.3}, ORPOLoss(), "got beta=0.3 and ORPOLoss with 0.1"),
+    ("tpo", {"tpo_alpha": 0.5}, TPOLoss(), "got tpo_alpha=0.5 and TPOLoss with 1.0"),
 ]
 
 
@@ -183,6 +186,7 @@ def test_what_agrees_is_taken(kind: str, args: dict[str, Any], loss: Any, tmp_pa
             marks=pytest.mark.slow,
         ),
         ("cpo", {"simpo_gamma": 0.7}, "simpo_gamma=0.7 has no effect, as in TRL: CPOLoss"),
+        ("tpo", {"tpo_l_gamma": 0.7}, "tpo_l_gamma=0.7 has no effect, as in TRL: TPOLoss .*tpo-l"),
     ],
 )
 def test_what_trl_ignores_has_no_effect_and_one_warning(
@@ -202,7 +206,7 @@ def test_options_of_the_loss_do_not_go_past_args(tmp_path: Path) -> None:
         make("cpo", True, tmp_path, loss_options={"alpha": 0.5})
 
 
-@pytest.mark.parametrize("kind", ["dpo", "kto", "cpo", "orpo"])
+@pytest.mark.parametrize("kind", ["dpo", "kto", "cpo", "orpo", "tpo"])
 def test_a_number_set_later_counts_as_in_trl(kind: str, tmp_path: Path) -> None:
     theirs, ours = (make(kind, ours, tmp_path) for ours in (False, True))
     losses = []
@@ -217,6 +221,16 @@ def test_a_number_set_later_that_the_loss_does_not_have(tmp_path: Path) -> None:
     trainer = make("dpo", True, tmp_path, loss=IRPOLoss(compiled=False))
     with pytest.raises(AttributeError, match=r"expected label_smoothing when the trainer is made, got 0\.1 later"):
         trainer.label_smoothing = 0.1
+
+
+def test_gold_completions_stay_or_stay_out(tmp_path: Path) -> None:
+    """They are collated by the weight of their NLL when the trainer is made."""
+    trainer = make("tpo", True, tmp_path, loss=TPOLoss(alpha=0.0, compiled=False))
+    assert len(first_batch(trainer)["input_ids"]) == 8
+    trainer.train()
+    trainer.tpo_alpha = 0.5
+    with pytest.raises(ValueError, match="expected tpo_alpha to stay zero, or to stay above it"):
+        trainer.evaluate()
 
 
 def test_a_loss_without_kl_scores_no_mismatched_completions(tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ KINDS: dict[str, Callable[[Path, torch.dtype], Any]] = {
     "bco": lambda *a: aligned("bco", *a),
     "cpo": lambda *a: aligned("cpo", *a),
     "orpo": lambda *a: aligned("orpo", *a),
+    "tpo": lambda *a: aligned("tpo", *a),
     "online": sampled,
     "distill": distilled,
     "gkd": on_policy,
