@@ -1,4 +1,5 @@
-"""What train_contrastive.py, train_splade.py and train_colbert.py share: pairs of texts, a run that can be resumed."""
+"""What train_contrastive.py, train_splade.py and train_colbert.py share: pairs of texts, a run that can be resumed,
+as train_online_dpo.py can be."""
 
 from __future__ import annotations
 
@@ -73,12 +74,13 @@ def digest(train: Dataset) -> str:
     return total.hexdigest()[:16]
 
 
-def begin(output: Path, run: dict[str, Any], resume: bool) -> Path | None:
-    """The checkpoint to go on from, or None for a new run, after a look at what lies in the folder."""
+def begin(output: Path, run: dict[str, Any], resume: bool, last: str = OWN_STATE) -> Path | None:
+    """The checkpoint to go on from, or None for a new run, after a look at what lies in the folder. ``last``: the file
+    that a checkpoint has when it is whole."""
     told = output / "run.json"
     before = json.loads(told.read_text()) if told.exists() else None
     checkpoints = sorted(
-        (path.parent for path in output.glob(f"checkpoint-*/{OWN_STATE}")), key=lambda c: int(c.name.split("-")[1])
+        (path.parent for path in output.glob(f"checkpoint-*/{last}")), key=lambda c: int(c.name.split("-")[1])
     )
     if resume:
         if before is None or not checkpoints:
