@@ -82,6 +82,7 @@ def main(
         pretrain_steps = min(pretrain_steps, 20)
     quiet_and_offline(offline=all(not name or Path(name).exists() for name in (model, dataset)))
     warnings.filterwarnings("ignore", category=FutureWarning)  # between TRL and transformers
+    warnings.filterwarnings("ignore", message=".*importing from 'trl.experimental'")
     import online
     import pair_parts
     import preferences

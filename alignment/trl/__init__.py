@@ -7,9 +7,9 @@
     trainer = ChunkedDPOTrainer(model=model, args=DPOConfig(...), train_dataset=pairs, processing_class=tokenizer)
 
 The loss runs inside the wrapped model's own forward, where its head would (``chunked_embed.causal_lm``): three products
-instead of the four of TRL's DPO and KTO, and no full logits as in its CPO and ORPO. The reference's log-probabilities
-come from one product in the reference's own forward, or from the dataset. At the first batch a few logits that each
-model's head gives are compared with the model's own; a difference is refused.
+instead of the four of TRL's DPO and KTO, and no full logits as in its CPO, ORPO, TPO and online DPO. The reference's
+log-probabilities come from one product in the reference's own forward, or from the dataset. At the first batch a few
+logits that each model's head gives are compared with the model's own; a difference is refused.
 
 Each takes TRL's arguments, and three of its own:
 
@@ -29,6 +29,8 @@ Written for TRL 1.16. The same arguments give the same loss. What differs on pur
   completion's token in first place, where ``truncation_mode="keep_end"`` has cut off the whole prompt.
 - The ``logits/*`` of CPO and ORPO are means over completion tokens (TRL's count prompts and padding), and both log
   ``entropy`` and ``mean_token_accuracy`` as DPO does.
+- Online DPO takes rewards before the policy's forward, means accumulated batches (TRL adds them up), takes a list of
+  betas, evaluates, and its ``objective/*`` leave padding out.
 - An adapter on the LM head is trained (TRL's DPO and KTO refuse it).
 
 Each trainer is imported when it is asked for, so that one which TRL no longer has takes no other with it.
