@@ -51,7 +51,7 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert all((others[name] - weight).abs().max() < 1e-4 for name, weight in weights.items())
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_it_shows_samples_before_and_after(tmp_path: Path, code: Path) -> None:
     out = train(tmp_path, "--dataset", code)
     assert out.returncode == 0, out.stdout + out.stderr
@@ -62,14 +62,14 @@ def test_it_shows_samples_before_and_after(tmp_path: Path, code: Path) -> None:
     assert len(result["samples"]) == online.SHOWN and result["log"][0]["rewards/margins"] == 0.0
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_ours_ends_where_trl_s_does(tmp_path: Path, code: Path) -> None:
     for folder, more in (("ours", ()), ("trl", ("--peer",))):
         assert train(tmp_path / folder, "--dataset", code, *more).returncode == 0
     assert_same_end(tmp_path / "trl", tmp_path / "ours")
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on_to_the_same_end(tmp_path: Path, code: Path) -> None:
     arguments = ("--dataset", code, "--loss", "irpo", "--save-every", "1")
     whole, halves = tmp_path / "whole", tmp_path / "halves"
@@ -85,7 +85,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_end(tmp_path: Path, code: Path) 
     assert_same_end(whole, halves)
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -25,7 +25,7 @@ from alignment import CPOLoss, DPOLoss, IRPOLoss, KTOLoss, SimPOLoss, TDPOLoss  
 from alignment.trl.online_dpo import Sampled, SummedIPOLoss, with_places  # noqa: E402
 
 pytestmark = [
-    pytest.mark.slow(among="file"),
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
     pytest.mark.filterwarnings("ignore::FutureWarning:trl"),
     pytest.mark.filterwarnings("ignore::UserWarning:trl"),

@@ -394,7 +394,7 @@ def test_a_resumed_run(accumulated: int, tmp_path: Path) -> None:
         assert logged(runs[1], name) == logged(runs[0], name)  # the first two from the checkpoint
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -546,7 +546,7 @@ def sharded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return run_checks(check_sharded, asked(request), 2, tmp_path_factory.mktemp("sharded"))
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["on policy, float64", "on policy, bfloat16"])
 def test_exact_on_two_processes(name: str, sharded: Outcomes) -> None:
     assert_passed(name, sharded)
