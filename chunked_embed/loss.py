@@ -520,7 +520,7 @@ class _Laid:
             if (place := kind.layout.taken.get(label)) is not None:
                 found[label] = self.made[label][place]
             else:
-                found[label] = FunctionStep(formula, kind.form, kind.layout.options.static_widths)
+                found[label] = _plain(kind, formula)
         return found
 
     def call(self, selection: Selection, row_wise: bool, together: bool) -> Direct | Call:
@@ -531,7 +531,7 @@ class _Laid:
         only_score = partial(self.only_score, selection, steps)
         plan = make_plan(layout, selection, row_wise=row_wise, together=together, only_score=only_score)
         return Call(
-            layout, selection, plan, steps, self.formula.view, partial(_look_again, self.kind, selection, steps)
+            layout, selection, plan, steps, self.formula.view, partial(_look_again, self.kind, selection, self.formulas)
         )
 
     def only_score(self, selection: Selection, steps: Mapping[str, Step] | None = None) -> str | None:
@@ -541,20 +541,25 @@ class _Laid:
         steps = self.steps() if steps is None else steps
         step = steps[unit.label]
         names = step.differentiable
-        if isinstance(step, FunctionStep):
+        if step.runs_functions:
             if layout.has_float16:  # how large a gradient for an upstream of one is, nobody has said
                 return None
             names = known.get(unit.label)
             if names is None:
-                names = _look_again(self.kind, selection, steps, self.tensors)
+                names = _look_again(self.kind, selection, self.formulas, self.tensors)
         return next(iter(names)) if names is not None and len(names) == 1 and not step.column_parts else None
 
 
-def _look_again(kind: Kind, selection: Selection, steps: Mapping[str, Step], tensors: list[Tensor]) -> tuple[str, ...]:
+def _plain(kind: Kind, formula: Formula) -> FunctionStep:
+    return FunctionStep(formula, kind.form, kind.layout.options.static_widths)
+
+
+def _look_again(
+    kind: Kind, selection: Selection, formulas: Mapping[str, Formula], tensors: list[Tensor]
+) -> tuple[str, ...]:
     """The scores with a gradient, of the plain functions of the one unit that is pulled."""
     unit = next(unit for unit in kind.layout.units if unit.pulled)
-    step = steps[unit.label]
-    assert isinstance(step, FunctionStep)  # others say so
+    step = _plain(kind, formulas[unit.label])
     found = kind.differentiable[unit.label] = differentiable(step, unit, kind.layout, selection, tensors)
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from .checks import POSITIVE
 from .chunking import Chunking
 from .engine.chunk import Chunk, Into
 from .engine.compile import outside_compile
+from .engine.derived import Derived, check_derived
 from .engine.products import mm
 from .engine.step import Needs, Shape, Step
 from .engine.types import Named, Projection, accumulator_dtype
@@ -141,6 +142,9 @@ class TokenStatistics(FlexChunkLoss):
         transforms: scale and softcap of each projection by its name, with ``separate_outputs``, in place of the first
             two.
         gradients_of: the statistics that have a gradient; the others are constants, such as metrics.
+        token_fn: ``token_fn(statistics, rows) -> {name: (R,)}``, scores in place of the statistics: elementwise
+            functions of those, which come by name, ``(R,)``, and of row arguments. A subclass overrides
+            ``token_fn(self, statistics, rows)``, which reads its numbers. What it detaches is a constant.
         options: of ``FlexChunkLoss``: its ``loss_fn`` may be given as a plain function of scores and groups.
 
     Example:
@@ -154,7 +158,21 @@ class TokenStatistics(FlexChunkLoss):
         >>> loss(Projection(hidden, torch.randn(9, 4)), rows={"target": torch.arange(6)}).loss.backward()
         >>> hidden.grad.shape
         torch.Size([6, 4])
+
+        With ``token_fn`` the scores are functions of the statistics: REINFORCE with a penalty on the divergence.
+
+        >>> class Reinforce(TokenStatistics):
+        ...     def token_fn(self, statistics, rows):
+        ...         logps, ref_logps = statistics["logps"], rows["ref_logps"]
+        ...         kl = (ref_logps - logps).expm1() - (ref_logps - logps)
+        ...         return {"loss": 0.1 * kl - rows["advantage"] * logps}
+        ...     def loss_fn(self, scores, groups):
+        ...         return scores["loss"][:, 0]
+        >>> rows = {"target": torch.arange(6), "ref_logps": torch.full((6,), -2.0), "advantage": torch.randn(6)}
+        >>> Reinforce()(Projection(hidden, torch.randn(9, 4)), rows=rows).loss.backward()
     """
+
+    token_fn: Callable[[Named, Named], Mapping[str, Tensor]] | None = None
 
     def __init__(
         self,
@@ -165,9 +183,12 @@ class TokenStatistics(FlexChunkLoss):
         gradients_of: tuple[str, ...] = DIFFERENTIABLE,
         *,
         transforms: Mapping[str, tuple[float, float | None]] | None = None,
+        token_fn: Callable[[Named, Named], Mapping[str, Tensor]] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**{"targets": ("target",), **options})
+        if checks.function_or_none("token_fn", token_fn) is not None:
+            self.token_fn = token_fn
         self.names = names
         self.logit_scale = logit_scale
         self.softcap = softcap
@@ -198,7 +219,12 @@ class TokenStatistics(FlexChunkLoss):
         found = token_scores(
             outputs, rows["target"].long(), names, logit_scale=scale, softcap=softcap, temperature=self.temperature
         )
-        return {name: value if name in self.gradients_of else value.detach() for name, value in found.items()}
+        found = {name: value if name in self.gradients_of else value.detach() for name, value in found.items()}
+        if self.token_fn is None:
+            return found
+        derived = self.token_fn(found, rows)
+        check_derived(derived, len(outputs))
+        return dict(derived)
 
     def make_step(self, projections: tuple[str, ...]) -> Sequence[Step] | None:
         self._check_transform()
@@ -206,7 +232,12 @@ class TokenStatistics(FlexChunkLoss):
             return None
         scale, softcap = self.transform_of(projections[0])
         asked = self.names_of(projections[0]), self.gradients_of, scale, softcap, self.temperature
-        return ScaledExponentials(*asked), TokenKernel(*asked)
+        steps = ScaledExponentials(*asked), TokenKernel(*asked)
+        if self.token_fn is None:
+            return steps
+        scored: Any = object.__new__(type(self))  # as ``score_fn`` sees it
+        scored.__dict__.update(self.__dict__, **({"projection": projections[0]} if self.separate_outputs else {}))
+        return tuple(Derived(step, scored.token_fn) for step in steps)
 
 
 @dataclass(frozen=True)

@@ -279,6 +279,7 @@ class FunctionStep(Step):
     """Plain functions over the rows of a chunk: whole, or compiled for wide outputs in tiles of a few fixed sizes."""
 
     takes_factors = True
+    runs_functions = True
 
     def __init__(self, formula: Formula, form: Form, static_widths: bool) -> None:
         self.formula = formula

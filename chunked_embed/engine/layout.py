@@ -350,7 +350,7 @@ def choose(
         for spec in (layout.specs[name] for name in names if not layout.specs[name].identity):  # the user's own tensor
             in_place = needs.overwrites or spec.output_dtype == spec.operand_dtype
             layout.specs[spec.name] = replace(spec, in_place=in_place)
-        own = type(step).__name__ if label in layout.taken else None
+        own = step.name if label in layout.taken else None
         units.append(Unit(label, pieces, trains, trains or bool(layout.wanted), needs, own))
     layout.units = tuple(units)
     layout.direct = layout.small and not layout.taken
@@ -367,7 +367,7 @@ def _taken(made: Mapping[str, Sequence[Step]], shapes: Mapping[str, Shape]) -> t
         if serving:
             taken[label] = serving[0]
         before = of_unit[: taken.get(label)]
-        refused += [f"{type(made[label][n]).__name__}: {why}" for n, why in enumerate(before) if why is not None]
+        refused += [f"{made[label][n].name}: {why}" for n, why in enumerate(before) if why is not None]
     return taken, tuple(dict.fromkeys(refused))
 
 

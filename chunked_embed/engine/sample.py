@@ -64,7 +64,7 @@ def look_at(
         given = {name: outputs[name] for name in unit.names}
         wanted = [name for name in unit.names if layout.specs[name].wants_grad]
         function = "score_fn" if form.kind == "scores" else "loss_fn"
-        if formula.has(function) and isinstance(steps[unit.label], FunctionStep):
+        if formula.has(function) and steps[unit.label].runs_functions:
             look(
                 of_rows, given, rows, columns, name=function, functions=_functions(formula), row_wise=True,
                 twice=twice, wanted=wanted,

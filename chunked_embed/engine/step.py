@@ -114,12 +114,20 @@ class Step:
     """
 
     @property
+    def name(self) -> str:
+        """As the plan tells of it."""
+        return type(self).__name__
+
+    @property
     def key(self) -> Hashable:
         """Steps of one key compute the same, whatever their numbers."""
         return type(self).__qualname__, type(self).__module__
 
     row_wise: ClassVar[bool] = True
     """Its values are a row-wise loss, under ``LOSS``, and metrics; else scores."""
+
+    runs_functions: ClassVar[bool] = False
+    """It runs functions of the loss, which are looked at as plain ones are, and say which scores have a gradient."""
 
     takes_factors: ClassVar[bool] = False
     """It multiplies the outputs that it reads by ``chunk.factors()``, so that it serves cosines; their gradient is that
