@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from chunked_embed import __version__ as __version__
 
-from . import functional
+from . import functional, policy
+from .grpo import GRPOLoss, PolicyLoss, RLOOLoss
 from .losses import (
     AlphaPOLoss,
     BCOLoss,
@@ -35,14 +36,17 @@ __all__ = [
     "DPOLoss",
     "DPOPLoss",
     "FPOLoss",
+    "GRPOLoss",
     "IRPOLoss",
     "KTOLoss",
     "ORPOLoss",
     "PairLoss",
     "PairScores",
+    "PolicyLoss",
     "PreferenceLoss",
     "PreparedLoss",
     "RDPOLoss",
+    "RLOOLoss",
     "SLiCLoss",
     "SequenceLoss",
     "SequenceScores",
@@ -51,4 +55,5 @@ __all__ = [
     "TPOLoss",
     "TripleLoss",
     "functional",
+    "policy",
 ]
