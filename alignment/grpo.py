@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from chunked_embed import ChunkPlan, Head, LossOutput, TokenStatistics, checks
-from chunked_embed.checks import FINITE, NOT_NEGATIVE, POSITIVE, Range
+from chunked_embed.checks import FINITE, NOT_NEGATIVE, POSITIVE, UNIT
 from chunked_embed.fields import assign, choice, flag, integer, number
 from chunked_embed.signatures import with_arguments_of
 
@@ -126,7 +126,7 @@ class PolicyLoss(PreferenceLoss):
         return ("entropy",) if self.token_metrics or self.entropy_coef else ()
 
     @cached_property
-    def _engine(self) -> PolicyScores:  # type: ignore[override]
+    def _engine(self) -> Any:
         """Kept for its layouts."""
         return self.engine()
 
@@ -182,7 +182,7 @@ class PolicyLoss(PreferenceLoss):
         self._seen.keep(key)
         return PreparedLoss(prepared, call.report)
 
-    def _settle_on(self, head: Head, call: PolicyCall) -> None:  # type: ignore[override]
+    def _settle_on(self, head: Head, call: PolicyCall) -> None:
         """The engine's options for such a call."""
         scale, softcap = head.transform
         with_entropy = self.token_logs or call.way == "batch"
@@ -211,6 +211,12 @@ class GRPOScores(PolicyScores):
     """Of tokens, for each way."""
 
     numbers = ("loss_type", "by_sequence", "beta", "use_bias_correction_kl", "off_policy_threshold", *AP.NUMBERS)
+
+    loss_type: str
+    by_sequence: bool
+    beta: float
+    use_bias_correction_kl: bool
+    off_policy_threshold: float | None
 
     def token_fn(self, statistics: Named, rows: Named) -> Named:
         return {"tokens": self.terms, "sequences": self.summands, "batch": lambda s, r: s}[self.way](statistics, rows)
@@ -248,7 +254,7 @@ class GRPOScores(PolicyScores):
             sampler = weights.log().clamp(AP.LEAST_LOG_WEIGHT, AP.LARGEST_LOG_WEIGHT)
             return found | {"log_weight": log_weight + sampler, "logps": logps}
         if self.by_sequence:
-            return found | ({"logps": weights * logps} if self.of_logps else {"weight": weights})
+            return found | ({"logps": weights * logps} if self.of_logps else {"weight": weights.detach()})
         term = AP.policy_term(log_ratio, advantages, logps, self)
         return found | AP.clip_marks(log_ratio, advantages, self) | {"term": weights * term}
 
@@ -274,14 +280,14 @@ class GRPOLoss(PolicyLoss):
         L = sum over tokens of v (q term + beta kl) - entropy_coef * mean entropy of the tokens
         kl = exp(d) - d - 1,  d = ref_logps - logps  (times r with use_bias_correction_kl, arXiv 2512.02556)
 
-        grpo     -min(min(r, delta) A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A)    v = 1 / (B n)
-        bnpo     the same, over the tokens of the batch                                 v = 1 / tokens
-        dr_grpo  the same                               arXiv 2503.20783                v = 1 / (B max_completion_length)
-        dapo     the same                               arXiv 2503.14476                v = 1 / num_items
-        luspo    the same, at the level of sequences    arXiv 2602.05261                v = 1 / B
-        cispo    -min(r, epsilon_high) A logps          arXiv 2506.13585                v = 1 / num_items
-        sapo     -4/t sigmoid(t (r - 1)) A              arXiv 2511.20347                v = 1 / (B n)
-        vespo    -w^k exp(l (1 - w)) A logps            arXiv 2602.10693                v = 1 / num_items
+        grpo     -min(min(r, delta) A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A)   v = 1 / (B n)
+        bnpo     the same, over the tokens of the batch                                v = 1 / tokens
+        dr_grpo  the same                             arXiv 2503.20783                 v = 1 / (B max_completion_length)
+        dapo     the same                             arXiv 2503.14476                 v = 1 / num_items
+        luspo    the same, at the level of sequences  arXiv 2602.05261                 v = 1 / B
+        cispo    -min(r, epsilon_high) A logps        arXiv 2506.13585                 v = 1 / num_items
+        sapo     -4/t sigmoid(t (r - 1)) A            arXiv 2511.20347                 v = 1 / (B n)
+        vespo    -w^k exp(l (1 - w)) A logps          arXiv 2602.10693                 v = 1 / num_items
 
     of B sequences of n tokens each; factors before ``logps`` are constants, and VESPO's w is the product of r q over
     the sequence. Names and defaults are TRL's. With ``importance_sampling_level="sequence"`` "grpo" is GSPO
@@ -328,10 +334,7 @@ class GRPOLoss(PolicyLoss):
     )
     entropy_coef: float = number(0.0, FINITE, "weight of the entropy, which the loss then raises", limits=(0.0,))
     top_entropy_quantile: float = number(
-        1.0,
-        Range(0, 1),
-        "the share of the tokens that have a term, those of largest entropy; 1: all of them",
-        limits=(1.0,),
+        1.0, UNIT, "the share of the tokens that have a term, those of largest entropy; 1: all of them", limits=(1.0,)
     )
     max_completion_length: int | None = integer(None, 1, doc="of dr_grpo")
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import grpo_zoo as zoo
 import pytest
 import torch
 from torch import Tensor
+
+from alignment import GRPOLoss, RLOOLoss
+from chunked_embed import Head
 
 pytest.importorskip("trl")
 
@@ -16,7 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:trl"),
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
 ]
-WAYS = [{}, {"chunk_size": 4, "compiled": False}, {"chunk_size": 100, "compiled": False}]
 
 
 def mean(out: Any, name: str) -> float:
@@ -35,9 +38,7 @@ def logged(out: Any) -> dict[str, float]:
             found[f"{name}_mean"] = mean(out, name)
             counts = (out.counts or {}).get(name, torch.ones(1))
             some = out.metrics[name][(counts > 0).expand_as(out.metrics[name])]
-            found |= {"low": {f"{name}_min": some.min().item()}, "high": {f"{name}_max": some.max().item()}}.get(
-                side, {}
-            )
+            found |= {f"{name}_min": some.min().item(), f"{name}_max": some.max().item()}
     return found
 
 
@@ -54,10 +55,190 @@ def assert_same(out: Any, expected: Tensor, logs: dict[str, float], x: zoo.Batch
             assert found[name] == pytest.approx(value, rel=1e-6 if of_marks else 1e-9, abs=1e-12), name
 
 
-@pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("name", zoo.CASES)
-def test_same_as_trl(name: str, how: dict[str, Any]) -> None:
+def check(name: str, **how: Any) -> None:
     x = zoo.Batch()
     case, given = zoo.CASES[name]
     loss, arguments, call = zoo.ours(x, case, given, **how)
     assert_same(loss(*arguments, **call), *zoo.theirs(x, case, given), x)
+
+
+@pytest.mark.parametrize("name", zoo.CASES)
+def test_same_as_trl(name: str) -> None:
+    check(name, chunk_size=4, compiled=False)
+
+
+OTHER_WAYS = [(name, how) for name in zoo.CASES for how in ("direct", "1", "100")]
+OTHER_WAYS += [(name, "compiled") for name in ("dapo", "grpo, sequences", "cispo, weights", "vespo", "sapo, entropy")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "how"), OTHER_WAYS)
+def test_same_as_trl_in_other_ways(name: str, how: str) -> None:
+    options = {"direct": {}, "compiled": {"chunk_size": 8, "compiled": True}}
+    check(name, **(options[how] if how in options else {"chunk_size": int(how), "compiled": False}))
+
+
+@pytest.mark.parametrize("case", [{}, {"epsilon_low": 0.9, "epsilon_high": 3.0}])
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize("by_token", [True, False])
+def test_rloo_is_trls(case: dict[str, Any], chunk_size: int | None, by_token: bool) -> None:
+    x = zoo.Batch(drift=0.2)
+    loss, arguments, call = zoo.rloo_ours(x, case, chunk_size=chunk_size, compiled=False)
+    out = loss(*arguments, **call, old_logps=x.old_logps if by_token else (x.old_logps * x.mask).sum(1))
+    assert_same(out, *zoo.rloo_theirs(x, case), x)
+
+
+# --- Liger -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def liger() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("liger_kernel.chunked_loss.grpo_loss", exc_type=ImportError)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", zoo.TYPES)
+def test_same_as_ligers_formula(kind: str, weighted: bool, liger: Any) -> None:
+    """In float64, on log-probabilities of whole logits. (What luspo adds to its term Liger adds up over padding.)"""
+    x = zoo.Batch()
+    level = "sequence" if kind in ("luspo", "grpo") else "token"
+    case: dict[str, Any] = {"loss_type": kind, "beta": 0.0 if kind == "luspo" else 0.1}
+    case |= {"importance_sampling_level": level, "use_bias_correction_kl": kind == "dapo"}
+    given = (*zoo.OLD, "importance_weights") if weighted and kind != "luspo" else zoo.OLD
+    loss, arguments, call = zoo.ours(x, case, given, chunk_size=4, compiled=False)
+    logps, _ = x.statistics()
+    mask = x.mask.double()
+    options = {"max_completion_length": zoo.MAX_LENGTH, "old_per_token_logps": x.old_logps}
+    options |= {"vllm_is_ratio": x.importance_weights} if "importance_weights" in given else {}
+    expected, _ = liger.LigerFusedLinearGRPOFunction.ppo_loss_fn(
+        logps, mask, x.advantages, mask, ref_per_token_logps=x.ref_logps, **case, **options
+    )
+    out = loss(*arguments, **call)
+    torch.testing.assert_close(out.loss, expected, rtol=1e-10, atol=1e-12)
+    leaves = list(x.leaves.values())
+    for mine, right in zip(*(torch.autograd.grad(v, leaves) for v in (out.loss, expected)), strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["dapo", "luspo"])
+def test_same_as_liger(kind: str, liger: Any) -> None:
+    """Its whole loss, whose log-probabilities are float32: a head with a bias, a temperature."""
+    x = zoo.Batch(torch.float32)
+    level = "sequence" if kind == "luspo" else "token"
+    options: dict[str, Any] = {"loss_type": kind, "importance_sampling_level": level, "temperature": 0.7}
+    theirs = liger.LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, **options)
+    leaves = list(x.leaves.values())
+    given = {"bias": x.leaves["bias"], "old_per_token_logps": x.old_logps.float()}
+    advantages = x.advantages.float()
+    expected, *_ = theirs(leaves[0], leaves[1], x.ids, x.mask.long(), advantages, **given)
+    out = GRPOLoss(**options, compiled=False)(*x.head, advantages, x.old_logps, bias=x.leaves["bias"])
+    torch.testing.assert_close(out.loss, expected, rtol=1e-4, atol=1e-5)
+    for mine, right in zip(*(torch.autograd.grad(v, leaves) for v in (out.loss, expected)), strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-5)
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_size", [4, 8])
+@pytest.mark.parametrize("name", zoo.CASES)
+def test_products(name: str, chunk_size: int) -> None:
+    """Three, unless the loss looks at other tokens one by one, or at several scores of sequences of 5 to 7 tokens."""
+    case, given = zoo.CASES[name]
+    loss, arguments, call = zoo.ours(zoo.Batch(), case, given, chunk_size=chunk_size, compiled=False)
+    products = loss.plan(*arguments, **call).products
+    coupled = loss.by_sequence or loss.loss_type == "vespo" or loss.off_policy_threshold is not None
+    if loss.top_entropy_quantile < 1 or (coupled and "of_tokens" in given):
+        assert products == 4
+    elif not coupled or chunk_size == 8 or not (loss.beta or loss.entropy_coef):
+        assert products == 3
+    else:
+        assert products == 4
+
+
+# --- what it is on other batches -------------------------------------------------------------------------------------
+
+KINDS = [
+    {"loss_type": "dapo"},
+    {"loss_type": "grpo", "importance_sampling_level": "sequence", "entropy_coef": 0.1},
+    {"loss_type": "vespo"},
+    {"loss_type": "bnpo", "top_entropy_quantile": 0.5},
+]
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("case", KINDS)
+def test_nothing_but_padding(case: dict[str, Any], chunk_size: int | None) -> None:
+    x = zoo.Batch()
+    x.target = torch.full_like(x.target, zoo.IGNORE)
+    how: dict[str, Any] = {"chunk_size": chunk_size, "compiled": False}
+    for loss in (GRPOLoss(**case, **how), RLOOLoss(**how)):
+        out = loss(*x.head, x.advantages, bias=x.leaves["bias"])
+        assert out.loss == 0
+        assert all(not g.any() for g in torch.autograd.grad(out.loss, list(x.leaves.values())))
+        assert all(value.isfinite().all() for value in out.metrics.values())
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_far_ratios_are_finite(case: dict[str, Any]) -> None:
+    x, shape = zoo.Batch(torch.float32), (zoo.B, zoo.T)
+    for old in (-500.0, 0.0):
+        loss = GRPOLoss(**case, beta=0.1, compiled=False)
+        out = loss(*x.head, x.advantages, torch.full(shape, old), torch.full(shape, 200.0))
+        grads = torch.autograd.grad(out.loss, [x.leaves["hidden"], x.leaves["weight"]])
+        assert out.loss.isfinite() and all(g.isfinite().all() for g in grads)
+
+
+def test_an_adapter_on_the_head_and_a_scale() -> None:
+    x = zoo.Batch()
+    down, up = torch.randn(2, zoo.H).double().requires_grad_(), torch.randn(zoo.V, 2).double().requires_grad_()
+    hidden, weight, target = x.head
+    loss, found = GRPOLoss("grpo", temperature=0.8, compiled=False, chunk_size=4), []
+    plain = Head(hidden, weight + up @ down, logit_scale=0.5)
+    for head in (Head(hidden, weight, extra=((hidden @ down.T, up),), logit_scale=0.5), plain):
+        out = loss(head, target=target, advantages=x.advantages, old_logps=x.old_logps)
+        found.append([out.loss, *torch.autograd.grad(out.loss, [hidden, weight, down, up])])
+    for mine, right in zip(*found, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
+
+
+def test_numbers_that_change_count() -> None:
+    x = zoo.Batch()
+    loss = GRPOLoss("grpo", compiled=False, chunk_size=4)
+    before = loss(*x.head, x.advantages, x.old_logps).loss
+    for name, value in {"epsilon_high": 3.0, "epsilon_low": 0.9, "temperature": 2.0, "loss_type": "bnpo"}.items():
+        setattr(loss, name, value)
+        fresh = GRPOLoss(**{n: getattr(loss, n) for n in ("loss_type", "epsilon_low", "epsilon_high", "temperature")})
+        now = loss(*x.head, x.advantages, x.old_logps).loss
+        assert now != before
+        torch.testing.assert_close(now, fresh(*x.head, x.advantages, x.old_logps).loss)
+        before = now
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        ({}, {"advantages": None}, "expected advantages"),
+        ({}, {"advantages": torch.ones(3)}, r"advantages of shape \(5,\) or \(5, 7\), got \(3,\)"),
+        ({}, {"old_logps": torch.ones(5)}, r"old_logps of shape \(5, 7\)"),
+        ({}, {"ref_logps": torch.ones(5, 7)}, "expected ref_logps if beta is above 0"),
+        ({"beta": 0.1}, {}, "expected ref_logps if beta is above 0"),
+        ({}, {"sampling_logps": torch.ones(5, 7)}, "nothing reads without off_policy_threshold"),
+        ({"loss_type": "grpo"}, {"num_items": 3.0}, "expected no num_items"),
+        ({}, {"entropy_mask": len}, "expected no entropy_mask"),
+        ({}, {"target": torch.full((5, 7), 99)}, "in "),
+        ({"loss_type": "dr_grpo"}, {}, "expected max_completion_length"),
+        ({"loss_type": "ppo"}, {}, "loss_type to be one of"),
+        ({"loss_type": "sapo", "epsilon_low": 0.3}, {}, "epsilon_low=0.2, which nothing reads"),
+        ({"use_bias_correction_kl": True}, {}, "nothing reads without a beta above 0"),
+        ({"loss_type": "cispo", "delta": 2.0}, {}, "delta=None, which nothing reads"),
+    ],
+)
+def test_refusals(options: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    x = zoo.Batch()
+    hidden, weight, target = x.head
+    call = {"target": target, "advantages": x.advantages} | change
+    with pytest.raises((TypeError, ValueError), match=message):
+        GRPOLoss(**options, compiled=False)(hidden, weight, **call)
