@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -87,10 +87,10 @@ def differentiable(
     first = operands[0].new_ones(n, dtype=torch.int64).cumsum(0) - 1  # a fake tensor if those are
     order = first if selection.order is None else selection.order[:n]
 
-    def leaves(named: Named) -> Named:
-        return {name: t.requires_grad_(t.is_floating_point()) for name, t in named.items()}
+    def leaves(named: Named, wanted: Collection[str] = layout.wanted) -> Named:
+        return {name: t.requires_grad_(t.is_floating_point() and name in wanted) for name, t in named.items()}
 
-    outputs = leaves({name: _outputs(layout.specs[name], operands, order) for name in unit.names})
+    outputs = leaves({name: _outputs(layout.specs[name], operands, order) for name in unit.names}, unit.names)
     rows = leaves({name: operands[i].index_select(0, order) for name, i in layout.rows.items()})
     columns = leaves({name: operands[i].detach() for name, i in layout.columns.items()})
     with torch.enable_grad(), warnings.catch_warnings(), kept_generators(first.device), suppress(Exception):
