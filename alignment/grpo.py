@@ -70,6 +70,8 @@ class PolicyCall:
         if low in found:
             found[region] = found[low] + found[high]  # of advantages of unlike signs
             counts |= {region: counts[low]} if low in counts else {}
+        if (name := "policy_loss") in found:
+            found[name] = (found[name] * self.weights).sum()
         return found | metrics, counts
 
 
@@ -416,7 +418,8 @@ class GRPOLoss(PolicyLoss):
         Returns:
             ``loss`` and ``metrics``, one value a completion, with ``counts``: of its tokens ``entropy``, ``kl`` (where
             there is a reference), ``clip_ratio/low``, ``/high`` and ``/region`` or ``cispo_clip_ratio`` (of the
-            completion, where the ratio is); ``vespo/phi_seq``; ``tokens``, how many it has.
+            completion, where the ratio is); ``vespo/phi_seq``; ``tokens``, how many it has. With ``entropy_coef`` also
+            ``policy_loss``, one number: the loss without the entropy.
 
         Raises:
             ValueError, TypeError: shapes, dtypes, ids and options that do not fit, before any work.
@@ -465,8 +468,9 @@ class GRPOLoss(PolicyLoss):
 
     def logs(self, given: Named) -> tuple[tuple[str, ...], tuple[str, ...]]:
         by_token = (*(("kl",) if self.beta else ()), *self.token_logs)
+        policy = ("policy_loss",) if self.entropy_coef else ()
         of_sequence = (self.by_sequence or self.loss_type == "vespo") and given["advantages"].dim() == 1
-        return (by_token, self.kind.logs) if of_sequence else ((*by_token, *self.kind.logs), ())
+        return (by_token, (*self.kind.logs, *policy)) if of_sequence else ((*by_token, *self.kind.logs), policy)
 
     def weights(self, tokens: Tensor, num_items: Any) -> Tensor:
         return self.kind.weights(tokens, self, num_items)
@@ -479,6 +483,7 @@ class GRPOLoss(PolicyLoss):
         scores = {name: value[:, 0] for name, value in scores.items()}
         loss, found = (scores["loss"], scores) if call.way == "tokens" else self._of_sequences(scores, groups)
         if self.entropy_coef:
+            found = found | {"policy_loss": loss}
             loss = loss - groups["entropy_weight"] * scores["entropy"]
         return loss, call.table(found)
 
@@ -511,13 +516,15 @@ class GRPOLoss(PolicyLoss):
         chosen = used * self._largest(entropies.detach(), call).to(used.dtype)
         loss, found = self.of_tokens(logps, x, used)
         loss = loss * chosen + (self.beta * found["kl"] if self.beta else 0.0)
-        total = ((loss * used).sum(1) * call.weights).sum()
+        loss = (loss * used).sum(1)
+        total = (loss * call.weights).sum()
         if self.entropy_coef:
             total = total - self.entropy_coef * (entropies * chosen).sum() / chosen.sum().clamp_min(1)
         found["entropy"] = entropies
         with torch.no_grad():
             sums = {name: (found[name] * used).sum(1) for name in call.by_token}
-            sums |= {name: found[name][:, 0] for name in call.by_sequence}
+            sums |= {name: found[name][:, 0] for name in call.by_sequence if name in found}
+            sums["policy_loss"] = loss
         return total, call.table(sums)
 
     def _largest(self, entropies: Tensor, call: PolicyCall) -> Tensor:

@@ -338,6 +338,17 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value
 
 
+def _attach(model: Any, cast_lm_head_to_fp32: bool = False, **_: Any) -> None:
+    """As TRL puts its head on a model; where it has cast the layer to float32, with a forward that casts its states,
+    that is what a ``Head`` does."""
+    if cast_lm_head_to_fp32:
+        layer = model.get_output_embeddings()
+        if not isinstance(layer, nn.Linear) or hasattr(layer, "base_layer"):
+            raise ValueError("expected cast_lm_head_to_fp32=False with an adapter on the LM head, got True")
+        layer.forward.__dict__["__wrapped__"] = nn.Linear.forward
+    causal_lm.attach(model)
+
+
 @contextlib.contextmanager
 def our_head(module: ModuleType) -> Iterator[None]:
     """While a trainer of TRL's ``module`` is built: our head in place of its own, and adapters on it not refused.
@@ -355,7 +366,7 @@ def our_head(module: ModuleType) -> Iterator[None]:
         >>> dpo_trainer.add_fused_lm_head is theirs
         True
     """
-    ours = {"add_fused_lm_head": lambda model, **_: causal_lm.attach(model), "BaseTunerLayer": ()}
+    ours = {"add_fused_lm_head": _attach, "BaseTunerLayer": ()}
     kept = {name: getattr(module, name) for name in ours if hasattr(module, name)}
     if "add_fused_lm_head" not in kept:
         raise ImportError(f"expected a TRL whose {module.__name__} has a fused head, which ours replaces")

@@ -56,9 +56,11 @@ checks.own_package(sys.modules["alignment"], "PreferenceLoss")
 if TYPE_CHECKING:
     from .cpo import ChunkedCPOTrainer
     from .dpo import ChunkedDPOTrainer
+    from .grpo import ChunkedGRPOTrainer
     from .kto import BCO_STATE, ChunkedBCOTrainer, ChunkedKTOTrainer
     from .online_dpo import ChunkedOnlineDPOTrainer
     from .orpo import ChunkedORPOTrainer
+    from .rloo import ChunkedRLOOTrainer
     from .tpo import ChunkedTPOTrainer
 
 __all__ = [
@@ -67,9 +69,11 @@ __all__ = [
     "ChunkedBCOTrainer",
     "ChunkedCPOTrainer",
     "ChunkedDPOTrainer",
+    "ChunkedGRPOTrainer",
     "ChunkedKTOTrainer",
     "ChunkedORPOTrainer",
     "ChunkedOnlineDPOTrainer",
+    "ChunkedRLOOTrainer",
     "ChunkedTPOTrainer",
 ]
 
@@ -96,10 +100,12 @@ HOMES = {
     "ChunkedBCOTrainer": "kto",
     "ChunkedCPOTrainer": "cpo",
     "ChunkedDPOTrainer": "dpo",
+    "ChunkedGRPOTrainer": "grpo",
     "ChunkedKTOTrainer": "kto",
     "ChunkedORPOTrainer": "orpo",
     "ChunkedOnlineDPOTrainer": "online_dpo",
     "ChunkedTPOTrainer": "tpo",
+    "ChunkedRLOOTrainer": "rloo",
 }
 
 
