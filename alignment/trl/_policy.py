@@ -111,7 +111,12 @@ class Policy(Chunked):
         def run(whole: Head) -> Any:
             with self._as_asked(whole.shifted(target.shape[1] + 1)) as head:
                 ids, (scale, softcap) = target.to(head.hidden.device), head.transform
-                named = {"extra": head.extra, "logit_scale": scale, "logit_softcap": softcap, "outputs": outputs}
+                named: dict[str, Any] = {
+                    "extra": head.extra,
+                    "logit_scale": scale,
+                    "logit_softcap": softcap,
+                    "outputs": outputs,
+                }
                 return linear_logps(head.hidden, head.weight, ids, head.bias, **named, **options)
 
         out = model(**inputs, head_fn=run)
@@ -182,7 +187,7 @@ class Policy(Chunked):
 
     def _keep_clips(self, mode: str, out: LossOutput, sums: Sums) -> None:
         """Beside other ``sums`` the shares of ratios that are clipped: means over all, and extremes of sequences."""
-        found, extremes = dict(sums), {}
+        found, extremes = dict(sums), dict[str, Tensor]()
         for side in ("low", "high", "region"):
             if (name := f"clip_ratio/{side}") in out.metrics:
                 found[f"{name}_mean"] = out.sums[name]

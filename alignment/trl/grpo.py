@@ -87,7 +87,7 @@ class ChunkedGRPOTrainer(Policy, Scoring, GRPOTrainer):
         super().__init__(*args, **kw)
 
     def _make_loss(self, args: Any, options: dict[str, Any]) -> GRPOLoss:
-        numbers = {name: getattr(args, name) for name in (*OF_ARGS, "max_completion_length")}
+        numbers: dict[str, Any] = {name: getattr(args, name) for name in (*OF_ARGS, "max_completion_length")}
         numbers["epsilon_low"] = args.epsilon
         numbers["epsilon_high"] = args.epsilon if args.epsilon_high is None else args.epsilon_high
         if args.loss_type in AP.POLICY_LOSSES:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import trl_parts as parts
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -20,9 +20,11 @@ from alignment.trl import (
     ChunkedBCOTrainer,
     ChunkedCPOTrainer,
     ChunkedDPOTrainer,
+    ChunkedGRPOTrainer,
     ChunkedKTOTrainer,
     ChunkedOnlineDPOTrainer,
     ChunkedORPOTrainer,
+    ChunkedRLOOTrainer,
     ChunkedTPOTrainer,
 )
 
@@ -43,6 +45,14 @@ class Kind:
     """To the trainer."""
 
 
+SAMPLED = {"num_generations": 4, "max_completion_length": 6}
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    """Of words, unlike in most completions."""
+    return [sum(map(ord, text)) % 7 / 2 for text in completions]
+
+
 KINDS = {
     "dpo": Kind(DPOTrainer, ChunkedDPOTrainer, DPOConfig, parts.pairs),
     "kto": Kind(KTOTrainer, ChunkedKTOTrainer, KTOConfig, parts.verdicts),
@@ -50,6 +60,16 @@ KINDS = {
     "cpo": Kind(CPOTrainer, ChunkedCPOTrainer, CPOConfig, parts.pairs, False, {"max_length": 32}),
     "orpo": Kind(ORPOTrainer, ChunkedORPOTrainer, ORPOConfig, parts.pairs, False, {"max_length": 32}),
     "tpo": Kind(TPOTrainer, ChunkedTPOTrainer, TPOConfig, parts.triples, False),
+    "grpo": Kind(GRPOTrainer, ChunkedGRPOTrainer, GRPOConfig, parts.prompts, False, SAMPLED, {"reward_funcs": reward}),
+    "rloo": Kind(
+        RLOOTrainer,
+        ChunkedRLOOTrainer,
+        RLOOConfig,
+        parts.prompts,
+        False,
+        SAMPLED | {"beta": 0.0},
+        {"reward_funcs": reward},
+    ),
 }
 
 SAMPLING = {  # TRL's cannot evaluate
