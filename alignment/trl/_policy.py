@@ -111,13 +111,8 @@ class Policy(Chunked):
         def run(whole: Head) -> Any:
             with self._as_asked(whole.shifted(target.shape[1] + 1)) as head:
                 ids, (scale, softcap) = target.to(head.hidden.device), head.transform
-                named: dict[str, Any] = {
-                    "extra": head.extra,
-                    "logit_scale": scale,
-                    "logit_softcap": softcap,
-                    "outputs": outputs,
-                }
-                return linear_logps(head.hidden, head.weight, ids, head.bias, **named, **options)
+                named: dict[str, Any] = {"extra": head.extra, "logit_scale": scale, "logit_softcap": softcap}
+                return linear_logps(head.hidden, head.weight, ids, head.bias, outputs=outputs, **named, **options)
 
         out = model(**inputs, head_fn=run)
         found = type(out.value)(*[None if x is None else x.to(target.device) for x in out.value])

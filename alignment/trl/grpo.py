@@ -93,7 +93,8 @@ class ChunkedGRPOTrainer(Policy, Scoring, GRPOTrainer):
         if args.loss_type in AP.POLICY_LOSSES:
             for name in GRPOLoss.readers(args.loss_type, args.beta):
                 del numbers[name]  # TRL ignores it
-        return GRPOLoss(
+        described: Any = GRPOLoss
+        return described(
             args.loss_type,
             args.beta,
             importance_sampling_level=args.importance_sampling_level,
