@@ -102,7 +102,6 @@ class PolicyLoss(PreferenceLoss):
     """
 
     takes_reference = False
-    entropy_coef: float = 0.0
     engine: ClassVar[type[PolicyScores]]
     shapes: ClassVar[Mapping[str, tuple[str, ...]]]
     """The further tensors of a call, and what may be of each: "sequence" (B,), "token" (B, T), "column" (B, 1)."""
@@ -124,8 +123,13 @@ class PolicyLoss(PreferenceLoss):
         raise NotImplementedError
 
     @property
+    def bonus(self) -> float:
+        """Weight of the entropy in the loss, where there is one."""
+        return getattr(self, "entropy_coef", 0.0)
+
+    @property
     def token_logs(self) -> tuple[str, ...]:
-        return ("entropy",) if self.token_metrics or self.entropy_coef else ()
+        return ("entropy",) if self.token_metrics or self.bonus else ()
 
     @cached_property
     def _engine(self) -> Any:
@@ -167,8 +171,8 @@ class PolicyLoss(PreferenceLoss):
         engine, shape = self._engine, target.shape
         self._settle_on(head, call)
         groups = {name: value for name, value in given.items() if value.dim() == 1}
-        if self.entropy_coef:
-            groups["entropy_weight"] = self.entropy_coef / (call.tokens.sum().clamp_min(1) * call.weights)
+        if self.bonus:
+            groups["entropy_weight"] = self.bonus / (call.tokens.sum().clamp_min(1) * call.weights)
         rows = {name: (v[:, None] if v.dim() == 1 else v).expand(shape) for name, v in given.items()}
         how: dict[str, Any] = {"group_weight": call.weights}
         if call.way == "sequences":
@@ -191,7 +195,7 @@ class PolicyLoss(PreferenceLoss):
         assign(
             self._engine,
             names=("logps", "entropy") if with_entropy else ("logps",),
-            gradients_of=("logps", "entropy") if self.entropy_coef else ("logps",),
+            gradients_of=("logps", "entropy") if self.bonus else ("logps",),
             way=call.way,
             couples_batch=call.way == "batch",
             logit_scale=scale,

@@ -99,7 +99,7 @@ def gamma_weight(
         >>> from alignment import policy
         >>> numbers = {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0}
         >>> policy.gamma_weight(torch.tensor([0.0, 1.0]), torch.ones(2), **numbers)
-        tensor([1.0000, 0.0427])
+        tensor([1.0000, 0.0426])
     """
     log_weight = log_weight.clamp(LEAST_LOG_WEIGHT, LARGEST_LOG_WEIGHT)
     good = advantages >= 0

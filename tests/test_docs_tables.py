@@ -19,6 +19,7 @@ LOSS_PAGES = {
     "docs/losses/sparse.md": ("sparse", "CF"),
     "docs/losses/late-interaction.md": ("multi_vector", "CF"),
     "docs/losses/preferences.md": ("alignment",),
+    "docs/losses/policy_gradient.md": ("alignment",),
     "docs/losses/distillation.md": ("distill",),
     "docs/losses/your_own.md": ("chunked_embed",),
 }

@@ -48,6 +48,18 @@ def test_ddp_trains_like_trl(kind: str, trained: list[dict[Any, Any]]) -> None:
                 assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
 
 
+@pytest.mark.parametrize("kind", trl_ranks.SAMPLED)
+def test_ddp_samples_and_trains_like_trl(kind: str, trained: list[dict[Any, Any]]) -> None:
+    for rank in trained:
+        theirs, ours = rank[kind, False], rank[kind, True]
+        for name, value in theirs["weights"].items():
+            torch.testing.assert_close(ours["weights"][name], value, rtol=1e-4, atol=1e-5)
+        for expected, found in zip(theirs["logs"], ours["logs"], strict=True):
+            for name, value in expected.items():
+                if not any(part in name for part in ("time", "per_second", "flos", "grad_norm")):
+                    assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), name
+
+
 @pytest.mark.parametrize("kind", trl_ranks.DROPPING)
 def test_rows_that_fill_up_a_batch_are_not_counted(kind: str, trained: list[dict[Any, Any]]) -> None:
     for rank in trained:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 WORLD = 2
 KINDS = ("dpo", "kto", "cpo", "orpo", "online")
+SAMPLED = ("grpo", "rloo")
 DROPPING = ("cpo", "orpo")  # rows that fill up a last batch; TRL's others count them
 LAYOUTS = ("accelerate", "root only", "head alone")
 
@@ -35,16 +36,32 @@ def train(kind: str, ours: bool, folder: str, world: int) -> dict[str, Any]:
     return {"weights": dict(trainer.model.state_dict()), "logs": trainer.state.log_history, "evaluated": evaluated}
 
 
+def sample(kind: str, ours: bool, folder: str) -> dict[str, Any]:
+    """Weights and logs of steps on completions that the policy samples: of unlike ones on each process."""
+    import trl_zoo
+
+    args: dict[str, Any] = {"max_steps": 4, "ddp_backend": "gloo", "num_iterations": 2, "learning_rate": 0.1}
+    if kind == "grpo":
+        args |= {"top_entropy_quantile": 0.5, "entropy_coef": 0.1, "gradient_accumulation_steps": 2}
+    trainer = trl_zoo.trained(kind, ours, Path(folder), model=trl_zoo.parts.model(), args=args)
+    return {"weights": dict(trainer.model.state_dict()), "logs": trainer.state.log_history}
+
+
 def run_trainers(rank: int, port: int, folder: str) -> None:
+    _join(rank, port)
+    found = {(kind, ours): train(kind, ours, folder, WORLD) for kind in KINDS for ours in (False, True)}
+    found |= {(kind, ours): sample(kind, ours, folder) for kind in SAMPLED for ours in (False, True)}
+    torch.save(found, Path(folder) / f"trained-{rank}.pt")
+    gc.collect()  # a DDP model that outlives its group destroys it holding the GIL, for which gloo's thread may wait
+    dist.destroy_process_group()
+
+
+def _join(rank: int, port: int) -> None:
     warnings.simplefilter("ignore")  # third parties' warnings are errors in the tests of one process
     torch.set_num_threads(1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
     os.environ |= {name: str(value) for name, value in names.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    found = {(kind, ours): train(kind, ours, folder, WORLD) for kind in KINDS for ours in (False, True)}
-    torch.save(found, Path(folder) / f"trained-{rank}.pt")
-    gc.collect()  # a DDP model that outlives its group destroys it holding the GIL, for which gloo's thread may wait
-    dist.destroy_process_group()
 
 
 # --- FSDP2 -----------------------------------------------------------------------------------------------------------
