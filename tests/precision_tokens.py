@@ -26,6 +26,7 @@ import engine_zoo  # noqa: E402
 import preference_zoo  # noqa: E402
 from preference_zoo import IGNORE, Batch  # noqa: E402
 
+import alignment  # noqa: E402
 import distill  # noqa: E402
 from chunked_embed import FlexChunkLoss, Projection, linear_logps  # noqa: E402
 
@@ -109,6 +110,54 @@ for name in ("dpo_sigmoid", "tdpo2", "simpo", "orpo", "kto"):
     zoo_case = preference_zoo.CASES[name]
     CASES[f"autocast alignment {name}"] = preference(zoo_case, zoo_case.kind, "half")
 REFERRING = [name for name, case in preference_zoo.CASES.items() if case.kind == "live"]
+
+
+# --- policy gradients ---
+
+
+def sampled(seed: int = 5) -> Tensors:
+    """Completions of a policy that has moved a little since."""
+    x = pairs(seed)
+    target = x["target"]
+    logps = whole_logps(x)
+    randn = draw(seed + 50)
+    x["old_logps"], x["ref_logps"] = ((logps + 0.05 * randn(*target.shape)).float() for _ in range(2))
+    x["advantages"] = randn(len(target)).float()
+    return {name: x[name] for name in ("hidden", "weight", "bias", "target", "old_logps", "ref_logps", "advantages")}
+
+
+def whole_logps(x: Tensors) -> Tensor:
+    log_p = (x["hidden"] @ x["weight"].T + x["bias"]).log_softmax(-1)
+    return log_p.gather(-1, x["target"].clamp_min(0)[..., None])[..., 0]
+
+
+def policy_gradient(**options: Any) -> Case:
+    loss = alignment.GRPOLoss(**options)
+
+    def ours(x: Tensors, **chunks: Any) -> Tensor:
+        given = x["advantages"], x["old_logps"], x["ref_logps"] if loss.beta else None
+        made = alignment.GRPOLoss(**options, token_metrics=False, **chunks)
+        return made(x["hidden"], x["weight"], x["target"], *given, bias=x["bias"]).loss
+
+    def truth(x: Tensors) -> Tensor:
+        """The formula on whole tensors, which other tests compare with TRL's."""
+        used = (x["target"] != IGNORE).double()
+        given = {name: x[name] for name in ("old_logps", "ref_logps")}
+        terms, found = loss.of_tokens(whole_logps(x), {**given, "advantages": x["advantages"][:, None]}, used)
+        terms = terms + (loss.beta * found["kl"] if loss.beta else 0.0)
+        return ((terms * used).sum(1) * loss.weights(used.sum(1), None)).sum()
+
+    why = "few tokens have a term that is not clipped, so that roundings are not averaged"
+    learns = ("hidden", "weight", "bias")
+    return Case(sampled, ours, truth, learns, slack=dict.fromkeys(learns, 1.2), why=why)
+
+
+CASES |= {
+    "alignment grpo": policy_gradient(loss_type="grpo", beta=0.1),
+    "alignment gspo": policy_gradient(loss_type="grpo", importance_sampling_level="sequence"),
+    "alignment cispo": policy_gradient(loss_type="cispo", epsilon_high=2.0),
+    "alignment vespo": policy_gradient(loss_type="vespo"),
+}
 
 
 # --- token statistics ------------------------------------------------------------------------------------------------
