@@ -99,6 +99,24 @@ def test_trainers_are_exact_where_fsdp2_casts_outputs(name: str) -> None:
     trl_sharded.check(name, 0)
 
 
+@pytest.mark.parametrize("kind", trl_sharded.SAMPLED)
+@pytest.mark.usefixtures("one_process")
+def test_what_was_sampled_is_exact_where_fsdp2_casts_outputs(kind: str) -> None:
+    trl_sharded.check_sampled(kind, 0)
+
+
+@pytest.fixture(scope="module")
+def sampled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    names = asked(request)
+    return run_checks(trl_sharded.check_sampled, names, trl_ranks.WORLD, tmp_path_factory.mktemp("sampled"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", trl_sharded.SAMPLED)
+def test_what_was_sampled_is_exact_on_two_processes(name: str, sampled: Outcomes) -> None:
+    assert_passed(name, sampled)
+
+
 @pytest.mark.parametrize("checks_logits", [True, False])
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 @pytest.mark.usefixtures("one_process")

@@ -183,3 +183,37 @@ def check_adapter(kind: str, checks_logits: bool) -> None:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     _, found = step(trainer, trainer._prepare_inputs(next(iter(trainer.get_train_dataloader()))))
     assert len(found) == 2 and all("lora" in name and g.abs().max() > 0 for name, g in found.items())
+
+
+SAMPLED = {"grpo": {"beta": 0.1, "entropy_coef": 0.1, "top_entropy_quantile": 0.5}, "rloo": {}}
+
+
+def check_sampled(kind: str, rank: int) -> None:
+    """Completions that a policy which is not sharded samples, one batch a process: losses, log-probabilities and
+    gradients to the last digits."""
+    args = SETTINGS | SAMPLED[kind]
+    with tempfile.TemporaryDirectory() as folder:
+        made = [trl_parts.model(torch.float64) for _ in range(2)]
+        made[0].save_pretrained(folder)
+        for policy in made:
+            policy.config._name_or_path = folder  # where TRL finds the reference
+        alone, trainer = (trl_zoo.make(kind, True, Path(folder), model=policy, args=args) for policy in made)
+    for each in (alone, trainer):
+        each.current_gradient_accumulation_steps = 1  # as ``train`` says at each step
+    torch.manual_seed(7)
+    batches = [alone._prepare_inputs(batch) for batch in alone.get_train_dataloader()][: dist.get_world_size()]
+    for model in models(trainer):
+        shard(model, half=False)
+    steps = [step(alone, batch) for batch in batches]
+    loss, found = step(trainer, batches[rank])
+    torch.testing.assert_close(loss, steps[rank][0], rtol=1e-12, atol=1e-14)
+    for key, gradient in found.items():
+        expected = torch.stack([gradients[key] for _, gradients in steps]).mean(0)
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12, msg=lambda text, k=key: f"{k}: {text}")
+    mine = batches[rank]
+    ids, mask = (
+        torch.cat([mine[f"{part}_{name}"] for part in ("prompt", "completion")], 1) for name in ("ids", "mask")
+    )
+    with torch.no_grad():
+        scored = [t._get_per_token_logps_and_entropies(t.model, ids, mask, 4, 2)[0] for t in (trainer, alone)]
+    torch.testing.assert_close(*scored, rtol=0.0, atol=1e-9)
