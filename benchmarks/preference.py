@@ -477,6 +477,109 @@ def run_losses(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, op
         bench.case(shape.title(name, dtype), candidates, expected, MARGINS, GRADIENTS)
 
 
+# --- policy gradients ------------------------------------------------------------------------------------------------
+
+POLICY = {
+    "GRPO": {},
+    "GRPO with KL": {"beta": 0.04},
+    "GSPO": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    "GRPO, entropy bonus": {"entropy_coef": 0.01},
+    "GRPO, a fifth of the tokens": {"top_entropy_quantile": 0.2},
+}
+"""Options of ``GRPOLoss``, whose default is DAPO's mean over the tokens of the batch."""
+LIGERS = {"beta", "loss_type", "importance_sampling_level"}
+"""Of those, what its loss has as well."""
+
+
+def policy_formula(
+    used: Tensor, advantages: Tensor, old: Tensor, options: dict[str, Any]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Of log-probabilities and entropies (S, T), zero on tokens that are not used: as TRL's trainer writes it down."""
+    tokens, A = used.sum(1), advantages[:, None]
+    by_sequence = options.get("importance_sampling_level") == "sequence"
+
+    def loss(logps: Tensor, entropies: Tensor) -> Tensor:
+        log_ratio, known = logps - old.to(logps), old.to(logps)
+        if by_sequence:
+            log_ratio = ((log_ratio * used).sum(1) / tokens)[:, None]
+        ratio = log_ratio.exp()
+        term = -torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A).expand_as(logps)
+        if "top_entropy_quantile" in options:
+            least = torch.quantile(entropies[used].float(), 1 - options["top_entropy_quantile"])
+            term = term * (entropies >= least)
+        if beta := options.get("beta"):
+            term = term + beta * ((known - logps).exp() - (known - logps) - 1)
+        if by_sequence:
+            return ((term * used).sum(1) / tokens).mean()
+        total = (term * used).sum() / used.sum()
+        return total - options.get("entropy_coef", 0.0) * (entropies * used).sum() / used.sum()
+
+    return loss
+
+
+def run_policy(bench: Benchmark, case: str, shape: Shape, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Completions in groups, log-probabilities of another policy that is near."""
+    if not bench.chosen(*(shape.title(name, dtype) for name in POLICY)):
+        return
+    batch, bound = random_batch(bench, shape, dtype), BOUNDS[dtype]
+    with torch.no_grad():
+        old = linear_logps(batch.ref_hidden, batch.ref_weight, batch.target, **options).logps
+    assert old is not None
+    advantages = torch.randn(len(old), device=bench.device)
+    for name, kind in POLICY.items():
+        given = {"advantages": advantages, "old_logps": old} | ({"ref_logps": old} if "beta" in kind else {})
+        formula = policy_formula(batch.used, advantages, old, kind)
+        loss = al.GRPOLoss(**kind, **options)
+        forwards = 2 if "top_entropy_quantile" in kind else 1
+        candidates = batch.floor(loss.plan(*batch.policy, **given), forwards, reference=False)
+        for label, precision in precisions("GRPOLoss", dtype).items():
+            call = partial(al.GRPOLoss(**kind, **options, **precision), *batch.policy, **given)
+            candidates += as_candidates({label: value(call)}, batch.leaves, OURS, bound)
+        peer = partial(through_trl, batch, formula)
+        candidates += as_candidates({"TRL fused head": peer}, batch.leaves, PEER, bound)
+        if kind.keys() <= LIGERS:
+            settings = {"beta": 0.0, "loss_type": "dapo", **kind, "use_ref_model": "beta" in kind}
+            settings |= {"compiled": options["compiled"]}
+            arguments = batch.hidden, batch.weight, batch.target.clamp_min(0), batch.used.long(), advantages, None
+            arguments += (old if "beta" in kind else None), old
+            peer = liger("LigerFusedLinearGRPOLoss", *arguments, **settings)
+            candidates += as_candidates({"Liger, chunks of 1": lambda p=peer: p()[0]}, batch.leaves, PEER, bound)
+        expected = partial(true_policy, batch, formula)
+        bench.case(shape.title(name, dtype), candidates, expected)
+
+
+def through_trl(batch: Batch, formula: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Its trainer always asks for entropies."""
+    kernel, used = trl_kernel("chunked_logprob", "ChunkedLogProbFunction"), batch.used
+    outputs = ("log_probs", "entropy")
+    found = kernel.apply(batch.hidden[used], batch.weight, None, batch.target[used], 1.0, 32768, None, 1.0, outputs)
+    return formula(*(x.new_zeros(used.shape).masked_scatter(used, x) for x in found[:2]))
+
+
+def true_policy(batch: Batch, formula: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+    """Value and gradients; of an entropy, by blocks as well."""
+    index = batch.used.flatten().nonzero()[:, 0]
+    ids = batch.target.flatten()
+    scores = torch.zeros(2, batch.target.numel(), dtype=torch.float64, device=ids.device)
+    for part, log_p in zip(index.split(BLOCK), log_probs(batch.hidden, batch.weight, index), strict=True):
+        scores[0, part] = log_p.gather(1, ids[part, None])[:, 0]
+        scores[1, part] = -(log_p.exp() * log_p).sum(1)
+    logps, entropies = (s.view(batch.target.shape).requires_grad_() for s in scores)
+    loss = formula(logps, entropies)
+    pulls = torch.autograd.grad(loss, [logps, entropies], allow_unused=True, materialize_grads=True)
+    of_logps, of_entropy = (pull.flatten()[:, None] for pull in pulls)
+    wide, rows = batch.weight.detach().double(), batch.hidden.detach().flatten(0, 1)
+    grad_hidden = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+    grad_weight = torch.zeros_like(wide)
+    for part, log_p in zip(index.split(BLOCK), log_probs(batch.hidden, batch.weight, index), strict=True):
+        p = log_p.exp()
+        grad = -p * (of_logps[part] + of_entropy[part] * (log_p + entropies.flatten()[part, None].detach()))
+        grad.scatter_add_(1, ids[part, None], of_logps[part])
+        grad_hidden[part] = (grad @ wide).float()
+        grad_weight.addmm_(grad.T, rows[part].double())
+    return [loss.detach(), grad_hidden.view(batch.hidden.shape), grad_weight.float()]
+
+
 # --- training steps --------------------------------------------------------------------------------------------------
 
 
@@ -635,6 +738,7 @@ CASES: dict[str, tuple[Callable[..., None], list[Shape]]] = {
     **{case: (run_dpo, shapes) for case, shapes in DPO_CASES.items()},
     "packed": (run_packed, [narrow(16, 8192, lengths=LONG_PAIR, width=width) for width in (2048, 1024)]),
     "logps": (run_logps, [Shape(4, 1024, vocabulary=151936, width=4096)]),
+    "policy": (run_policy, [large(4, 1024)]),
     "losses": (run_losses, [Shape(4, 1024, vocabulary=32000, width=2048)]),
     **{case: (run_step, [narrow(4, 1024, lengths=(512,))]) for case in STEPS},
 }

@@ -193,7 +193,7 @@ def small_tables(device: str) -> dict[str, Table]:
     }
 
 
-TRAINING = r"(?P<loss>\w+, (full|LoRA), \w+(, FSDP2 on \d+)?)"
+TRAINING = r"(?P<loss>[\w ]+, (full|LoRA), \w+(, FSDP2 on \d+)?)"
 SPLIT = r"(?P<loss>.*, split over two)"
 SWAPPED = r"(?P<loss>\w+, \w+)"
 LONG = ("ms", "x floor", "GiB", "error of gradients")
@@ -295,7 +295,7 @@ TABLES = {
     "trainers": Table("trainers", TRAINING, ("ms", "GiB", "first s"), under="", row="{loss}", column="{name}"),
     "trainers-curves": Table(
         "trainers",
-        r"(?P<quantity>losses|margins), (?P<loss>(?!.* split over).*)",
+        r"(?P<quantity>losses|margins|entropies), (?P<loss>(?!.* split over).*)",
         ("difference",),
         under="{loss}",
         row="{quantity}",

@@ -8,9 +8,13 @@
 A case is one loss in one precision: float32 weights under autocast, all of them or LoRA's, AdamW, no checkpointing. TRL
 runs from seed 0, the same again, and with its data in another order (and other adapters) from seed 1; ours from seed 0.
 Every run begins at one model, a Llama of a few layers that has read docstrings of installed packages for a while. The
-difference of two curves is the mean of |loss - loss| over the steps, or of reward margins. Ours from TRL's is to be
-within twice the spread, TRL's own between its seeds. Under FSDP2 a step's data are those of one GPU, and where TRL's
-curves of one GPU are in the file, those of two are compared with them as well: FSDP2 rounds what TRL reads of a model.
+difference of two curves is the mean of |loss - loss| over the steps, or of reward margins or entropies. Ours from TRL's
+is to be within twice the spread, TRL's own between its seeds. Under FSDP2 a step's data are those of one GPU, and where
+TRL's curves of one GPU are in the file, those of two are compared with them as well: FSDP2 rounds what TRL reads of a
+model.
+
+Where a trainer would have the policy write completions, they are given (drafts.py): two of each of eight prompts, or
+eight of each of two. What is left of a step is what both trainers do with them.
 
 Times are those of whole steps, optimiser included, without the data: the median after five. TRL's are of its second
 run: the first of a case pays for what a process pays once for each length of a batch (attention's plans). Memory is the
@@ -31,7 +35,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,17 +47,31 @@ import torch.distributed as dist
 import transformers
 import typer
 from datasets import Dataset
+from drafts import EOS, PAD, Drafts, reward, with_drafts
 from measure import OURS, PEER, RESULTS, Benchmark, Budget, Errors, Match, Missing, Out, Timing, failure
 from torch import Tensor
 from training import UNTIMED, Clock, plot_curves, read_curve, read_rows, write_curves
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl import (
+    DistillationConfig,
+    DistillationTrainer,
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+)
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.experimental.tpo import TPOConfig, TPOTrainer
 
-from alignment.trl import ChunkedCPOTrainer, ChunkedDPOTrainer, ChunkedKTOTrainer, ChunkedORPOTrainer
-from distill.trl import ChunkedGKDTrainer
+import alignment.trl as al
+from distill.trl import ChunkedDistillationTrainer, ChunkedGKDTrainer
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import docstrings
@@ -63,6 +81,7 @@ RUNS = {THEIRS: 0, MINE: 0, AGAIN: 0, "TRL, another seed": 1}  # name -> seed
 SPREAD = "TRL, another seed"
 ONE, TWO = "one device", "two devices"
 ALONE = "TRL on one GPU"
+CURVES = {"losses": "loss", "margins": "margin", "entropies": "entropy"}  # their columns
 STYLES = {THEIRS: "C1-", MINE: "C0--", SPREAD: "C7:", ONE: "C1-", TWO: "C0--"}
 LORA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun has it
@@ -112,6 +131,16 @@ def of_chat(pair: Pair) -> list[dict[str, Any]]:
     return [{"messages": [{"role": role, "content": text} for role, text in said.items()]}]
 
 
+def of_triple(pair: Pair) -> list[dict[str, Any]]:
+    """The gold answer is the chosen one's first half."""
+    words = pair.chosen.split(" ")
+    return [{**of_pair(pair)[0], "reference": " ".join(words[: len(words) // 2])}]
+
+
+def of_prompt(pair: Pair) -> list[dict[str, Any]]:
+    return [{"prompt": pair.prompt, "chosen": pair.chosen}]
+
+
 class Text:
     """Words of docstrings, a tokenizer of which each is a token, and pairs. In a rejected completion every fifth word
     is another."""
@@ -135,10 +164,17 @@ class Text:
         made = Tokenizer(models.WordLevel(self.vocabulary, unk_token="<unk>"))
         made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         tokens = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "unk")}
-        return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=CHATS, **tokens)
+        return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=CHATS, padding_side="left", **tokens)
 
     def ids(self) -> Tensor:
-        return torch.tensor([self.vocabulary.get(word, 2) for word in self.words])
+        return torch.tensor(self.of_text(" ".join(self.words)))
+
+    def drafts(self, count: int) -> Drafts:
+        texts = {tuple(self.of_text(pair.prompt)): self.of_text(pair.chosen) for pair in self.pairs(count)}
+        return Drafts(texts, len(self.vocabulary))
+
+    def of_text(self, text: str) -> list[int]:
+        return [self.vocabulary.get(word, 2) for word in text.split()]
 
     def pairs(self, count: int) -> Iterator[Pair]:
         draw, usual, prompt = random.Random(0), list(self.vocabulary)[3:], self.size.prompt
@@ -154,7 +190,7 @@ class Text:
 
 def llama(size: Size, device: torch.device) -> Any:
     torch.manual_seed(0)
-    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    ids = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": EOS}
     config = LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.width,
@@ -220,15 +256,62 @@ class Kind:
     frozen: str = ""  # the argument that takes a second model
     sequences: int = 2  # of each pair
     settings: dict[str, Any] = field(default_factory=dict)
+    drafted: str = ""  # the setting that says how long a completion may be, which is given and not sampled
+    per_row: int = 1  # what a batch's size counts, of each row's sequences
+    rewarded: bool = False
 
 
 KINDS = {
-    "DPO": Kind(DPOTrainer, ChunkedDPOTrainer, DPOConfig, 1.5e-5, frozen="ref_model"),
-    "ORPO": Kind(ORPOTrainer, ChunkedORPOTrainer, ORPOConfig, 2e-5),
-    "CPO": Kind(CPOTrainer, ChunkedCPOTrainer, CPOConfig, 1e-5),
-    "KTO": Kind(KTOTrainer, ChunkedKTOTrainer, KTOConfig, 1.5e-5, of_verdicts, "ref_model"),
+    "DPO": Kind(DPOTrainer, al.ChunkedDPOTrainer, DPOConfig, 1.5e-5, frozen="ref_model"),
+    "ORPO": Kind(ORPOTrainer, al.ChunkedORPOTrainer, ORPOConfig, 2e-5),
+    "CPO": Kind(CPOTrainer, al.ChunkedCPOTrainer, CPOConfig, 1e-5),
+    "KTO": Kind(KTOTrainer, al.ChunkedKTOTrainer, KTOConfig, 1.5e-5, of_verdicts, "ref_model"),
     "GKD": Kind(GKDTrainer, ChunkedGKDTrainer, GKDConfig, 1e-4, of_chat, "teacher_model", 1, {"lmbda": 0.0}),
+    "TPO": Kind(TPOTrainer, al.ChunkedTPOTrainer, TPOConfig, 1e-5, of_triple, sequences=3),
+    "online DPO": Kind(
+        OnlineDPOTrainer,
+        al.ChunkedOnlineDPOTrainer,
+        OnlineDPOConfig,
+        1.5e-5,
+        of_prompt,
+        "ref_model",
+        drafted="max_new_tokens",
+        rewarded=True,
+    ),
+    "GRPO": Kind(
+        GRPOTrainer,
+        al.ChunkedGRPOTrainer,
+        GRPOConfig,
+        1e-5,
+        of_prompt,
+        settings={"num_generations": 8},
+        drafted="max_completion_length",
+        per_row=2,
+        rewarded=True,
+    ),
+    "RLOO": Kind(
+        RLOOTrainer,
+        al.ChunkedRLOOTrainer,
+        RLOOConfig,
+        1e-5,
+        of_prompt,
+        settings={"num_generations": 8, "beta": 0.0},
+        drafted="max_completion_length",
+        per_row=2,
+        rewarded=True,
+    ),
+    "distillation": Kind(
+        DistillationTrainer,
+        ChunkedDistillationTrainer,
+        DistillationConfig,
+        1e-4,
+        of_prompt,
+        "teacher_model",
+        drafted="max_completion_length",
+        per_row=2,
+    ),
 }
+KINDS["GRPO with KL"] = replace(KINDS["GRPO"], settings={**KINDS["GRPO"].settings, "beta": 0.04})
 
 
 @dataclass(frozen=True)
@@ -251,6 +334,12 @@ CASES = [
     Case("DPO", lora=True),
     Case("DPO", "float16", lora=True),
     Case("CPO"),
+    Case("GRPO"),
+    Case("GRPO with KL", lora=True),  # the reference is the model without its adapters
+    Case("RLOO"),
+    Case("online DPO"),
+    Case("TPO"),
+    Case("distillation"),
 ]
 SHARDED = [Case("DPO"), Case("ORPO"), Case("DPO", lora=True)]
 SPLIT = [Case("DPO"), Case("ORPO")]
@@ -259,7 +348,8 @@ SPLIT = [Case("DPO"), Case("ORPO")]
 @dataclass
 class Run:
     losses: list[float]
-    margins: list[float]  # none of a distillation
+    margins: list[float]  # of pairs
+    entropies: list[float]  # of trainers whose losses begin at zero, or at the teacher's own
     timing: Timing
 
 
@@ -309,6 +399,11 @@ class Setup:
             "dataloader_pin_memory": self.device.type == "cuda",
             **kind.settings,
         }
+        if kind.drafted:
+            settings[kind.drafted] = size.completion[1] + 1
+            settings["per_device_train_batch_size"] *= kind.per_row
+        known = {one.name for one in fields(kind.config)}
+        settings = {name: value for name, value in settings.items() if name in known}
         if WORLD > 1:
             layers = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
             wrap = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", **layers}
@@ -330,12 +425,15 @@ class Setup:
             made["peft_config"] = LoraConfig(
                 r=16, lora_alpha=32, lora_dropout=0.0, target_modules=list(LORA), task_type="CAUSAL_LM"
             )
+        if kind.rewarded:
+            made["reward_funcs"] = reward
         if ours:
             made["loss_options"] = {"compiled": self.compiled}
         torch.manual_seed(seed)  # of adapters
-        trainer = (kind.ours if ours else kind.theirs)(
-            args=args, train_dataset=Dataset.from_list(rows), processing_class=self.text.tokenizer(), **made
-        )
+        make = kind.ours if ours else kind.theirs
+        if kind.drafted:
+            make = with_drafts(make, self.text.drafts(size.pairs * self.steps))
+        trainer = make(args=args, train_dataset=Dataset.from_list(rows), processing_class=self.text.tokenizer(), **made)
         trainer.remove_callback(PrinterCallback)
         return trainer
 
@@ -350,15 +448,19 @@ class Setup:
                 trainer.add_callback(clock)
                 trainer.train()
             logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-            margins = [entry["rewards/margins"] for entry in logs if "rewards/margins" in entry]
+            curves = [
+                [entry[name] for entry in logs if name in entry] for name in ("loss", "rewards/margins", "entropy")
+            ]
+            if not KINDS[case.loss].drafted:
+                curves[-1] = []
             timing = clock.timing()
             timing.note = f"{self.tokens(case):,.0f} tokens a step{timing.note}"
-            return Run([entry["loss"] for entry in logs], margins, timing)
+            return Run(*curves, timing)
         except Exception as problem:
             if WORLD > 1 and not isinstance(problem, torch.OutOfMemoryError):
                 raise  # the other process may wait for this one
             traceback.print_exc()
-            return Run([], [], Timing(note=failure(problem)))
+            return Run([], [], [], Timing(note=failure(problem)))
         finally:
             if trainer is not None:
                 trainer.accelerator.free_memory()
@@ -406,7 +508,7 @@ def compare(
     allowed: Callable[[dict[str, float], float], float],  # differences by name, the mean of |truth| -> of ours
 ) -> None:
     """Lines of the differences from the curves of `truth`."""
-    for quantity in ("losses", "margins"):
+    for quantity in CURVES:
         curves = {name: curve for name, run in runs.items() if (curve := getattr(run, quantity))}
         if truth not in curves:
             continue
@@ -422,24 +524,25 @@ def compare(
 
 
 def twice_the_spread(differences: dict[str, float], mean: float) -> float:
-    return 2 * differences.get(SPREAD, math.inf)
+    """Of losses that are zero but for rounding, as those of ratios of one: that of float32."""
+    return max(2 * differences.get(SPREAD, math.inf), 1e-6)
 
 
 def write(path: Path, title: str, who: str, run: Run) -> None:
-    write_curves(path, {"case": title, "who": who}, {"loss": run.losses, "margin": run.margins})
+    write_curves(path, {"case": title, "who": who}, {name: getattr(run, curve) for curve, name in CURVES.items()})
 
 
 def read_run(path: Path, title: str, who: str) -> Run:
-    return Run(*(read_curve(path, {"case": title, "who": who}, name) for name in ("loss", "margin")), Timing())
+    return Run(*(read_curve(path, {"case": title, "who": who}, name) for name in CURVES.values()), Timing())
 
 
 def plot(path: Path) -> None:
-    """Losses of each case, and margins."""
+    """Of each case."""
     grid: dict[str, dict[str, dict[str, list[float]]]] = {}
     for row in read_rows(path):
-        of_case = grid.setdefault(row["case"], {"losses": {}, "margins": {}})
-        for quantity, name in (("losses", "loss"), ("margins", "margin")):
-            if row[name]:
+        of_case = grid.setdefault(row["case"], {quantity: {} for quantity in CURVES})
+        for quantity, name in CURVES.items():
+            if row.get(name):
                 of_case[quantity].setdefault(row["who"], []).append(float(row[name]))
     plot_curves(path.with_suffix(".png"), grid, STYLES)
 

@@ -76,7 +76,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def read_curve(path: Path, key: Mapping[str, str], name: str) -> list[float]:
-    return [float(row[name]) for row in read_rows(path) if key.items() <= row.items() and row[name]]
+    return [float(row[name]) for row in read_rows(path) if key.items() <= row.items() and row.get(name)]
 
 
 def plot_curves(

@@ -106,13 +106,13 @@ def test_trains_like_trl(kind: str, args: dict[str, Any], tmp_path: Path) -> Non
     assert_alike(*both(kind, tmp_path, args=args))
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "args"), SLOW, ids=map(named, SLOW))
 def test_trains_like_trl_in_other_ways(kind: str, args: dict[str, Any], tmp_path: Path) -> None:
     assert_alike(*both(kind, tmp_path, args=args))
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
 def test_trains_like_trl_under_autocast(kind: str, tmp_path: Path) -> None:
     # One step: what is sampled next depends on the last digit.
@@ -122,7 +122,7 @@ def test_trains_like_trl_under_autocast(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(q, p, rtol=0.06, atol=2e-3)
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
 def test_trains_an_adapter_like_trl(kind: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4, task_type="CAUSAL_LM")
@@ -147,7 +147,7 @@ def test_an_adapter_on_the_head_is_trained(kind: str, tmp_path: Path) -> None:
 EXPERTS = [("grpo", {"loss_type": "grpo"}), ("grpo", {"entropy_coef": 0.1}), ("rloo", {})]
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "args"), EXPERTS, ids=map(named, EXPERTS))
 def test_a_mixture_of_experts_has_its_auxiliary_loss(kind: str, args: dict[str, Any], tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -164,7 +164,7 @@ def test_a_mixture_of_experts_has_its_auxiliary_loss(kind: str, args: dict[str, 
     assert "aux_loss" in ours.state.log_history[0]
 
 
-@pytest.mark.slow(among="file")
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_head_in_float32(bf16: bool, tmp_path: Path) -> None:
     args = {"cast_lm_head_to_fp32": True, "max_steps": 1, "bf16": bf16, "eval_strategy": "no", "beta": 0.1}
