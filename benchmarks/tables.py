@@ -282,6 +282,7 @@ TABLES = {
         row="{loss}",
         column="{who}",
     ),
+    "policy": Table("preference", r"(GRPO|GSPO).*", (*LONG, "error of the loss")),
     "steps": Table("preference", r"(DPO|ORPO|CPO) step.*", (*LONG, "error of the loss")),
     "distillation": Table("distillation", r"(JSD|KL|reverse KL).* 8192 tokens.*", (*LONG, "error of the loss")),
     "divergences": Table(
