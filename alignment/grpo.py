@@ -40,6 +40,7 @@ class PolicyCall:
     used: Tensor  # (B, T), where there is a token
     tokens: Tensor  # (B,), how many
     weights: Tensor  # (B,), of each sequence's terms in the loss
+    entropy_coef: float
     way: Way
     by_token: tuple[str, ...]  # what is logged of each token
     by_sequence: tuple[str, ...]  # and of each sequence
@@ -89,7 +90,8 @@ class PolicyScores(TokenStatistics):
         self.way = "tokens"
 
     def loss_fn(self, scores: Named, groups: Named) -> tuple[Tensor, Named]:
-        return self.asked_by.of_scores(scores, groups, self.call)
+        loss, metrics = self.asked_by.of_scores(scores, groups, self.call)
+        return (loss * groups["weight"] if "weight" in groups else loss), metrics
 
 
 class PolicyLoss(PreferenceLoss):
@@ -110,7 +112,7 @@ class PolicyLoss(PreferenceLoss):
         """Through the engine."""
         return "sequences"
 
-    def logs(self, given: Named) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def logs(self, given: Named, entropy_coef: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What is logged of each token, and of each sequence."""
         raise NotImplementedError
 
@@ -122,14 +124,8 @@ class PolicyLoss(PreferenceLoss):
         """The loss of tokens, or of sequences from sums, or of the batch; and what is logged."""
         raise NotImplementedError
 
-    @property
-    def bonus(self) -> float:
-        """Weight of the entropy in the loss, where there is one."""
-        return getattr(self, "entropy_coef", 0.0)
-
-    @property
-    def token_logs(self) -> tuple[str, ...]:
-        return ("entropy",) if self.token_metrics or self.bonus else ()
+    def token_logs(self, entropy_coef: float) -> tuple[str, ...]:
+        return ("entropy",) if self.token_metrics or entropy_coef else ()
 
     @cached_property
     def _engine(self) -> Any:
@@ -147,8 +143,8 @@ class PolicyLoss(PreferenceLoss):
         given = {name: value.detach().to(dtype) for name, value in named.items() if value is not None}
         used = target != self.ignore_index
         tokens = used.sum(1).to(dtype)
-        weights = self.weights(tokens, rest.pop("num_items", None))
-        call = PolicyCall(used, tokens, weights, self.way(given), *self.logs(given), **rest)
+        weights, coef = self.weights(tokens, rest.pop("num_items", None)), rest.pop("entropy_coef", 0.0)
+        call = PolicyCall(used, tokens, weights, coef, self.way(given), *self.logs(given, coef), **rest)
         return self._call(key, policy, target, given, call)
 
     def _check_tensors(self, hidden: Tensor, target: Any, named: Mapping[str, Any]) -> None:
@@ -170,32 +166,35 @@ class PolicyLoss(PreferenceLoss):
         """The engine's call, with the numbers that the loss has now."""
         engine, shape = self._engine, target.shape
         self._settle_on(head, call)
-        groups = {name: value for name, value in given.items() if value.dim() == 1}
-        if self.bonus:
-            groups["entropy_weight"] = self.bonus / (call.tokens.sum().clamp_min(1) * call.weights)
         rows = {name: (v[:, None] if v.dim() == 1 else v).expand(shape) for name, v in given.items()}
-        how: dict[str, Any] = {"group_weight": call.weights}
-        if call.way == "sequences":
-            how["segments"] = torch.arange(len(target), device=target.device)[:, None].expand(shape)
-        else:
-            how["group_weight"] = call.weights[:, None].expand(shape).reshape(-1)
-            groups = {name: value[:, None].expand(shape).reshape(-1) for name, value in groups.items()}
+        segments = None
         if call.way == "batch":  # whose loss is one number, of all tokens
-            rows, groups, how = {}, {name: value.reshape(-1) for name, value in rows.items()}, {}
+            rows, groups = {}, {name: value.reshape(-1) for name, value in rows.items()}
+        else:
+            # Of the mean over groups: weights as such would be looked at, which waits for the device.
+            tokens, by_token = call.tokens.sum().clamp_min(1), call.way == "tokens"
+            groups = {name: value for name, value in given.items() if value.dim() == 1}
+            groups["weight"] = call.weights * (tokens if by_token else len(target))
+            if call.entropy_coef:
+                groups["entropy_weight"] = call.entropy_coef / (tokens * call.weights)
+            if by_token:
+                groups = {name: value[:, None].expand(shape).reshape(-1) for name, value in groups.items()}
+            else:
+                segments = torch.arange(len(target), device=target.device)[:, None].expand(shape)
         asking = object.__new__(type(engine))  # of this call: the loss keeps no batch alive, nor sees another thread's
         asking.__dict__.update(engine.__dict__, asked_by=self._snapshot(), call=call)
-        prepared = asking.prepare(head.projection, {"target": target, **rows}, groups=groups, **how)
+        prepared = asking.prepare(head.projection, {"target": target, **rows}, groups=groups, segments=segments)
         self._seen.keep(key)
         return PreparedLoss(prepared, call.report)
 
     def _settle_on(self, head: Head, call: PolicyCall) -> None:
         """The engine's options for such a call."""
         scale, softcap = head.transform
-        with_entropy = self.token_logs or call.way == "batch"
+        with_entropy = self.token_logs(call.entropy_coef) or call.way == "batch"
         assign(
             self._engine,
             names=("logps", "entropy") if with_entropy else ("logps",),
-            gradients_of=("logps", "entropy") if self.bonus else ("logps",),
+            gradients_of=("logps", "entropy") if call.entropy_coef else ("logps",),
             way=call.way,
             couples_batch=call.way == "batch",
             logit_scale=scale,
@@ -397,6 +396,7 @@ class GRPOLoss(PolicyLoss):
         importance_weights: Tensor | None = None,  # (B, T) or (B, 1)
         sampling_logps: Tensor | None = None,  # (B, T)
         num_items: Tensor | float | None = None,  # ()
+        entropy_coef: float | None = None,
         entropy_mask: EntropyMask | None = None,
         extra: Extra = (),
     ) -> PreparedLoss:
@@ -414,6 +414,7 @@ class GRPOLoss(PolicyLoss):
             sampling_logps: what ``off_policy_threshold`` compares with; None: ``old_logps``.
             num_items: of dapo, cispo and vespo; None: the tokens of this batch. The tokens of all processes, divided by
                 their number, make up for a mean of gradients over processes.
+            entropy_coef: of this call, in place of the loss's: one that changes at each step.
             entropy_mask: ``entropy_mask(entropies, used) -> bool``, all ``(B, T)``, in place of the tokens of largest
                 entropy of this batch: of all processes, say.
             extra: further ``(input, weight)`` terms of the logits: a LoRA adapter on the head is
@@ -436,7 +437,8 @@ class GRPOLoss(PolicyLoss):
             "sampling_logps": sampling_logps,
         }
         self._refuse(named, num_items, entropy_mask)
-        rest = {"num_items": num_items, "entropy_mask": entropy_mask}
+        coef = self.entropy_coef if entropy_coef is None else checks.number("entropy_coef", entropy_coef, FINITE)
+        rest = {"num_items": num_items, "entropy_mask": entropy_mask, "entropy_coef": coef}
         return self._prepare((hidden, weight, bias, extra), target, named, **rest)
 
     @with_arguments_of(prepare)
@@ -470,9 +472,9 @@ class GRPOLoss(PolicyLoss):
             return "batch"
         return "sequences" if coupled else "tokens"
 
-    def logs(self, given: Named) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        by_token = (*(("kl",) if self.beta else ()), *self.token_logs)
-        policy = ("policy_loss",) if self.entropy_coef else ()
+    def logs(self, given: Named, entropy_coef: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        by_token = (*(("kl",) if self.beta else ()), *self.token_logs(entropy_coef))
+        policy = ("policy_loss",) if entropy_coef else ()
         of_sequence = (self.by_sequence or self.loss_type == "vespo") and given["advantages"].dim() == 1
         return (by_token, (*self.kind.logs, *policy)) if of_sequence else ((*by_token, *self.kind.logs), policy)
 
@@ -486,7 +488,7 @@ class GRPOLoss(PolicyLoss):
             return self._of_batch(scores, groups, call)
         scores = {name: value[:, 0] for name, value in scores.items()}
         loss, found = (scores["loss"], scores) if call.way == "tokens" else self._of_sequences(scores, groups)
-        if self.entropy_coef:
+        if call.entropy_coef:
             found = found | {"policy_loss": loss}
             loss = loss - groups["entropy_weight"] * scores["entropy"]
         return loss, call.table(found)
@@ -522,8 +524,8 @@ class GRPOLoss(PolicyLoss):
         loss = loss * chosen + (self.beta * found["kl"] if self.beta else 0.0)
         loss = (loss * used).sum(1)
         total = (loss * call.weights).sum()
-        if self.entropy_coef:
-            total = total - self.entropy_coef * (entropies * chosen).sum() / chosen.sum().clamp_min(1)
+        if call.entropy_coef:
+            total = total - call.entropy_coef * (entropies * chosen).sum() / chosen.sum().clamp_min(1)
         found["entropy"] = entropies
         with torch.no_grad():
             sums = {name: (found[name] * used).sum(1) for name in call.by_token}
@@ -637,8 +639,8 @@ class RLOOLoss(PolicyLoss):
         """What ``forward`` with the same arguments will do: print it before running."""
         return self.prepare(*arguments, **keywords).plan
 
-    def logs(self, given: Named) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return self.token_logs, AP.CLIP
+    def logs(self, given: Named, entropy_coef: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return self.token_logs(entropy_coef), AP.CLIP
 
     def of_scores(self, scores: Named, groups: Named, call: PolicyCall) -> tuple[Tensor, Named]:
         x = {name: value[:, 0] for name, value in scores.items()}

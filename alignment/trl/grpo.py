@@ -133,10 +133,8 @@ class ChunkedGRPOTrainer(Policy, Scoring, GRPOTrainer):
         counts_items = loss.kind.weights is AP.per_item
         # Where the terms are divided by the tokens of all steps that are accumulated, what is added to them is not.
         self._share = accumulated if counts_items else 1.0
-        bonus = self._entropy_bonus()
-        loss.entropy_coef = bonus / self._share
-        out = self._loss_in_forward(model, inputs, **self._given(inputs, mode, accumulated))
-        loss.entropy_coef = bonus
+        given = self._given(inputs, mode, accumulated) | {"entropy_coef": self._entropy_bonus() / self._share}
+        out = self._loss_in_forward(model, inputs, **given)
         self._log_step(mode, out)
         return out.loss if counts_items else out.loss / accumulated
 
