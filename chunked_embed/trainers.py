@@ -49,10 +49,11 @@ import torch
 from torch import Tensor, nn
 
 from . import causal_lm
+from .checks import kind_of
 from .engine import LossOutput
 from .head import Head
 
-__all__ = ["HeadTrainer", "Sums", "check_given_loss", "check_ids", "our_head", "warn_untested"]
+__all__ = ["HeadTrainer", "Sums", "check_given_loss", "check_ids", "check_model", "our_head", "warn_untested"]
 
 Sums: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 """By a metric's name: its sum over the units that count, and their number. ``LossOutput.sums`` are such."""
@@ -397,6 +398,14 @@ def warn_untested(who: str, library: Any, tested: str) -> None:
     if not library.__version__.startswith(tested):
         name = library.__name__
         warnings.warn(f"{who} is written for {name} {tested}x and not tried with {library.__version__}", stacklevel=3)
+
+
+def check_model(model: Any, who: str) -> None:
+    """A name, or a model with an LM head: a backbone alone, or what stands beside among the arguments, is neither."""
+    head = getattr(model, "get_output_embeddings", None)
+    if not isinstance(model, str) and (head is None or head() is None):
+        got = f"{type(model).__name__}, which has no LM head" if isinstance(model, nn.Module) else kind_of(model)
+        raise TypeError(f"expected {who} to be a causal language model or its name, got {got}")
 
 
 def check_ids(model: Any, who: str, ids: Tensor) -> None:

@@ -65,6 +65,8 @@ class Distilling(HeadTrainer):
 
     usual_report: ClassVar[tuple[str, ...]] = ("student_entropy", "teacher_agreement")
     """What is logged unless ``report`` says otherwise."""
+    taken: ClassVar[tuple[str, ...]] = ("loss", "aux_loss", "grad_norm", "learning_rate", "epoch")
+    """Names in the logs that no term of the loss may have: it would stand in their place."""
 
     def take_loss(self, loss: DistillationLoss, report: Sequence[str] | None, check: bool) -> None:
         check_given_loss(loss, DistillationLoss, None)
@@ -73,6 +75,8 @@ class Distilling(HeadTrainer):
         loss.report = usual if report is None else as_report(report)
         if unknown := [name for name in loss.report if name not in possible]:
             raise ValueError(f"expected report of {type(loss).__name__} among {list(possible)}, got {unknown}")
+        if shadowed := [term.label for term in loss.terms if term.label in self.taken]:
+            raise ValueError(f"expected terms of other names than {list(self.taken)}, as logged, got {shadowed[0]!r}")
         self.loss = loss
         self.checks_logits = checks.flag("check", check)
         self.sums: dict[str, dict[tuple[str, ...], Tensor]] = {"train": {}, "eval": {}}
@@ -332,9 +336,7 @@ class DistillTrainer(Distilling, Trainer):
         if self.offline:
             raise ValueError("expected no teacher_model: TopKLoss reads the dataset's teacher_ids and teacher_logprobs")
         checks.instance("teacher_model", teacher, nn.Module)
-        trained = {id(p) for p in model.parameters() if p.requires_grad}
-        if teacher is model or any(id(p) in trained for p in teacher.parameters()):
-            raise ValueError("expected a teacher_model apart from the model, got one that would be trained with it")
+        check_apart(model, teacher)
         ours, theirs = head_width(model), head_width(teacher)
         if ours is not None and theirs is not None:
             self.loss.compared(ours, theirs)
@@ -461,6 +463,13 @@ def _warn_foreign(args: TrainingArguments | None) -> None:
     if unread := [f.name for f in theirs if getattr(args, f.name) not in (f.default, dataclasses.MISSING, None)]:
         said = ", ".join(f"{name}={getattr(args, name)!r}" for name in unread)
         warnings.warn(f"DistillTrainer reads TrainingArguments, and of {type(args).__name__} not {said}", stacklevel=3)
+
+
+def check_apart(model: nn.Module, teacher: nn.Module) -> None:
+    """A teacher that learns with its student, if only by the student's adapters, agrees with whatever it says."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if teacher is model or any(id(p) in trained for p in teacher.parameters()):
+        raise ValueError("expected a teacher_model apart from the model, got one that would be trained with it")
 
 
 def head_width(model: Any) -> int | None:

@@ -17,7 +17,7 @@ from trl.trainer.utils import use_adapter
 
 from chunked_embed import LossOutput, causal_lm, checks
 from chunked_embed.fields import ChunkFields
-from chunked_embed.trainers import HeadTrainer, Sums, check_given_loss, our_head, warn_untested
+from chunked_embed.trainers import HeadTrainer, Sums, check_given_loss, check_model, our_head, warn_untested
 
 from ..pairs import PairLoss
 from ..path import PreferenceLoss
@@ -75,7 +75,11 @@ class Chunked(HeadTrainer):
         self._hashed = False
         self._unread: list[tuple[str, tuple[str, ...], Tensor, Tensor | None]] = []
         call = inspect.signature(super().__init__).bind_partial(*args, **kw)
-        config = call.arguments.get("args") or self._default_config()
+        for who in ("model", "ref_model"):
+            if who == "model" or call.arguments.get(who) is not None:
+                check_model(call.arguments.get(who), who)
+        config = call.arguments.get("args")
+        config = self._default_config() if config is None else config
         if config is not None:
             self._take_loss(config, loss, loss_options or {})  # before any work
             call.arguments["args"] = self._adapted(config)
@@ -83,11 +87,18 @@ class Chunked(HeadTrainer):
             super().__init__(*call.args, **call.kwargs)  # precomputes reference log-probabilities if asked to
         if config is None:
             self._take_loss(self.args, loss, loss_options or {})
+        self._check_apart()
         self.attach_model()
+        for name, setting in self._settings.items():
+            if setting.read is None and hasattr(self, name) and hasattr(self.chunked_loss, setting.name):
+                setattr(self, name, getattr(self.chunked_loss, setting.name))
         self._made = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A number that TRL's trainer reads at each step is the loss's here: ``trainer.beta = 0.2`` sets both."""
+        """A number that TRL's trainer reads at each step is the loss's here: ``trainer.beta = 0.2`` sets both.
+
+        Nor does it begin as another: a callback may multiply what it finds.
+        """
         setting = self._settings.get(name) if "_made" in self.__dict__ else None
         if setting is not None:
             if setting.read is not None or not hasattr(self.chunked_loss, setting.name):
@@ -125,6 +136,14 @@ class Chunked(HeadTrainer):
 
     def _check_loss(self, args: Any) -> None:
         """Refuse a loss that this trainer cannot serve, or not with these arguments."""
+
+    def _check_apart(self) -> None:
+        """A reference that learns with the policy is none. What is precomputed was there before."""
+        if getattr(self, "ref_model", None) is None or getattr(self.args, "precompute_ref_log_probs", False):
+            return
+        trained = {id(p) for p in self.model.parameters() if p.requires_grad}
+        if any(id(p) in trained for p in self.ref_model.parameters()):
+            raise ValueError("expected a ref_model apart from the model, got one that would be trained with it")
 
     def _precompute_ref_logps(self, *args: Any) -> Any:
         """TRL keeps what it computed by the reference and the data; here it also depends on numbers of the loss."""

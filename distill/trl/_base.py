@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
@@ -10,11 +11,11 @@ from typing import Any, ClassVar
 import trl
 
 from chunked_embed import causal_lm
-from chunked_embed.trainers import check_given_loss, check_ids, warn_untested
+from chunked_embed.trainers import check_given_loss, check_ids, check_model, warn_untested
 
 from ..losses import DistillationLoss, JSDLoss
 from ..topk import TopKLoss
-from ..trainer import Distilling, head_width
+from ..trainer import Distilling, check_apart, head_width
 from . import TESTED
 
 warn_untested("distill.trl", trl, TESTED)
@@ -44,22 +45,33 @@ class Taught(Distilling):
         check_given_loss(loss, DistillationLoss, loss_options)
         if isinstance(loss, TopKLoss):
             raise TypeError("expected a loss with a teacher, got TopKLoss, which reads what was kept of one")
+        check_model(model, "model")
+        if teacher_model is not None:
+            check_model(teacher_model, "teacher_model")
+        if teacher_model is model and not isinstance(model, str):
+            check_apart(model, teacher_model)
         args = self.default_args(model) if args is None else args
         if not isinstance(args, self.config_class):
             raise TypeError(f"expected args to be a {self.config_class.__name__}, got {type(args).__name__}")
-        teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
+        named = args.teacher_model_name_or_path
+        teacher_model = named if teacher_model is None else teacher_model
         if teacher_model is None:
             raise ValueError("expected a teacher_model, got None")
+        _check_one_name(named, teacher_model)
         self.take_loss(self._made_loss(args, loss, dict(loss_options or {})), report, check)
         self.check_loss()
         with _taught(args, teacher_model, self.load_teacher) as teacher, self.building():
             theirs = _vocabulary(teacher)
             super().__init__(model, teacher, args, *more, **trainer_options)  # type: ignore[call-arg]
+        check_apart(self.model, teacher)  # with its adapters, which may have gone into the teacher, too
         self.attach_model()
         # TRL has wrapped its forward for autocast. What goes past that is called under autocast here.
         causal_lm.attach(self.accelerator.unwrap_model(self.teacher_model))
         self.share_ids(_vocabulary(causal_lm.unwrapped(self.model)), theirs)
         self.check_read(by_name=teacher is not teacher_model)
+        for name, kind in self.numbers.items():
+            if isinstance(self.loss, kind):
+                setattr(self, name, getattr(self.loss, name))
         self._made = True
 
     # --- what a trainer says ---
@@ -96,7 +108,10 @@ class Taught(Distilling):
         return made
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A number that TRL's trainer reads at each step is the loss's here: ``trainer.beta = 0.2`` sets both."""
+        """A number that TRL's trainer reads at each step is the loss's here: ``trainer.beta = 0.2`` sets both.
+
+        Nor does it begin as another: a callback may multiply what it finds.
+        """
         if name in self.numbers and "_made" in self.__dict__:
             if not isinstance(self.loss, self.numbers[name]):
                 raise AttributeError(f"expected no {name} for {type(self.loss).__name__}, got {value!r}")
@@ -125,6 +140,17 @@ class Taught(Distilling):
             self._prompts_checked = True
             for one, who in ((self.model, "the model"), (self.teacher_model, "the teacher_model")):
                 check_ids(one, who, ids)
+
+
+def _check_one_name(named: str | None, teacher: Any) -> None:
+    given = teacher if isinstance(teacher, str) else getattr(teacher, "name_or_path", None)
+    if named not in (None, given):
+        got = repr(teacher) if isinstance(teacher, str) else type(teacher).__name__
+        warnings.warn(
+            f"the teacher is the argument teacher_model, {got}: nothing reads "
+            f"args.teacher_model_name_or_path={named!r}",
+            stacklevel=3,
+        )
 
 
 class _Size(int):

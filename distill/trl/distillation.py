@@ -86,6 +86,7 @@ class ChunkedDistillationTrainer(Taught, DistillationTrainer):
 
     uncalled = ("_compute_loss", "_get_last_hidden_state")
     usual_report = ("tempered_entropy", "teacher_agreement")
+    taken = (*Taught.taken, "entropy")
     config_class = DistillationConfig
     numbers = {"beta": JSDLoss, "temperature": DistillationLoss}
 

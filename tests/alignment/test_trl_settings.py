@@ -217,6 +217,41 @@ def test_a_number_set_later_counts_as_in_trl(kind: str, tmp_path: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "cls"), [("dpo", DPOLoss), ("bco", BCOLoss), ("cpo", SimPOLoss), ("orpo", ORPOLoss)], ids=str
+)
+def test_a_trainer_s_numbers_are_its_loss_s(kind: str, cls: Any, tmp_path: Path) -> None:
+    loss = cls(beta=0.4, compiled=False)
+    trainer = make(kind, True, tmp_path, loss=loss)
+    assert trainer.beta == 0.4
+    trainer.beta *= 0.5
+    assert loss.beta == 0.2
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_reference_that_would_learn_is_refused(kind: str, tmp_path: Path) -> None:
+    model = parts.model()
+    reference = parts.reference(model)
+    reference.model = model.model
+    with pytest.raises(ValueError, match="expected a ref_model apart from the model"):
+        make(kind, True, tmp_path, model=model, ref_model=reference)
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ((parts.model().model, None), "expected model to be .*, got LlamaModel, which has no LM head"),
+        ((parts.model(), parts.model().model), "expected ref_model to be .*, got LlamaModel, which has no LM head"),
+        ((parts.model(), {"beta": 0.1}), "expected ref_model to be a causal language model or its name, got dict"),
+        ((parts.model(), None, {}), "expected args with loss_type, of this trainer's config, got dict"),
+    ],
+    ids=["backbone", "backbone as reference", "args as reference", "no args"],
+)
+def test_models_that_are_none(models: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        KINDS["dpo"].ours(*models)
+
+
 def test_a_number_set_later_that_the_loss_does_not_have(tmp_path: Path) -> None:
     trainer = make("dpo", True, tmp_path, loss=IRPOLoss(compiled=False))
     with pytest.raises(AttributeError, match=r"expected label_smoothing when the trainer is made, got 0\.1 later"):

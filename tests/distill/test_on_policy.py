@@ -39,7 +39,7 @@ from distill import (
     ReverseKLLoss,
     TopKLoss,
 )
-from distill.trl import ChunkedDistillationTrainer
+from distill.trl import ChunkedDistillationTrainer, ChunkedGKDTrainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
@@ -418,6 +418,10 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
+def entropy(s: Tensor, t: Tensor) -> Tensor:
+    return (s - t).square().sum(1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -434,6 +438,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         ({"loss": DistillLoss([("ce", 0.5), ("kl", 0.5)])}, "expected a loss with weight_hard=0"),
         ({"loss_options": {"weight_soft": 0.0}}, "expected a loss with weight_hard=0 .*, got 0.0 and 0.0 of JSDLoss"),
         ({"report": ("kl",)}, "expected report of JSDLoss among"),
+        ({"loss": DistillLoss([(entropy, 1.0)])}, "of other names than .*, got 'entropy'"),
         (
             {"args": {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}}},
             "fused_linear_cross_entropy",
@@ -462,6 +467,52 @@ def test_other_refusals(tmp_path: Path) -> None:
 
     with pytest.raises(TypeError, match=r"expected no _compute_loss of Mine: .* Give loss="):
         make(Mine, tmp_path)
+
+
+MODELS = parts.student(torch.float32), parts.teacher(torch.float32)
+LORA = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize("cls", [ChunkedDistillationTrainer, ChunkedGKDTrainer])
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ((None, MODELS[1]), "expected model to be a causal language model or its name, got None"),
+        ((MODELS[0].model, MODELS[1]), "expected model to be .*, got LlamaModel, which has no LM head"),
+        ((MODELS[0], MODELS[1].model), "expected teacher_model to be .*, got LlamaModel, which has no LM head"),
+        ((MODELS[0], parts.tokenizer()), "expected teacher_model to be .*, got [A-Z]"),
+        ((MODELS[0], Path("teacher")), "expected teacher_model to be .*, got [A-Z]"),
+        ((MODELS[0], MODELS[0]), "expected a teacher_model apart from the model"),
+    ],
+    ids=str,
+)
+def test_models_that_are_none(cls: type, models: tuple[Any, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        cls(*models)
+
+
+def test_a_teacher_that_would_get_the_adapters(tmp_path: Path) -> None:
+    base = parts.student(torch.float32)
+    shares = parts.student(torch.float32)
+    shares.model = base.model
+    with pytest.raises(ValueError, match="expected a teacher_model apart from the model"):
+        make(ChunkedDistillationTrainer, tmp_path, model=base, teacher_model=shares, peft_config=copy.deepcopy(LORA))
+
+
+def test_two_teachers(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="nothing reads args.teacher_model_name_or_path='other'") as caught:
+        make(ChunkedDistillationTrainer, tmp_path, args={"teacher_model_name_or_path": "other"})
+    assert on_policy_parts.__file__ in {w.filename for w in caught if "name_or_path" in str(w.message)}
+    teacher = parts.teacher(torch.float32)
+    teacher.config.name_or_path = teacher.name_or_path = "other"  # loaded by that name
+    make(ChunkedDistillationTrainer, tmp_path, teacher_model=teacher, args={"teacher_model_name_or_path": "other"})
+
+
+def test_a_trainer_s_numbers_are_its_loss_s(tmp_path: Path) -> None:
+    made = make(ChunkedDistillationTrainer, tmp_path, loss=JSDLoss(beta=0.4, temperature=2.0, **PLAIN))
+    assert (made.beta, made.temperature, made.generation_config.temperature) == (0.4, 2.0, 1.0)
+    made.beta *= 0.5
+    assert made.loss.beta == 0.2
 
 
 def test_numbers_set_later(tmp_path: Path) -> None:

@@ -666,6 +666,12 @@ def t5() -> Any:
 
 
 SHARED = student()
+
+
+def loss(s: Tensor, t: Tensor) -> Tensor:
+    return (s - t).square().sum(1)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no teacher": ({"teacher_model": None}, "expected a teacher_model for DistillLoss"),
     "teacher and top k": ({"loss": TopKLoss()}, "expected no teacher_model"),
@@ -674,6 +680,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "encoder-decoder teacher": ({"teacher_model": t5()}, "expected a decoder-only model"),
     "no model": ({"model": "a/name"}, "expected model to be a Module, got str"),
     "no module": ({"teacher_model": "a/name"}, "expected teacher_model to be a Module, got str"),
+    "a name in the logs": ({"loss": DistillLoss([(loss, 2.0)])}, r"of other names than .'loss', .*, got 'loss'"),
     "unknown": ({"loss": "wasserstein"}, "one of .*'kl'.*got 'wasserstein'"),
     "no loss": ({"loss": 3.0}, "expected loss to be a DistillationLoss or a name, got float"),
     "columns": ({"train_dataset": Dataset.from_dict({"prompt": ["a"]})}, r"input_ids or text, got \['prompt'\]"),
