@@ -193,6 +193,14 @@ def test_an_evaluation_is_the_mean_of_a_batch(trainer: Any) -> None:
         trainer.compute_loss(trainer.model, {**given, "labels": labels})
 
 
+def test_evaluations_of_several_datasets(trainer: Any) -> None:
+    found = trainer.evaluate({"x": prompts(3, 1), "y": prompts(2, 2)})
+    for data in "xy":
+        assert found[f"eval_{data}_jsd"] == pytest.approx(found[f"eval_{data}_loss"], rel=1e-6)
+        assert found[f"eval_{data}_entropy"] > 0
+    assert found["eval_x_jsd"] != found["eval_y_jsd"] and "eval_entropy" not in found
+
+
 def test_a_batch_of_a_tools_words_alone(trainer: Any) -> None:
     trainer.model.train()
     given = batch() | {"tool_mask": torch.zeros(3, 5, dtype=torch.long), "num_items_in_batch": torch.tensor(0)}
