@@ -248,7 +248,10 @@ FIGURES = {
     ),
     "trainers": Figure(
         "TRL's trainers and ours: Llama of 4 layers, vocabulary of 128,256",
-        {f"{loss}, full, bfloat16": loss for loss in ("DPO", "KTO", "CPO", "ORPO", "GKD")},
+        {
+            f"{loss}, full, bfloat16": loss
+            for loss in ("DPO", "KTO", "CPO", "ORPO", "TPO", "online DPO", "GRPO", "GKD", "distillation")
+        },
         TRAINED,
         (Panel("ms", "time of a step, ms"), HELD),
     ),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
 from preference_zoo import CASES, Batch, make_batch
+
+from alignment import GRPOLoss
+from chunked_embed import linear_logps
 
 pytestmark = pytest.mark.gpu
 
@@ -65,3 +69,40 @@ def test_a_vocabulary_of_an_llm_in_ragged_batches(name: str) -> None:
     for grad, right in zip(found, expected, strict=True):
         assert grad.dtype == torch.float32
         assert (grad.double().cpu() - right).norm() <= 4e-2 * right.norm()
+
+
+POLICY = [
+    {"beta": 0.1},
+    {"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.1},
+    {"loss_type": "cispo"},
+    {"loss_type": "sapo", "off_policy_threshold": 0.05},
+    {"entropy_coef": 0.1},
+    {"top_entropy_quantile": 0.3},
+]
+
+
+@pytest.mark.parametrize("chunks", [{}, {"chunk_size": 256}, {"compiled": False}], ids=str)
+@pytest.mark.parametrize("options", POLICY, ids=str)
+def test_policy_gradients_are_float64_of_the_same_inputs(options: dict[str, Any], chunks: dict[str, Any]) -> None:
+    """Functions behind kernels, beside plain ones. One completion is empty, others are longer than a chunk."""
+    torch.manual_seed(0)
+    hidden = torch.randn(4, 400, 512, device="cuda").bfloat16()
+    weight = (0.1 * torch.randn(32000, 512, device="cuda")).bfloat16()
+    target, advantages = torch.randint(0, 32000, (4, 400), device="cuda"), torch.randn(4, device="cuda")
+    target[1, 100:], target[2] = -100, -100
+    with torch.no_grad():
+        old = linear_logps(hidden.double(), weight.double(), target, chunk_size=400, compiled=False).logps
+    given = {"old_logps": (old + 0.1 * torch.randn_like(old)).float()}
+    if "beta" in options:
+        given["ref_logps"] = given["old_logps"] - 0.05
+
+    def run(dtype: torch.dtype, **more: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        leaves = [x.to(dtype).detach().requires_grad_() for x in (hidden, weight)]
+        out = GRPOLoss(**options, **more)(*leaves, target, advantages, **given)
+        return out.loss, torch.autograd.grad(out.loss, leaves)
+
+    expected, true_gradients = run(torch.float64, chunk_size=400, compiled=False)
+    loss, gradients = run(torch.bfloat16, **chunks)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    for found, true in zip(gradients, true_gradients):
+        assert (found.double() - true).norm() <= 4e-3 * true.norm()
