@@ -20,7 +20,7 @@ from ..losses import HELD, DPOLoss
 from ..pairs import PairLoss, PairScores
 from ._base import AsConfigured, pair_sums
 from ._referenced import Referenced
-from ._settings import NOTHING, Setting, Settings
+from ._settings import NOTHING, Setting, Settings, refuse
 
 __all__ = ["ChunkedOnlineDPOTrainer"]
 
@@ -136,19 +136,27 @@ class ChunkedOnlineDPOTrainer(AsConfigured, Referenced, OnlineDPOTrainer):
         return LOSSES[args.loss_type](args.beta, **options)
 
     def _take_loss(self, args: Any, given: Any, options: Mapping[str, Any]) -> None:
-        """Of several betas, one an epoch, the first one's."""
-        if isinstance(getattr(args, "beta", None), (list, tuple)):
-            if not args.beta:
-                raise ValueError(f"expected beta to be a number, or one for each epoch, got {args.beta!r}")
-            args = copy.copy(args)
-            args.beta = args.beta[0]
+        """Of several betas, one an epoch, the first one's: a default among them is no less said."""
+        betas = getattr(args, "beta", None)
+        if not isinstance(betas, (list, tuple)):
+            super()._take_loss(args, given, options)
+            return
+        if not betas:
+            raise ValueError(f"expected beta to be a number, or one for each epoch, got {betas!r}")
+        args = copy.copy(args)
+        args.beta = betas[0]
         super()._take_loss(args, given, options)
+        loss = self.chunked_loss
+        if getattr(loss, "beta", None) != args.beta:
+            refuse(args, loss, "beta", self._settings["beta"])
+        for beta in betas:
+            loss.fields["beta"].check("beta", beta)
 
     @property
-    def beta(self) -> float:
-        """That of the epoch, where ``args`` have several; the last one from then on."""
+    def beta(self) -> Any:
+        """The loss's. Where ``args`` have several, that of the epoch; the last one from then on."""
         if not isinstance(self._beta, (list, tuple)):
-            return self._beta
+            return getattr(self.chunked_loss, "beta", self._beta)
         return self._beta[min(int(self.state.epoch or 0), len(self._beta) - 1)]
 
     @beta.setter
@@ -198,8 +206,9 @@ class ChunkedOnlineDPOTrainer(AsConfigured, Referenced, OnlineDPOTrainer):
         first, second = rewards.chunk(2)
         batch = sampled.chosen_first(first >= second).batch(self.max_length)
         arguments, target = self._split(batch)
-        if isinstance(self._beta, (list, tuple)):
-            self.chunked_loss.beta = self.beta
+        beta = self.beta  # that of the epoch, or what a subclass says
+        if getattr(self.chunked_loss, "beta", beta) != beta:
+            self.chunked_loss.beta = beta
         self.check_once(model, arguments)  # before its adapters are off: FSDP2 looks once at what learns
         reference = self._reference(batch)
         out = self.run_loss(model, arguments, target, self.chunked_loss, **reference)
@@ -241,10 +250,17 @@ class ChunkedOnlineDPOTrainer(AsConfigured, Referenced, OnlineDPOTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kw: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         """Also the means over batches of what training logs."""
         self._evaluated.clear()
-        found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kw)
+        found = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = {name: sum(values) / len(values) for name, values in self._evaluated.items()}
         found.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         return found

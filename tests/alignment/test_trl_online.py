@@ -21,7 +21,7 @@ import trl_parts as parts  # noqa: E402
 from transformers import MixtralConfig, MixtralForCausalLM, TrainingArguments  # noqa: E402
 from trl_zoo import SAMPLING, assert_same_training, make, trained  # noqa: E402
 
-from alignment import CPOLoss, DPOLoss, IRPOLoss, KTOLoss, SimPOLoss, TDPOLoss  # noqa: E402
+from alignment import CPOLoss, DPOLoss, IRPOLoss, KTOLoss, PairLoss, PairScores, SimPOLoss, TDPOLoss  # noqa: E402
 from alignment.trl.online_dpo import Sampled, SummedIPOLoss, with_places  # noqa: E402
 
 pytestmark = [
@@ -153,6 +153,15 @@ def step_of(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, dict
     return trainer.compute_loss(trainer.model, inputs), seen[0], inputs["prompt"]
 
 
+class Lead(PairLoss):
+    """Without a beta."""
+
+    takes_reference = False
+
+    def pair_loss(self, x: PairScores) -> Tensor:
+        return F.relu(1.0 - x.chosen_mean + x.rejected_mean)
+
+
 LOSSES = {
     "irpo": IRPOLoss(beta=0.2, alpha=0.5, compiled=False),
     "simpo": SimPOLoss(beta=2.0, compiled=False),
@@ -280,6 +289,16 @@ def test_a_beta_set_later(tmp_path: Path) -> None:
     assert trainer.state.log_history[0]["beta"] == 0.7
 
 
+def test_the_beta_is_the_loss_s_or_a_subclass_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL reads its ``beta`` at each step."""
+    assert make("online", True, tmp_path, loss=SimPOLoss(beta=2.0)).beta == 2.0
+    assert make("online", True, tmp_path, loss=Lead()).beta == 0.1
+    falling = property(lambda self: 0.5 / (1 + self.state.global_step), lambda self, value: None)
+    monkeypatch.setattr(KIND, "ours", type("Mine", (KIND.ours,), {"beta": falling}))
+    logs = trained("online", True, tmp_path, args={"max_steps": 2}).state.log_history
+    assert [log["beta"] for log in logs if "loss" in log] == [0.5, 0.25]
+
+
 def test_tokens_that_no_state_predicts_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing of the prompts is left, TRL takes each token's probability behind that very token."""
     args = {"max_length": 6, **ALL_OF_A_LENGTH}
@@ -369,6 +388,9 @@ def test_conversations_have_places_for_pictures() -> None:
         ({"args": {"beta": 0.3}, "loss": IRPOLoss(beta=0.2)}, "got beta=0.3 and IRPOLoss with 0.2"),
         ({"args": {"beta": [0.3, 0.2]}, "loss": IRPOLoss(beta=0.2)}, "got beta=0.3 and IRPOLoss with 0.2"),
         ({"args": {"loss_type": "ipo"}, "loss": DPOLoss()}, "got loss_type='ipo' and DPOLoss with 'sigmoid'"),
+        ({"args": {"beta": [0.1, 0.2]}, "loss": SimPOLoss(beta=2.0)}, "got beta=0.1 and SimPOLoss with 2.0"),
+        ({"args": {"beta": [0.1, 0.2]}, "loss": Lead()}, "got beta=0.1 and Lead, which has none"),
+        ({"args": {"beta": [0.1, -0.2]}}, "expected beta to be a positive, finite number, got -0.2"),
         ({"args": {"beta": []}}, r"expected beta to be a number, or one for each epoch, got \[\]"),
         ({"loss_options": {"beta": 0.3}}, "expected beta in args"),
         ({"compute_metrics": dict}, "expected no compute_metrics"),
