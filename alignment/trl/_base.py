@@ -89,16 +89,18 @@ class Chunked(HeadTrainer):
             self._take_loss(self.args, loss, loss_options or {})
         self._check_apart()
         self.attach_model()
-        for name, setting in self._settings.items():
-            if setting.read is None and hasattr(self, name) and hasattr(self.chunked_loss, setting.name):
-                setattr(self, name, getattr(self.chunked_loss, setting.name))
+        self._show_numbers()
         self._made = True
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """A number that TRL's trainer reads at each step is the loss's here: ``trainer.beta = 0.2`` sets both.
+    def _show_numbers(self) -> None:
+        """A number that TRL's trainer has for its own loss is that of a given one: ``trainer.beta *= 0.5`` halves it."""
+        loss = self.chunked_loss
+        for name, setting in self._settings.items():
+            if setting.read is None and name in self.__dict__ and setting.name in loss.fields:
+                setattr(self, name, getattr(loss, setting.name))
 
-        Nor does it begin as another: a callback may multiply what it finds.
-        """
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A number that TRL's trainer reads at each step is the loss's here: ``trainer.beta = 0.2`` sets both."""
         setting = self._settings.get(name) if "_made" in self.__dict__ else None
         if setting is not None:
             if setting.read is not None or not hasattr(self.chunked_loss, setting.name):

@@ -56,7 +56,8 @@ class ChunkedTPOTrainer(AsConfigured, TPOTrainer):
         """TRL collates gold completions by the weight of their NLL."""
         self._completions = self.chunked_loss.completions
         config = copy.copy(config)
-        config.tpo_alpha = getattr(self.chunked_loss, "alpha", 1.0) if self._completions == 3 else 0.0
+        weight = getattr(self.chunked_loss, "alpha", 1.0) or 1.0  # of one's own loss it may be another number
+        config.tpo_alpha = weight if self._completions == 3 else 0.0
         return config
 
     def _make_loss(self, args: Any, options: dict[str, Any]) -> TripleLoss:

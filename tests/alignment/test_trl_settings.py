@@ -36,10 +36,14 @@ from alignment import (  # noqa: E402
     IRPOLoss,
     KTOLoss,
     ORPOLoss,
+    PairScores,
     SimPOLoss,
     SLiCLoss,
     TPOLoss,
+    TripleLoss,
 )
+from chunked_embed.checks import FINITE  # noqa: E402
+from chunked_embed.fields import number  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -256,6 +260,28 @@ def test_a_number_set_later_that_the_loss_does_not_have(tmp_path: Path) -> None:
     trainer = make("dpo", True, tmp_path, loss=IRPOLoss(compiled=False))
     with pytest.raises(AttributeError, match=r"expected label_smoothing when the trainer is made, got 0\.1 later"):
         trainer.label_smoothing = 0.1
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "cpo", "tpo"])
+def test_numbers_are_those_of_a_given_loss(kind: str, tmp_path: Path) -> None:
+    trainer = make(kind, True, tmp_path, loss=GIVEN[kind](beta=0.6, compiled=False))
+    assert trainer.beta == 0.6
+    trainer.beta *= 0.5
+    assert trainer.chunked_loss.beta == 0.3
+
+
+class Gold(TripleLoss):
+    """The NLL of the gold completions; its ``alpha`` is another number than TPO's."""
+
+    alpha: float = number(0.0, FINITE)
+
+    def pair_loss(self, x: PairScores) -> Tensor:
+        return x.nll + self.alpha
+
+
+def test_a_loss_over_triples_gets_gold_completions(tmp_path: Path) -> None:
+    trainer = make("tpo", True, tmp_path, loss=Gold(compiled=False))
+    assert len(first_batch(trainer)["input_ids"]) == 12
 
 
 def test_gold_completions_stay_or_stay_out(tmp_path: Path) -> None:
