@@ -109,7 +109,7 @@ def fit(
 ) -> tuple[list[dict[str, Any]], float]:
     """(what was logged, seconds) of a trainer of TRL, with a progress bar of ours that shows ``watched``: names in the
     log, and what to call them."""
-    from transformers import PrinterCallback, TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback, TrainerState
 
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
@@ -135,8 +135,13 @@ def fit(
     trainer.add_callback(ShowAndStop())
     trainer.remove_callback(PrinterCallback)
     began = time.perf_counter()
+    saved = TrainerState.load_from_json(str(resume_from / LAST)) if resume_from else None
     with bar:
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        if saved is not None and saved.global_step >= trainer.args.max_steps:  # train() would make a step more
+            trainer._load_from_checkpoint(str(resume_from))
+            trainer.state = saved
+        else:
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     log = [entry for entry in trainer.state.log_history if watched.keys() <= entry.keys()]
     return log, time.perf_counter() - began
 

@@ -92,8 +92,8 @@ def main(
     try:
         if max_length <= max_new_tokens:
             raise ValueError(
-                f"--max-length {max_length}: expected more than --max-new-tokens, {max_new_tokens}: nothing of the prompt "
-                "is left beside such an answer"
+                f"--max-length {max_length}: expected more than --max-new-tokens, {max_new_tokens}: nothing of the "
+                "prompt is left beside such an answer"
             )
         options = loss_options(loss, beta, False if compiled is None and not model else compiled, peer)
         train, test = online.load_prompts(dataset, subset, prompts, held_out, model, seed)

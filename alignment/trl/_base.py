@@ -93,7 +93,7 @@ class Chunked(HeadTrainer):
         self._made = True
 
     def _show_numbers(self) -> None:
-        """A number that TRL's trainer has for its own loss is that of a given one: ``trainer.beta *= 0.5`` halves it."""
+        """A number that TRL's trainer has of its loss is that of a given one: ``trainer.beta *= 0.5`` halves it."""
         loss = self.chunked_loss
         for name, setting in self._settings.items():
             if setting.read is None and name in self.__dict__ and setting.name in loss.fields:
