@@ -37,6 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     return [torch.load(folder / f"trained-{rank}.pt") for rank in range(trl_ranks.WORLD)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", trl_ranks.KINDS)
 def test_ddp_trains_like_trl(kind: str, trained: list[dict[Any, Any]]) -> None:
     for rank in trained:
@@ -93,12 +94,14 @@ def one_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", trl_sharded.NAMES)
 @pytest.mark.usefixtures("one_process")
 def test_trainers_are_exact_where_fsdp2_casts_outputs(name: str) -> None:
     trl_sharded.check(name, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", trl_sharded.SAMPLED)
 @pytest.mark.usefixtures("one_process")
 def test_what_was_sampled_is_exact_where_fsdp2_casts_outputs(kind: str) -> None:

@@ -27,6 +27,7 @@ def graphs(monkeypatch):
     cache.clear()
 
 
+@pytest.mark.slow
 def test_numbers_that_change_compile_once_more(graphs):
     """Constants at first; all that take a second value become arguments."""
     x = make(dtype=torch.float32)
@@ -92,6 +93,7 @@ def test_instances_share_a_step(graphs):
     assert graphs() == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss)), None])
 def test_composites_share_a_step(graphs, again):
     x = make(dtype=torch.float32)
