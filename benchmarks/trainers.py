@@ -341,7 +341,7 @@ CASES = [
     Case("TPO"),
     Case("distillation"),
 ]
-SHARDED = [Case("DPO"), Case("ORPO"), Case("DPO", lora=True)]
+SHARDED = [Case("DPO"), Case("ORPO"), Case("DPO", lora=True), Case("GRPO"), Case("online DPO"), Case("distillation")]
 SPLIT = [Case("DPO"), Case("ORPO")]
 
 
