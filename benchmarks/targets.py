@@ -29,6 +29,8 @@ def exact() -> Iterator[Target]:
     yield Target("a DPO margin near its reference is off by", 1e-3, "%", (*DPO, "value_error / value_mean"))
     yield Target("DPO, 4 pairs x 1,024 tokens, V=128,256, H=4096", 56, "ms", (*DPO, "ms"))
     yield Target("the same, to its four products", 1.12, "x", (*DPO, "floor_ratio"))
+    grpo = ("preference", "GRPO, 4 pairs x 1024, V=128256, H=4096, bfloat16", "GRPOLoss", "floor_ratio")
+    yield Target("GRPO, 8 completions of 1,024 tokens, V=128,256, H=4096, to its three products", 1.05, "x", grpo)
     wide = ("preference", "DPO, 8 pairs x 1024, V=151936, H=2048, bfloat16", "DPOLoss", "ms")
     yield Target("DPO, 8 pairs x 1,024 tokens, V=151,936, H=2048", 72, "ms", wide)
     logps = ("token-losses", "log-probabilities, 16384 tokens, V=151936, H=2048, bfloat16", "linear_logps", "ms")
