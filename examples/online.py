@@ -8,16 +8,21 @@ person, of eight words, none of which comes twice. It reads strings alone: any p
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import re
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import common
 import docstrings
-import preferences
-from common import console, load_splits
+import typer
+from common import console, has_fast_bf16, load_splits, quiet_and_offline
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -29,11 +34,133 @@ SHOWN = 6  # samples in the table
 WORDS = 8  # that an answer is to have
 PARTS = ("reward", "third person", "length", "repeated", "words")
 
+# ---- options
+
+Name = Annotated[str, typer.Option(help="A folder or hub name; else a small one is made.")]
+Data = Annotated[
+    str, typer.Option(help="A csv, json or parquet file, a hub name, or a folder of Python code; else docstrings.")
+]
+Subset = Annotated[str, typer.Option(help="Configuration of a hub dataset.")]
+Prompts = Annotated[int, typer.Option(min=2, help="Training prompts, at most.")]
+HeldOut = Annotated[int, typer.Option(min=1, help="Prompts to measure on, at most.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Of an answer.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts that the model sees at a time.")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Such batches a step.")]
+Steps = Annotated[int, typer.Option(min=1)]
+Rate = Annotated[float, typer.Option(min=0)]
+Temperature = Annotated[float, typer.Option(min=0.01, help="Of the answers in training.")]
+Peer = Annotated[bool, typer.Option(help="TRL's trainer in the place of ours.")]
+Compiled = Annotated[
+    bool | None,
+    typer.Option("--compile/--no-compile", help="The loss; else where it pays, and not for the small model."),
+]
+PretrainSteps = Annotated[int, typer.Option(min=0, help="Of the small model.")]
+SaveEvery = Annotated[int, typer.Option(min=0, help="Steps; 0: at the end only.")]
+Resume = Annotated[bool, typer.Option(help="Go on from the last checkpoint in --output.")]
+StopAfter = Annotated[int, typer.Option(min=0, help="Stop after so many steps of this call; go on later.")]
+Output = Annotated[Path, typer.Option(help="Folder for all results.")]
+Quick = Annotated[bool, typer.Option(help="Only check that everything runs; teaches the model little.")]
+
+
+@dataclass
+class Run:
+    """What the options say, but for the loss: that is in ``own``, by name."""
+
+    model: str
+    dataset: str
+    subset: str
+    prompts: int
+    held_out: int
+    max_new_tokens: int
+    batch_size: int
+    accumulate: int
+    steps: int
+    learning_rate: float
+    temperature: float
+    peer: bool
+    compiled: bool | None
+    pretrain_steps: int
+    save_every: int
+    resume: bool
+    stop_after: int
+    output: Path
+    seed: int
+    quick: bool
+    own: dict[str, Any] = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Run:
+        """From all options of a program. Libraries that are imported from here on are quiet."""
+        shared = {one.name for one in fields(cls)} & options.keys()
+        run = cls(**{name: options[name] for name in shared}, own={k: v for k, v in options.items() if k not in shared})
+        if run.quick:
+            run.prompts, run.held_out = min(run.prompts, 400), min(run.held_out, 50)
+            run.batch_size, run.steps = min(run.batch_size, 8), min(run.steps, 4)
+            run.pretrain_steps = min(run.pretrain_steps, 20)
+        if run.compiled is None and not run.model:
+            run.compiled = False
+        quiet_and_offline(offline=all(not name or Path(name).exists() for name in (run.model, run.dataset)))
+        warnings.filterwarnings("ignore", category=FutureWarning)  # between TRL and transformers
+        warnings.filterwarnings("ignore", message=".*importing from 'trl.experimental'")
+        return run
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What makes it another run where it differs."""
+        aside = {"dataset", "subset", "prompts", "held_out", "compiled", "save_every", "resume", "stop_after"}
+        aside |= {"output", "quick", "own", "began"}
+        return {name: value for name, value in asdict(self).items() if name not in aside} | self.own
+
+    def arguments(self, **more: Any) -> dict[str, Any]:
+        """Of a config of TRL."""
+        device = _device()
+        return {
+            "output_dir": str(self.output),
+            "temperature": self.temperature,
+            "per_device_train_batch_size": self.batch_size,
+            "gradient_accumulation_steps": self.accumulate,
+            "max_steps": self.steps,
+            "learning_rate": self.learning_rate,
+            "warmup_steps": max(1, self.steps // 10),
+            "gradient_checkpointing": bool(self.model),
+            "bf16": has_fast_bf16(device) and bool(self.model),
+            "use_cpu": device.type == "cpu",
+            "dataloader_pin_memory": device.type == "cuda",
+            "save_strategy": "steps",
+            "save_steps": self.save_every or self.steps,
+            "save_total_limit": 2,
+            "seed": self.seed,
+            "logging_steps": 1,
+            "report_to": "none",
+            "disable_tqdm": True,
+            **more,
+        }
+
+
+def _device() -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def mistakes_told() -> Iterator[None]:
+    """What a user can mend is told in a line."""
+    try:
+        yield
+    except ValueError as error:
+        common.show_error(error)
+        raise typer.Exit(2) from error
+
+
 # ---- prompts and rewards
 
 
 def load_prompts(name: str, subset: str, rows: int, held_out: int, model: str, seed: int) -> tuple[Dataset, Dataset]:
     """(training, held out): a column ``prompt``, and completions where a small model is to learn from them first."""
+    import preferences
+
     if not name or docstrings.is_code(name):
         return preferences.load_pairs(name, subset, rows, held_out, seed)
     train, test = load_splits(name, subset, ("prompt",), "training on samples", held_out, seed, preferences.SIDES)
@@ -102,6 +229,67 @@ def measure(model: Any, tokenizer: Any, held_out: Dataset, tokens: int, seed: in
 
 
 # ---- training
+
+
+@dataclass
+class Start:
+    """Before the training: a model, a copy to train, and what there is to learn from."""
+
+    model: Any
+    policy: Any
+    tokenizer: Any
+    train: Dataset
+    held_out: Dataset
+    checkpoint: Path | None
+    measured: dict[str, Any]
+
+
+def start(run: Run) -> Start:
+    """Data, a look at what lies in the folder, and a model that is measured."""
+    import pair_parts
+    import preferences
+
+    train, test = load_prompts(run.dataset, run.subset, run.prompts, run.held_out, run.model, run.seed)
+    run.own["data"] = pair_parts.digest(train)
+    checkpoint = pair_parts.begin(run.output, run.told, run.resume, LAST)
+    with console.status("Loading the model" if run.model else "Pre-training") as status:
+
+        def tell(step: int, steps: int, loss: float) -> None:
+            status.update(f"Pre-training, step {step} of {steps}: loss {loss:.2f}")
+
+        model, tokenizer = preferences.load_model(
+            run.model, train, run.pretrain_steps, _device(), "float32", run.seed, tell
+        )
+        measured = measure(model, tokenizer, test, run.max_new_tokens, run.seed)
+    policy = copy.deepcopy(model)
+    return Start(model, policy, tokenizer, train.select_columns(["prompt"]), test, checkpoint, measured)
+
+
+def learn(run: Run, begun: Start, trainer: Any, title: str, watched: dict[str, str], logged: Sequence[str]) -> None:
+    """Train, measure again, and leave the results, a plot and the model. ``logged``: what of the log is kept."""
+    try:
+        log, seconds = fit(trainer, watched, begun.checkpoint, run.stop_after)
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command with --resume goes on from the last checkpoint.")
+        raise typer.Exit(130) from None
+    trainer.accelerator.unwrap_model(begun.policy, keep_fp32_wrapper=False)  # or it would be measured in bfloat16
+    done = trainer.state.global_step
+    after = measure(begun.policy, begun.tokenizer, begun.held_out, run.max_new_tokens, run.seed)
+    result = {"title": f"{title}, {run.batch_size * run.accumulate} prompts a step", "run": run.told}
+    result |= {"finished": done >= run.steps, "log": [{name: entry[name] for name in logged} for entry in log]}
+    result |= compared(begun.held_out, begun.measured, after) | {"seconds": seconds}
+    show(result)
+    write(result, run.output)
+    plot(result, watched, run.output / "results.png")
+    if not result["finished"]:
+        console.print(f"Stopped after step {done} of {run.steps}. The same command with --resume goes on from there.")
+        return
+    for part in (begun.policy, begun.tokenizer):
+        part.save_pretrained(run.output / "model")
+    console.print(
+        f"{run.steps} steps took {seconds:.0f} s, everything {time.perf_counter() - run.began:.0f} s. Results, plot "
+        f"and model: {run.output}"
+    )
 
 
 def fit(
