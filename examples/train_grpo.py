@@ -120,6 +120,7 @@ def make_trainer(run: online.Run, begun: online.Start) -> Any:
         num_iterations=own["iterations"],
         max_completion_length=run.max_new_tokens,
         per_device_train_batch_size=run.batch_size * own["generations"],
+        logging_steps=own["iterations"],  # rewards are known once for all of them
         **(of_grpo if grpo else {}),
     )
     return (theirs if run.peer else chunked)(
