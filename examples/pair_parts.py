@@ -1,5 +1,5 @@
 """What train_contrastive.py, train_splade.py and train_colbert.py share: pairs of texts, a run that can be resumed,
-as train_online_dpo.py can be."""
+as train_online_dpo.py and train_grpo.py can be."""
 
 from __future__ import annotations
 

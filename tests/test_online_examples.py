@@ -55,7 +55,9 @@ def assert_same_end(program: str, one: Path, other: Path) -> None:
             assert entry[name] == pytest.approx(reference[name], rel=1e-4, abs=2e-4), name
     assert found["samples"] == expected["samples"]
     weights, others = (load_file(folder / "model" / "model.safetensors") for folder in (one, other))
-    assert all((others[name] - weight).abs().max() < 1e-4 for name, weight in weights.items())
+    for name, weight in weights.items():  # Adam makes steps of rounding errors where a gradient is almost zero
+        difference = (others[name] - weight).abs()
+        assert difference.mean() < 1e-6 and difference.max() < 1e-3, name
 
 
 @pytest.mark.slow
