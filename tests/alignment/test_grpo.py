@@ -143,7 +143,7 @@ def test_same_as_liger(kind: str, liger: Any) -> None:
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk_size", [4, 8])
+@pytest.mark.parametrize("chunk_size", [4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", zoo.CASES)
 def test_products(name: str, chunk_size: int) -> None:
     """Three, unless the loss looks at other tokens one by one, or at several scores of sequences of 5 to 7 tokens."""

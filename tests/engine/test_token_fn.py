@@ -93,9 +93,8 @@ def penalised(x: Problem, advantage: Tensor) -> tuple[list[Tensor], Tensor, Tens
 WAYS = [
     {},
     *({"chunk_size": size, "compiled": False} for size in (4, 100)),
-    *(
-        pytest.param({"chunk_size": n, "compiled": n > 1}, marks=pytest.mark.slow) for n in (1, 4)
-    ),  # a run has the first
+    # Compilation takes seconds: where one slow case of a file is run, it is the other one.
+    *(pytest.param({"chunk_size": n, "compiled": n > 1}, marks=pytest.mark.slow) for n in (1, 4)),
 ]
 
 
