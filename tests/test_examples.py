@@ -68,7 +68,7 @@ def refused(example: str, *arguments: str | Path, launcher: tuple[str, ...] = ()
 
 
 def test_programs_are_those_that_there_are():
-    assert len(PROGRAMS) == 13
+    assert len(PROGRAMS) == 14
 
 
 @pytest.mark.parametrize("example", PROGRAMS)
