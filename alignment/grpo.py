@@ -165,11 +165,10 @@ class PolicyLoss(PreferenceLoss):
     def _call(self, key: Hashable, head: Head, target: Tensor, given: Named, call: PolicyCall) -> PreparedLoss:
         """The engine's call, with the numbers that the loss has now."""
         engine, shape = self._engine, target.shape
-        self._settle_on(head, call)
         rows = {name: (v[:, None] if v.dim() == 1 else v).expand(shape) for name, v in given.items()}
         segments = None
-        if call.way == "batch":  # whose loss is one number, of all tokens
-            rows, groups = {}, {name: value.reshape(-1) for name, value in rows.items()}
+        if call.way == "batch":  # whose loss is one number, of all tokens; what stands at the others may be NaN
+            rows, groups = {}, {name: value.masked_fill(~call.used, 0.0).reshape(-1) for name, value in rows.items()}
         else:
             # Of the mean over groups: weights as such would be looked at, which waits for the device.
             tokens, by_token = call.tokens.sum().clamp_min(1), call.way == "tokens"
@@ -181,8 +180,10 @@ class PolicyLoss(PreferenceLoss):
                 groups = {name: value[:, None].expand(shape).reshape(-1) for name, value in groups.items()}
             else:
                 segments = torch.arange(len(target), device=target.device)[:, None].expand(shape)
-        asking = object.__new__(type(engine))  # of this call: the loss keeps no batch alive, nor sees another thread's
-        asking.__dict__.update(engine.__dict__, asked_by=self._snapshot(), call=call)
+        snapshot, asking = self._snapshot(), object.__new__(type(engine))
+        with self._seen.settling:  # of this call: the loss keeps no batch alive, nor sees another thread's
+            self._settle_on(head, call)
+            asking.__dict__.update(engine.__dict__, asked_by=snapshot, call=call)
         prepared = asking.prepare(head.projection, {"target": target, **rows}, groups=groups, segments=segments)
         self._seen.keep(key)
         return PreparedLoss(prepared, call.report)
@@ -410,7 +411,7 @@ class GRPOLoss(PolicyLoss):
             advantages: of each completion, or of each token.
             old_logps: log-probabilities of the tokens under the policy that sampled them; None: it is this one.
             ref_logps: likewise the reference's, where beta is not 0.
-            importance_weights: q, such as those of a sampler that is not quite the policy.
+            importance_weights: q, such as those of a sampler that is not quite the policy; of vespo, those of tokens.
             sampling_logps: what ``off_policy_threshold`` compares with; None: ``old_logps``.
             num_items: of dapo, cispo and vespo; None: the tokens of this batch. The tokens of all processes, divided by
                 their number, make up for a mean of gradients over processes.
@@ -437,6 +438,7 @@ class GRPOLoss(PolicyLoss):
             "sampling_logps": sampling_logps,
         }
         self._refuse(named, num_items, entropy_mask)
+        num_items = None if num_items is None else checks.items("num_items", num_items)
         coef = self.entropy_coef if entropy_coef is None else checks.number("entropy_coef", entropy_coef, FINITE)
         rest = {"num_items": num_items, "entropy_mask": entropy_mask, "entropy_coef": coef}
         return self._prepare((hidden, weight, bias, extra), target, named, **rest)
@@ -465,6 +467,16 @@ class GRPOLoss(PolicyLoss):
         for name, (value, read, reader) in readers.items():
             if value is not None and not read:
                 raise ValueError(f"expected no {name}, which nothing reads without {reader}, got it")
+        checks.function_or_none("entropy_mask", entropy_mask)
+
+    def _check_tensors(self, hidden: Tensor, target: Any, named: Mapping[str, Any]) -> None:
+        super()._check_tensors(hidden, target, named)
+        weights = named["importance_weights"]
+        if self.loss_type == "vespo" and weights is not None and weights.shape != target.shape:
+            raise ValueError(
+                f"expected importance_weights of tokens, {tuple(target.shape)}, with loss_type 'vespo', which "
+                f"multiplies them, got {tuple(weights.shape)}"
+            )
 
     def way(self, given: Named) -> Way:
         coupled = self.by_sequence or self.loss_type == "vespo" or self.off_policy_threshold is not None
@@ -537,7 +549,8 @@ class GRPOLoss(PolicyLoss):
         if self.top_entropy_quantile == 1:
             return call.used
         if call.entropy_mask is not None:
-            return call.entropy_mask(entropies, call.used)
+            mask = call.entropy_mask(entropies, call.used)
+            return checks.tensor("what entropy_mask returns", mask, tuple(call.used.shape), device=call.used.device)
         return AP.high_entropy(entropies, call.used, self.top_entropy_quantile)
 
     def of_tokens(self, logps: Tensor, x: Named, used: Tensor) -> tuple[Tensor, Named]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from operator import is_
+from threading import Lock
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -262,13 +263,15 @@ class PreferenceLoss(ChunkFields, nn.Module):
     ) -> PreparedLoss:
         """The engine's call, with the numbers that the loss has now; ``per_unit``: segments of a unit."""
         engine, seen, snapshot = self._engine, self._seen, self._snapshot()
-        if key is None or seen.settled is None or seen.settled[0] is not snapshot or seen.settled[1] != key:
-            seen.settled = None
-            self._settle(heads, per_unit)
-            seen.settled = snapshot, key
+        with seen.settling:
+            if key is None or seen.settled is None or seen.settled[0] is not snapshot or seen.settled[1] != key:
+                seen.settled = None
+                self._settle(heads, per_unit)
+                seen.settled = snapshot, key
+            # Of this call: the loss keeps no batch alive, nor sees another thread's.
+            asking = object.__new__(type(engine))
+            asking.__dict__.update(engine.__dict__, asked_by=(snapshot, batch))
         projections = {name: head.projection for name, head in heads.items()}
-        asking = object.__new__(type(engine))  # of this call: the loss keeps no batch alive, nor sees another thread's
-        asking.__dict__.update(engine.__dict__, asked_by=(snapshot, batch))
         call = asking.prepare(projections, {"target": target}, groups=groups, segments=segments)
         seen.keep(key)
         return PreparedLoss(call, report)
@@ -306,6 +309,7 @@ class _Seen(Seen):
 
     def __init__(self) -> None:
         super().__init__()
+        self.settling = Lock()  # until a call has its copy: another thread's may be of another kind
         self.settled: tuple[Any, Hashable] | None = None  # the loss as it was, and the call
         self.snapshot: tuple[tuple, Any] = (), None
 

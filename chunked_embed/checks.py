@@ -177,6 +177,27 @@ def scalar_tensor(  # -> ()
     return torch.tensor(found, dtype=dtype, device=device)
 
 
+def items(name: str, value: Any, device: torch.device | None = None) -> float | Tensor:  # -> a number, or ()
+    """What a sum is divided by, a positive number. A tensor on a GPU is not looked at, which would wait for it, and
+    goes to ``device``; one on the CPU stays there, as the number that it is.
+
+    Example:
+        >>> import torch
+        >>> from chunked_embed import checks
+        >>> checks.items("num_items", 37), checks.items("num_items", torch.tensor([37]))
+        (37, tensor(37))
+    """
+    if not isinstance(value, Tensor):
+        return number(name, value, POSITIVE)
+    on_cpu = value.device.type == "cpu"
+    if value.numel() != 1 or (on_cpu and not bool(value > 0)):
+        raise ValueError(f"expected {name} to be a positive number, got {value}")
+    found = value.detach().reshape(())
+    if found.dtype in (torch.float16, torch.bfloat16):
+        found = found.float()
+    return found if on_cpu or device is None else found.to(device)
+
+
 # --- names, switches, functions --------------------------------------------------------------------------------------
 
 

@@ -327,7 +327,7 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
             if self.hard:
                 raise ValueError("expected a target: weight_hard is not zero")
             if num_items is not None or weighs:
-                items = leading.numel() if num_items is None else _items(num_items, hidden.device)
+                items = leading.numel() if num_items is None else checks.items("num_items", num_items, hidden.device)
                 each = 1 / items if isinstance(items, Tensor) else torch.tensor(1 / items)
                 call["row_weight"] = each.to(hidden.device, wide).expand(leading)
             return call
@@ -340,7 +340,7 @@ class DistillationLoss(ChunkFields, FlexChunkLoss):
         used: Tensor = target != self.ignore_index
         if wide == torch.float64:
             used = used.double()
-        items = used.sum().clamp_min(1) if num_items is None else _items(num_items, hidden.device)
+        items = used.sum().clamp_min(1) if num_items is None else checks.items("num_items", num_items, hidden.device)
         call["row_weight"] = used / items
         return call
 
@@ -511,20 +511,6 @@ Sides: TypeAlias = dict[str, tuple[Logits, Logits]]
 def _times(z: Tensor, factor: Any) -> Tensor:
     """``z * factor``, in a form that inductor does not take for a scaled softmax: for that it would read z twice."""
     return floored(z * factor)
-
-
-def _items(num_items: float | Tensor, device: torch.device) -> float | Tensor:
-    """The normaliser. A tensor on a GPU is not looked at, which would wait for it, and one on the CPU stays there, as
-    the number that it is."""
-    if not isinstance(num_items, Tensor):
-        return checks.number("num_items", num_items, POSITIVE)
-    on_cpu = num_items.device.type == "cpu"
-    if num_items.numel() != 1 or (on_cpu and not bool(num_items > 0)):
-        raise ValueError(f"expected num_items to be a positive number, got {num_items}")
-    items = num_items.detach().reshape(())
-    if items.dtype in (torch.float16, torch.bfloat16):
-        items = items.float()
-    return items if on_cpu else items.to(device)
 
 
 @functools.cache  # one warning for two sizes, but an error each time where warnings are errors

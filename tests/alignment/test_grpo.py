@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import grpo_zoo as zoo
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment import GRPOLoss, RLOOLoss
+from alignment import DPOLoss, GRPOLoss, RLOOLoss
 from chunked_embed import Head
 
 pytest.importorskip("trl")
@@ -182,6 +184,18 @@ def test_nothing_but_padding(case: dict[str, Any], chunk_size: int | None) -> No
         assert all(value.isfinite().all() for value in out.metrics.values())
 
 
+@pytest.mark.parametrize("name", ["dapo", "vespo, weights", "grpo, high entropies", "cispo, of tokens, sequences"])
+def test_what_stands_at_padding_does_not_count(name: str) -> None:
+    """Samplers leave NaN there, or nothing that a logarithm is made for."""
+    x = zoo.Batch()
+    case, given = zoo.CASES[name]
+    expected = zoo.theirs(x, case, given)
+    for tensor in ("old_logps", "ref_logps", "sampling_logps", "of_tokens", "importance_weights"):
+        setattr(x, tensor, getattr(x, tensor).masked_fill(~x.mask, torch.nan))
+    loss, arguments, call = zoo.ours(x, case, given, chunk_size=4, compiled=False)
+    assert_same(loss(*arguments, **call), *expected, x)
+
+
 @pytest.mark.parametrize("case", KINDS)
 def test_far_ratios_are_finite(case: dict[str, Any]) -> None:
     x, shape = zoo.Batch(torch.float32), (zoo.B, zoo.T)
@@ -218,6 +232,37 @@ def test_numbers_that_change_count() -> None:
         before = now
 
 
+def unlike_calls(kind: str) -> tuple[Any, str, list[Callable[[], Any]]]:
+    """A loss, its method that sets the engine's options, and two calls for which those differ."""
+    x = zoo.Batch()
+    if kind == "grpo":
+        loss = GRPOLoss("grpo", importance_sampling_level="sequence", compiled=False)
+        return loss, "_settle_on", [lambda a=a: loss(*x.head, a, x.old_logps) for a in (x.advantages, x.of_tokens)]
+    loss, ref_logps = DPOLoss(compiled=False), torch.zeros(4).double()
+    heads = [Head(x.leaves["hidden"][:4], x.leaves["weight"], logit_scale=scale) for scale in (0.5, 2.0)]
+    return loss, "_settle", [lambda h=h: loss(h, target=x.target[:4], ref_logps=ref_logps) for h in heads]
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dpo"])
+def test_calls_of_unlike_kinds_in_two_threads(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, name, calls = unlike_calls(kind)
+    expected = [call().loss for call in calls]
+    found: list[Any] = [None, None]
+    other = threading.Thread(target=lambda: found.__setitem__(1, calls[1]().loss))
+    settle = getattr(loss, name)
+
+    def interrupted(*arguments: Any) -> None:
+        settle(*arguments)
+        if not other.ident:
+            other.start()
+            other.join(0.3)
+
+    monkeypatch.setattr(type(loss), name, lambda self, *arguments: interrupted(*arguments))
+    found[0] = calls[0]().loss
+    other.join()
+    assert found == expected and found[0] != found[1]
+
+
 @pytest.mark.parametrize(
     ("options", "change", "message"),
     [
@@ -228,7 +273,16 @@ def test_numbers_that_change_count() -> None:
         ({"beta": 0.1}, {}, "expected ref_logps if beta is above 0"),
         ({}, {"sampling_logps": torch.ones(5, 7)}, "nothing reads without off_policy_threshold"),
         ({"loss_type": "grpo"}, {"num_items": 3.0}, "expected no num_items"),
+        ({"loss_type": "dapo"}, {"num_items": torch.ones(5)}, "expected num_items to be a positive number"),
+        ({"loss_type": "vespo"}, {"num_items": -3}, "expected num_items to be a positive"),
         ({}, {"entropy_mask": len}, "expected no entropy_mask"),
+        ({"top_entropy_quantile": 0.5}, {"entropy_mask": 0.5}, "expected entropy_mask to be callable"),
+        (
+            {"top_entropy_quantile": 0.5},
+            {"entropy_mask": lambda e, used: used[0]},
+            "entropy_mask returns of shape",
+        ),
+        ({"loss_type": "vespo"}, {"importance_weights": torch.ones(5, 1)}, "expected importance_weights of tokens"),
         ({}, {"target": torch.full((5, 7), 99)}, "in "),
         ({"loss_type": "dr_grpo"}, {}, "expected max_completion_length"),
         ({"loss_type": "ppo"}, {}, "loss_type to be one of"),
