@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -47,6 +48,8 @@ class Chunked(HeadTrainer):
     _settings: ClassVar[Settings] = {}
     _trl_warns_of: ClassVar[tuple[str, ...]] = ()
     """Settings of which TRL's constructor says itself that they have no effect."""
+    _read_elsewhere: ClassVar[tuple[str, ...]] = ()
+    """Numbers of the loss that TRL's trainer also reads for another purpose."""
     _trl_module: ClassVar[Any] = None
     """Where TRL's constructor finds the fused head that ours replaces."""
     # What is TRL's, in the class behind this one.
@@ -106,8 +109,17 @@ class Chunked(HeadTrainer):
             if setting.read is not None or not hasattr(self.chunked_loss, setting.name):
                 who = type(self.chunked_loss).__name__
                 raise AttributeError(f"expected {name} when the trainer is made, got {value!r} later, for {who}")
-            setattr(self.chunked_loss, setting.name, value)
+            self._tell_loss(setting.name, value)
         super().__setattr__(name, value)
+
+    def _tell_loss(self, name: str, value: Any) -> None:
+        """A number of the loss, if it reads it: TRL's trainer has all, whatever its loss type."""
+        loss = self.chunked_loss
+        if (reader := loss.unread.get(name)) is None:
+            setattr(loss, name, value)
+        elif name not in self._read_elsewhere and value != getattr(loss, name):
+            who = type(loss).__name__
+            warnings.warn(f"{name}={value!r} has no effect: {who} does not read it, {reader} would", stacklevel=4)
 
     def _default_config(self) -> Any:
         """Where no ``args`` are given; None: TRL makes one."""

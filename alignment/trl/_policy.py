@@ -66,6 +66,9 @@ class Policy(Chunked):
 
     def __init__(self, *args: Any, **kw: Any) -> None:
         super().__init__(*args, **kw)
+        for name in self._owned:
+            if name not in self._read_elsewhere:
+                setattr(self, name, getattr(self.chunked_loss, name))
         self._read_args = self._values_in_args()
 
     def _check_loss(self, args: Any) -> None:
@@ -78,7 +81,7 @@ class Policy(Chunked):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._owned and "_made" in self.__dict__:
-            setattr(self.chunked_loss, name, value)
+            self._tell_loss(name, value)
         super().__setattr__(name, value)
 
     def _values_in_args(self) -> dict[str, Any]:
@@ -89,7 +92,7 @@ class Policy(Chunked):
         now = self._values_in_args()
         for name, value in now.items():
             if value != self._read_args[name]:
-                setattr(self.chunked_loss, self._followed[name], value)
+                self._tell_loss(self._followed[name], value)
         self._read_args = now
 
     # --- in a model's forward ---
@@ -178,7 +181,8 @@ class Policy(Chunked):
             for name in names:
                 total, count = next(tables)
                 value = total / max(count, 1.0)
-                self._metrics[mode][name].append(value if abs(value) != float("inf") else float("nan"))
+                of_none = name.endswith(("_min", "_max")) and abs(value) == float("inf")
+                self._metrics[mode][name].append(float("nan") if of_none else value)
 
     def _keep_clips(self, mode: str, out: LossOutput, sums: Sums) -> None:
         """Beside other ``sums`` the shares of ratios that are clipped: means over all, and extremes of sequences."""

@@ -72,6 +72,7 @@ class ChunkedGRPOTrainer(Policy, Scoring, GRPOTrainer):
     }
     _followed: ClassVar[Mapping[str, str]] = {name: name for name in OF_ARGS}
     _owned = ("epsilon_low", "max_completion_length")
+    _read_elsewhere = ("max_completion_length",)  # where completions are sampled
     # What is TRL's, in the class behind this one.
     current_gradient_accumulation_steps: int
     use_vllm: bool
@@ -114,10 +115,14 @@ class ChunkedGRPOTrainer(Policy, Scoring, GRPOTrainer):
             )
 
     def _adapted(self, config: Any) -> Any:
-        """TRL makes a reference, and a bonus of entropy, where its config says so."""
+        """TRL makes a reference, and a bonus of entropy, where its config says so; a callback finds the loss's numbers
+        in it."""
         loss = self.chunked_loss
-        config = copy.copy(config)
-        config.beta, config.entropy_coef = loss.beta, loss.entropy_coef
+        names = {"beta", "entropy_coef", *self._followed} - loss.unread.keys()
+        if told := {name: value for name in names if (value := getattr(loss, name)) != getattr(config, name)}:
+            config = copy.copy(config)
+            for name, value in told.items():
+                setattr(config, name, value)
         return config
 
     # --- a step ---
@@ -179,13 +184,14 @@ class ChunkedGRPOTrainer(Policy, Scoring, GRPOTrainer):
             logged["policy_loss"] = mean_over_processes(metrics.get("policy_loss", out.loss.detach() - added))
         self._keep_clips(mode, out, logged)
         if self._entropy_bonus_enabled:
-            self._control_entropy(mode, sums["entropy"])
+            self._control_entropy(mode, sums.get("entropy"))
 
-    def _control_entropy(self, mode: str, entropy: tuple[Tensor, Tensor]) -> None:
+    def _control_entropy(self, mode: str, entropy: tuple[Tensor, Tensor] | None) -> None:
         """The weight of the entropy goes up or down with the mean over a step, of all processes."""
         if mode != "train":
             return
         if self.use_adaptive_entropy:
+            assert entropy is not None  # token_metrics are on
             window = torch.stack([x.float() for x in entropy]) if self._window is None else self._window.float()
             before = self._entropy_window_stats
             self._entropy_window_stats = window if before is None else before + window

@@ -223,6 +223,43 @@ def test_numbers_that_change_while_it_trains(tmp_path: Path) -> None:
     assert found[1].chunked_loss.beta == 0.3 and found[1].chunked_loss.delta == 1.02
 
 
+@pytest.mark.parametrize(
+    ("args", "options", "name", "value"),
+    [
+        ({"loss_type": "dapo"}, {}, "max_completion_length", 4),  # TRL's own, where tools answer
+        ({"loss_type": "sapo"}, {}, "epsilon_low", 0.1),
+        ({"entropy_coef": 0.1}, {"loss_options": {"token_metrics": False, "compiled": False}}, "entropy_coef", 0.0),
+    ],
+)
+def test_a_number_that_its_loss_does_not_read_may_change(
+    args: dict[str, Any], options: dict[str, Any], name: str, value: Any, tmp_path: Path
+) -> None:
+    class Change(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            setattr(trainer, name, value)
+
+    args = args | {"max_steps": 2, "eval_strategy": "no"}
+    trainer = make("grpo", True, tmp_path, model=parts.model(), args=args, callbacks=[Change()], **options)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert getattr(trainer, name) == value and trainer.state.global_step == 2
+    assert any(f"{name}={value!r} has no effect" in str(one.message) for one in told) is (name == "epsilon_low")
+
+
+def test_numbers_begin_as_the_losss(tmp_path: Path) -> None:
+    """A callback may multiply what it finds."""
+    given = GRPOLoss("grpo", epsilon_low=0.05, epsilon_high=0.1, delta=2.0)
+    trainer = make("grpo", True, tmp_path, model=parts.model(), loss=given)
+    assert (trainer.epsilon_low, trainer.epsilon_high, trainer.args.delta) == (0.05, 0.1, 2.0)
+    trainer._keep("train", {"kl": (torch.tensor(torch.inf), torch.tensor(2.0))}, {"low_min": torch.tensor([torch.nan])})
+    trainer._read()
+    assert trainer._metrics["train"]["kl"] == [torch.inf]  # as TRL has it
+    assert str(trainer._metrics["train"]["low_min"]) == "[nan]"  # of no sequence
+    trainer = make("rloo", True, tmp_path, model=parts.model(), loss=RLOOLoss(0.05, 0.1))
+    assert (trainer.epsilon_low, trainer.epsilon_high) == (0.05, 0.1)
+
+
 def test_any_loss_of_its_kind(tmp_path: Path) -> None:
     given = GRPOLoss("grpo", 0.1, importance_sampling_level="sequence", entropy_coef=0.05, compiled=False)
     args = {"loss_type": "grpo", "beta": 0.1, "importance_sampling_level": "sequence", "entropy_coef": 0.05}
