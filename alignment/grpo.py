@@ -408,13 +408,13 @@ class GRPOLoss(PolicyLoss):
                 extra.
             weight, bias: the LM head.
             target: the token that each state predicts; ``ignore_index`` drops it.
-            advantages: of each completion, or of each token.
+            advantages: of each completion, or of each token. They and all that follow are constants.
             old_logps: log-probabilities of the tokens under the policy that sampled them; None: it is this one.
             ref_logps: likewise the reference's, where beta is not 0.
             importance_weights: q, such as those of a sampler that is not quite the policy; of vespo, those of tokens.
             sampling_logps: what ``off_policy_threshold`` compares with; None: ``old_logps``.
-            num_items: of dapo, cispo and vespo; None: the tokens of this batch. The tokens of all processes, divided by
-                their number, make up for a mean of gradients over processes.
+            num_items: of dapo, cispo and vespo, above 0; None: the tokens of this batch. The tokens of all processes,
+                divided by their number, make up for a mean of gradients over processes.
             entropy_coef: of this call, in place of the loss's: one that changes at each step.
             entropy_mask: ``entropy_mask(entropies, used) -> bool``, all ``(B, T)``, in place of the tokens of largest
                 entropy of this batch: of all processes, say.
@@ -625,7 +625,7 @@ class RLOOLoss(PolicyLoss):
 
         Args:
             hidden, weight, target, bias, extra: as in ``GRPOLoss.forward``.
-            advantages: of each completion.
+            advantages: of each completion, constants.
             old_logps: log-probabilities of the completions, or of their tokens, under the policy that sampled them;
                 None: it is this one.
 

@@ -185,7 +185,7 @@ def items(name: str, value: Any, device: torch.device | None = None) -> float | 
         >>> import torch
         >>> from chunked_embed import checks
         >>> checks.items("num_items", 37), checks.items("num_items", torch.tensor([37]))
-        (37, tensor(37))
+        (37.0, tensor(37))
     """
     if not isinstance(value, Tensor):
         return number(name, value, POSITIVE)
