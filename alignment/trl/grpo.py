@@ -74,7 +74,7 @@ class ChunkedGRPOTrainer(Policy, Scoring, GRPOTrainer):
     _owned = ("epsilon_low", "max_completion_length")
     _read_elsewhere = ("max_completion_length",)  # where completions are sampled
     # What is TRL's, in the class behind this one.
-    current_gradient_accumulation_steps: int
+    current_gradient_accumulation_steps: int  # while it trains
     use_vllm: bool
     vllm_importance_sampling_correction: bool
     use_adaptive_entropy: bool
@@ -134,7 +134,8 @@ class ChunkedGRPOTrainer(Policy, Scoring, GRPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         self._follow_args()
         mode, loss = ("train" if self.model.training else "eval"), self.chunked_loss
-        accumulated = float(self.current_gradient_accumulation_steps) if mode == "train" else 1.0
+        steps = getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+        accumulated = float(steps) if mode == "train" else 1.0
         counts_items = loss.kind.weights is AP.per_item
         # Where the terms are divided by the tokens of all steps that are accumulated, what is added to them is not.
         self._share = accumulated if counts_items else 1.0
