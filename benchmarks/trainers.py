@@ -6,20 +6,20 @@
     python benchmarks/trainers.py --device cpu            # small
 
 A case is one loss in one precision: float32 weights under autocast, all of them or LoRA's, AdamW, no checkpointing. TRL
-runs from seed 0, the same again, and with its data in another order (and other adapters) from seed 1; ours from seed 0.
-Every run begins at one model, a Llama of a few layers that has read docstrings of installed packages for a while. The
-difference of two curves is the mean of |loss - loss| over the steps, or of reward margins or entropies. Ours from TRL's
-is to be within twice the spread, TRL's own between its seeds. Under FSDP2 a step's data are those of one GPU, and where
-TRL's curves of one GPU are in the file, those of two are compared with them as well: FSDP2 rounds what TRL reads of a
-model.
+runs from seed 0, the same again, and with its data in another order (and other adapters) from seed 1; ours from seed 0,
+twice. Every run begins at one model, a Llama of a few layers that has read docstrings of installed packages for a
+while. The difference of two curves is the mean of |loss - loss| over the steps, or of reward margins or entropies. Ours
+from TRL's is to be within twice the spread, TRL's own between its seeds. Under FSDP2 a step's data are those of one
+GPU, and where TRL's curves of one GPU are in the file, those of two are compared with them as well: FSDP2 rounds what
+TRL reads of a model.
 
 Where a trainer would have the policy write completions, they are given (drafts.py): two of each of eight prompts, or
 eight of each of two. What is left of a step is what both trainers do with them.
 
-Times are those of whole steps, optimiser included, without the data: the median after five. TRL's are of its second
-run: the first of a case pays for what a process pays once for each length of a batch (attention's plans). Memory is the
-peak of a process after the first step, everything included. The first step has the compilation in it, as far as the
-machine's caches do not. The curves are in a file of their own beside the other, trainers-curves-<device>.csv.
+Times are those of whole steps, optimiser included, without the data: the median after five, of the second run of each:
+the first pays for what a process pays once for each length of a batch (attention's plans). Memory is the peak of a
+process after the first step, everything included. The first step has the compilation in it, as far as the machine's
+caches do not. The curves are in a file of their own beside the other, trainers-curves-<device>.csv.
 """
 
 import gc
