@@ -22,9 +22,9 @@ Each trainer is imported when it is asked for, so that one which TRL no longer h
 
 from __future__ import annotations
 
-import importlib
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from chunked_embed.lazy import from_homes
 
 if TYPE_CHECKING:
     from .distillation import ChunkedDistillationTrainer
@@ -35,26 +35,8 @@ __all__ = ["ChunkedDistillationTrainer", "ChunkedGKDTrainer"]
 TESTED = "1.16."
 HOMES = {"ChunkedDistillationTrainer": "distillation", "ChunkedGKDTrainer": "gkd"}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        module = importlib.import_module(f"{__name__}.{HOMES[name]}")
-    except (ImportError, RuntimeError) as missing:  # the second is of a library that imports lazily
-        raise ImportError(
-            f"expected trl {TESTED}x and what it needs for {name} (pip install 'chunked-embed[trl]'), "
-            f"got {_installed()}: {missing}"
-        ) from missing
-    return getattr(module, name)
+__getattr__ = from_homes(__name__, HOMES, TESTED)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _installed() -> str:
-    try:
-        return f"trl {version('trl')}"
-    except PackageNotFoundError:
-        return "no trl"
