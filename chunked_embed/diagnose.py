@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from . import kernels
-from .engine.functions import FunctionStep
 from .engine.step import Shape, Step
 
 __all__ = ["EXTRAS", "astray", "doctor", "extras", "kernels_on", "versions"]
@@ -177,7 +176,7 @@ def kernels_on(device: torch.device) -> dict[str, str | None]:
 
 def _steps(cls: type[Step]) -> Iterator[type[Step]]:
     """The kernels among steps: those of this package that nothing inherits, but for plain functions."""
-    below = [c for c in cls.__subclasses__() if c.__module__.startswith(f"{__package__}.") and c is not FunctionStep]
+    below = [c for c in cls.__subclasses__() if c.__module__.startswith(f"{__package__}.") and not c.runs_functions]
     for other in below:
         yield from _steps(other)
     if not below and cls is not Step:

@@ -110,7 +110,8 @@ def _family(name: str) -> ModuleType:
 def _preferences() -> dict[str, type]:
     alignment = _family("alignment")
     found = [getattr(alignment, name) for name in alignment.__all__]
-    losses = [c for c in found if isinstance(c, type) and c.__module__ == "alignment.losses"]
+    homes = "alignment.losses", "alignment.grpo"
+    losses = [c for c in found if isinstance(c, type) and c.__module__ in homes and c is not alignment.PolicyLoss]
     return {c.__name__.removesuffix("Loss").lower(): c for c in losses}
 
 
@@ -150,14 +151,15 @@ def _of_embeddings(function: Callable[..., Any], told: str, p: Problem, options:
 
 
 def _of_preferences(cls: Any, p: Problem, options: Mapping[str, Any]) -> None:
-    loss = cls(**options)
-    single = "preference_labels" in inspect.signature(cls.prepare).parameters
-    n, tokens = p.batch(1 if single else 2)
+    loss, parameters = cls(**options), inspect.signature(cls.prepare).parameters
+    n, tokens = p.batch(getattr(loss, "completions", 1))
     target = p.empty(n, tokens, dtype=torch.int64)
     arguments: dict[str, Any] = {"hidden": p.empty(n, tokens, p.width, learns=True), "weight": p.weight}
-    if single:
+    if "preference_labels" in parameters:
         arguments["preference_labels"] = p.empty(n, dtype=torch.bool)
-    if p.precomputed:
+    if "advantages" in parameters:
+        arguments["advantages"] = p.empty(n, dtype=torch.float32)
+    elif p.precomputed:
         arguments["ref_logps"] = p.empty(n, dtype=torch.float32)
     elif loss.takes_reference is not False:
         arguments |= {"ref_hidden": p.empty(n, tokens, p.width), "ref_weight": p.weight.detach()}

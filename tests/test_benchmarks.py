@@ -224,20 +224,20 @@ def test_curves_of_trainers_are_compared_with_the_spread(tmp_path, monkeypatch, 
     measure, trainers = pytest.importorskip("measure"), pytest.importorskip("trainers")
     bench = measure.Benchmark("trainers", torch.device("cpu"), tmp_path)
     made = {"TRL": 0.0, "ours": 0.3, "TRL, another seed": 0.1}
-    runs = {name: trainers.Run([1.0 + off, 2.0 - off], [], measure.Timing()) for name, off in made.items()}
+    runs = {name: trainers.Run([1.0 + off, 2.0 - off], [], [], measure.Timing()) for name, off in made.items()}
     trainers.compare(bench, "case", runs, "TRL", trainers.twice_the_spread)
     ours, other = bench.lines
     assert (ours.name, ours.value_mean, ours.value_error) == ("ours", 1.5, pytest.approx(0.3))
     assert other.value_error == pytest.approx(0.1) and other.note == ""
     assert len(bench.wrong) == 1 and "WRONG: 3.0e-01, above 2.0e-01" in ours.note
     for off in (0.15, math.nan):
-        runs["ours"] = trainers.Run([1.0 + off, 2.0], [], measure.Timing())
+        runs["ours"] = trainers.Run([1.0 + off, 2.0], [], [], measure.Timing())
         trainers.compare(bench, "case", runs, "TRL", trainers.twice_the_spread)
         assert len(bench.wrong) == 1 + (off != off)
 
     path = tmp_path / "trainers-curves-x.csv"
     for losses in ([1.0], [1.0, 2.5]):  # in place of the first
-        trainers.write(path, "case", "TRL", trainers.Run(losses, [], measure.Timing()))
+        trainers.write(path, "case", "TRL", trainers.Run(losses, [], [], measure.Timing()))
     assert trainers.read_run(path, "case", "TRL").losses == [1.0, 2.5]
     assert trainers.read_run(path, "case", "ours").losses == []
 
