@@ -321,6 +321,7 @@ def test_distil_embeddings(how: str, tmp_path: Path, code: Path) -> None:
     assert (out / "results.png").stat().st_size > 10_000 and (out / "model" / "modules.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

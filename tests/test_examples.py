@@ -374,6 +374,7 @@ def test_two_processes_contrast_like_one(tmp_path, loss, code):
     assert_same_end(tmp_path / "one", tmp_path / "two", tolerance=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

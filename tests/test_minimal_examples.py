@@ -196,6 +196,7 @@ def said(printed: str) -> dict[str, tuple[float, float]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 @pytest.mark.filterwarnings("ignore::FutureWarning:trl")
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")

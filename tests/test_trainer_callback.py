@@ -87,6 +87,7 @@ def originals() -> list[Any]:
     return [vars(owner)[name] for owner, name in (*doors, *((owner, "backward") for owner in backwards))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_entries_of_a_trainer(run: str, tmp_path: Path) -> None:
     make, options, expected = RUNS[run]

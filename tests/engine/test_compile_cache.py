@@ -105,6 +105,7 @@ HINDRANCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HINDRANCES)
 def test_a_hindrance_passes(name, monkeypatch):
     """A first call, a new value and a new shape run uncompiled; afterwards they are compiled."""
@@ -171,10 +172,12 @@ def in_a_new_process(tmp_path, **environment):
     return done.stdout.strip().splitlines()
 
 
+@pytest.mark.slow
 def test_torch_compile_is_switched_off(tmp_path):
     assert in_a_new_process(tmp_path, TORCH_COMPILE_DISABLE="1") == []
 
 
+@pytest.mark.slow
 def test_a_cache_folder_that_cannot_be_made(tmp_path):
     """Dynamo makes it on import."""
     (tmp_path / "file").write_text("")

@@ -254,6 +254,7 @@ def test_autocast_that_comes_after_prepare_changes_nothing(compiled):
 # --- when ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [{"chunk_size": 4}, {"max_chunk_bytes": 1 << 20}, {"compiled": False}])
 def test_a_caller_who_has_a_say_has_chunks(option, directly):
     hidden, weight, target = head()
