@@ -40,8 +40,10 @@ Imports none of those libraries.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any, ClassVar, TypeAlias
 
@@ -53,7 +55,16 @@ from .checks import kind_of
 from .engine import LossOutput
 from .head import Head
 
-__all__ = ["HeadTrainer", "Sums", "check_given_loss", "check_ids", "check_model", "our_head", "warn_untested"]
+__all__ = [
+    "HeadTrainer",
+    "Sums",
+    "check_given_loss",
+    "check_ids",
+    "check_model",
+    "from_homes",
+    "our_head",
+    "warn_untested",
+]
 
 Sums: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 """By a metric's name: its sum over the units that count, and their number. ``LossOutput.sums`` are such."""
@@ -413,3 +424,34 @@ def check_ids(model: Any, who: str, ids: Tensor) -> None:
     rows = getattr(causal_lm.unwrapped(model).get_input_embeddings(), "num_embeddings", None)
     if rows is not None and int(ids.max()) >= rows:
         raise ValueError(f"expected input_ids below {rows}, the embeddings of {who}, got {int(ids.max())}")
+
+
+def from_homes(package: str, homes: Mapping[str, str], tested: str) -> Callable[[str], Any]:
+    """``__getattr__`` of a package with trainers of TRL's.
+
+    Args:
+        package: its ``__name__``.
+        homes: by each name, the module in the package that has it.
+        tested: how the versions of TRL begin that the package is written for.
+    """
+
+    def find(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        try:
+            module = importlib.import_module(f"{package}.{homes[name]}")
+        except (ImportError, RuntimeError) as missing:  # the second is of a library that imports lazily
+            raise ImportError(
+                f"expected trl {tested}x and what it needs for {name} (pip install 'chunked-embed[trl]'), "
+                f"got {_installed()}: {missing}"
+            ) from missing
+        return getattr(module, name)
+
+    return find
+
+
+def _installed() -> str:
+    try:
+        return f"trl {version('trl')}"
+    except PackageNotFoundError:
+        return "no trl"

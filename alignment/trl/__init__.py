@@ -44,7 +44,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from chunked_embed import checks
-from chunked_embed.lazy import from_homes
+from chunked_embed.trainers import from_homes
 
 from .. import functional as AF
 from ..losses import DPOPLoss, FPOLoss, IRPOLoss, RDPOLoss, TDPOLoss

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chunked_embed.lazy import from_homes
+from chunked_embed.trainers import from_homes
 
 if TYPE_CHECKING:
     from .distillation import ChunkedDistillationTrainer
