@@ -172,8 +172,6 @@ class TokenStatistics(FlexChunkLoss):
         >>> Reinforce()(Projection(hidden, torch.randn(9, 4)), rows=rows).loss.backward()
     """
 
-    token_fn: Callable[[Named, Named], Mapping[str, Tensor]] | None = None
-
     def __init__(
         self,
         names: tuple[str, ...] | Mapping[str, tuple[str, ...]] = ("logps",),
@@ -188,7 +186,7 @@ class TokenStatistics(FlexChunkLoss):
     ) -> None:
         super().__init__(**{"targets": ("target",), **options})
         if checks.function_or_none("token_fn", token_fn) is not None:
-            self.token_fn = token_fn
+            self.__dict__["token_fn"] = token_fn  # in the method's place
         self.names = names
         self.logit_scale = logit_scale
         self.softcap = softcap
@@ -220,11 +218,14 @@ class TokenStatistics(FlexChunkLoss):
             outputs, rows["target"].long(), names, logit_scale=scale, softcap=softcap, temperature=self.temperature
         )
         found = {name: value if name in self.gradients_of else value.detach() for name, value in found.items()}
-        if self.token_fn is None:
-            return found
         derived = self.token_fn(found, rows)
-        check_derived(derived, len(outputs))
+        if derived is not found:
+            check_derived(derived, len(outputs))
         return dict(derived)
+
+    def token_fn(self, statistics: Named, rows: Named) -> Mapping[str, Tensor]:
+        """Scores from statistics, ``(R,)`` each, row by row; here those themselves."""
+        return statistics
 
     def make_step(self, projections: tuple[str, ...]) -> Sequence[Step] | None:
         self._check_transform()
@@ -233,7 +234,7 @@ class TokenStatistics(FlexChunkLoss):
         scale, softcap = self.transform_of(projections[0])
         asked = self.names_of(projections[0]), self.gradients_of, scale, softcap, self.temperature
         steps = ScaledExponentials(*asked), TokenKernel(*asked)
-        if self.token_fn is None:
+        if "token_fn" not in self.__dict__ and type(self).token_fn is TokenStatistics.token_fn:
             return steps
         scored: Any = object.__new__(type(self))  # as ``score_fn`` sees it
         scored.__dict__.update(self.__dict__, **({"projection": projections[0]} if self.separate_outputs else {}))
