@@ -229,26 +229,20 @@ class GRPOScores(PolicyScores):
 
     def terms(self, statistics: Named, rows: Named) -> Named:
         """The loss of each token."""
-        logps, advantages = statistics["logps"], rows["advantages"]
-        log_ratio = logps - rows.get("old_logps", logps.detach())
-        loss = AP.policy_term(log_ratio, advantages, logps, self)
-        if "importance_weights" in rows:
-            loss = loss * rows["importance_weights"]
-        found = {}
-        if "ref_logps" in rows:
-            kl = self.kl(log_ratio, logps, rows)
-            loss, found["kl"] = loss + self.beta * kl, kl.detach()
-        found |= AP.clip_marks(log_ratio, advantages, self)
+        logps = statistics["logps"]
+        loss, found = AP.at_level(logps - rows.get("old_logps", logps.detach()), logps, rows, self)
+        if "kl" in found:
+            loss, found["kl"] = loss + self.beta * found["kl"], found["kl"].detach()
         return {"loss": loss, **found, **_entropy(statistics)}
 
     def summands(self, statistics: Named, rows: Named) -> Named:
         """What a sequence's loss is a function of, when it is added up."""
         logps, advantages = statistics["logps"], rows["advantages"]
         log_ratio = logps - rows.get("old_logps", logps.detach())
-        weights = rows.get("importance_weights", torch.ones_like(logps))
         found = _entropy(statistics)
         if "ref_logps" in rows:
-            found["kl"] = self.kl(log_ratio, logps, rows)
+            kl, corrected = AP.k3(logps, rows["ref_logps"]), self.use_bias_correction_kl and not self.by_sequence
+            found["kl"] = kl * AP.capped_ratio(log_ratio) if corrected else kl
         if self.off_policy_threshold is not None:
             sampled = rows.get("sampling_logps", rows.get("old_logps", logps))
             found["drift"] = (sampled - logps).detach().nan_to_num(0.0)
@@ -256,9 +250,9 @@ class GRPOScores(PolicyScores):
             learns = not self.of_logps or ("ref_logps" in rows and self.use_bias_correction_kl)
             found["log_ratio"] = log_ratio if learns else log_ratio.detach()
         if self.loss_type == "vespo":
-            log_weight = log_ratio.detach().clamp(-AP.LARGEST_LOG_WEIGHT, AP.LARGEST_LOG_WEIGHT)
-            sampler = weights.log().clamp(AP.LEAST_LOG_WEIGHT, AP.LARGEST_LOG_WEIGHT)
-            return found | {"log_weight": log_weight + sampler, "logps": logps}
+            log_weight = AP.log_weights(log_ratio.detach(), rows.get("importance_weights"))
+            return found | {"log_weight": log_weight, "logps": logps}
+        weights = rows.get("importance_weights", torch.ones_like(logps))
         if self.by_sequence:
             return found | ({"logps": weights * logps} if self.of_logps else {"weight": weights.detach()})
         term = AP.policy_term(log_ratio, advantages, logps, self)
@@ -267,10 +261,6 @@ class GRPOScores(PolicyScores):
     @property
     def of_logps(self) -> bool:
         return AP.POLICY_LOSSES[self.loss_type].of_logps
-
-    def kl(self, log_ratio: Tensor, logps: Tensor, rows: Named) -> Tensor:
-        kl = AP.k3(logps, rows["ref_logps"])
-        return kl * AP.capped_ratio(log_ratio) if self.use_bias_correction_kl and not self.by_sequence else kl
 
 
 def _entropy(statistics: Named) -> Named:
@@ -557,24 +547,17 @@ class GRPOLoss(PolicyLoss):
         """The terms without the divergence, and that and what else is logged, of whole tensors ``(B, T)``: the formula
         as it stands."""
         tokens = used.sum(1, keepdim=True).clamp_min(1)
-        advantages, old = x["advantages"], x.get("old_logps", logps.detach())
+        old = x.get("old_logps", logps.detach())
         log_ratio = (logps - old) * used
         level = log_ratio.sum(1, keepdim=True) / tokens if self.by_sequence else log_ratio
-        weights, found = x.get("importance_weights"), {}
-        if self.beta:
-            kl = AP.k3(logps, x["ref_logps"])
-            found["kl"] = kl * AP.capped_ratio(level) if self.use_bias_correction_kl else kl
+        log_weight = None
         if self.loss_type == "vespo":
-            level = (log_ratio.clamp(-AP.LARGEST_LOG_WEIGHT, AP.LARGEST_LOG_WEIGHT) * used).sum(1, keepdim=True)
-            if weights is not None:
-                sampler = weights.log().clamp(AP.LEAST_LOG_WEIGHT, AP.LARGEST_LOG_WEIGHT)
-                level, weights = level + (sampler * used).sum(1, keepdim=True), None
-        loss = AP.policy_term(level, advantages, logps, self)
-        found |= AP.clip_marks(level.expand_as(logps), advantages, self)
+            log_weight = AP.log_weights(log_ratio, x.get("importance_weights"), used).sum(1, keepdim=True)
+        loss, found = AP.at_level(level, logps, x, self, log_weight)
         if self.off_policy_threshold is not None:
             drift = ((x.get("sampling_logps", old) - logps).detach().nan_to_num(0.0) * used).sum(1, keepdim=True)
-            loss = loss * AP.kept(advantages, drift / tokens, threshold=self.off_policy_threshold)
-        return loss if weights is None else loss * weights, found
+            loss = loss * AP.kept(x["advantages"], drift / tokens, threshold=self.off_policy_threshold)
+        return loss, found
 
 
 # --- RLOO ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ The ratio is capped at exp(80), so that values and gradients stay finite at any 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ def clipped(
         tensor([-1.2000,  2.0000,  0.8000])
     """
     ratio = capped_ratio(log_ratio)
-    bounded = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
+    bounded = ratio.clamp_min(1 - epsilon_low).clamp_max(1 + epsilon_high)  # one of which may be a tensor
     first = ratio if delta is None else ratio.clamp(max=delta)
     return -torch.min(first * advantages, bounded * advantages)
 
@@ -273,6 +273,50 @@ def policy_term(log_ratio: Tensor, advantages: Tensor, logps: Tensor, o: Any) ->
     kind = POLICY_LOSSES[o.loss_type]
     term = kind.term(log_ratio, advantages, o)
     return term.detach() * logps if kind.of_logps else term
+
+
+def log_weights(log_ratio: Tensor, weights: Tensor | None, used: Tensor | float = 1.0) -> Tensor:
+    """What tokens add to the logarithm of VESPO's weight: their ratio's, and that of a sampler's weight, in bounds.
+
+    Example:
+        >>> import torch
+        >>> from alignment import policy
+        >>> policy.log_weights(torch.tensor([0.5, 99.0]), torch.tensor([1.0, 1.0]))
+        tensor([ 0.5000, 20.0000])
+    """
+    found = log_ratio.clamp(-LARGEST_LOG_WEIGHT, LARGEST_LOG_WEIGHT)
+    if weights is not None:
+        found = found + weights.log().clamp(LEAST_LOG_WEIGHT, LARGEST_LOG_WEIGHT)
+    return found * used
+
+
+def at_level(
+    level: Tensor, logps: Tensor, x: Mapping[str, Tensor], o: Any, log_weight: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses of tokens without the divergence, and that and what else is logged.
+
+    Args:
+        level: the log of the ratio that counts, a token's own or its sequence's.
+        x: by name ``advantages``; ``ref_logps`` and ``importance_weights`` where there are some.
+        o: a ``GRPOLoss``.
+        log_weight: of VESPO, in the place of the ratio and of the importance weights.
+
+    Example:
+        >>> import torch
+        >>> from alignment import GRPOLoss, policy
+        >>> x = {"advantages": torch.tensor([1.0, -1.0]), "ref_logps": torch.tensor([-1.0, -2.0])}
+        >>> policy.at_level(torch.zeros(2), torch.tensor([-1.0, -2.0]), x, GRPOLoss("grpo", beta=0.1))[1]["kl"]
+        tensor([0., 0.])
+    """
+    advantages, found = x["advantages"], {}
+    if "ref_logps" in x:
+        kl = k3(logps, x["ref_logps"])
+        found["kl"] = kl * capped_ratio(level) if o.use_bias_correction_kl else kl
+    counted = level if log_weight is None else log_weight
+    loss = policy_term(counted, advantages, logps, o)
+    if log_weight is None and "importance_weights" in x:
+        loss = loss * x["importance_weights"]
+    return loss, found | clip_marks(counted.expand_as(logps), advantages, o)
 
 
 def clipping(

@@ -297,3 +297,13 @@ def test_refusals(options: dict[str, Any], change: dict[str, Any], message: str)
     call = {"target": target, "advantages": x.advantages} | change
     with pytest.raises((TypeError, ValueError), match=message):
         GRPOLoss(**options, compiled=False)(hidden, weight, **call)
+
+
+@pytest.mark.slow
+def test_numbers_and_instances_share_compiled_steps() -> None:
+    """A warning, an error here, comes with the third value for which a step is compiled anew."""
+    hidden, head = torch.randn(4, 6, 8, requires_grad=True), torch.randn(30, 8)
+    target, advantages = torch.randint(0, 30, (4, 6)), torch.randn(4)
+    for n in range(4):
+        loss = GRPOLoss("grpo", compiled=True, chunk_size=8, epsilon_low=0.1 + 0.01 * n, epsilon_high=0.3 - 0.01 * n)
+        loss(hidden, head, target, advantages).loss.backward()
