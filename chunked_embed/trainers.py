@@ -61,8 +61,10 @@ __all__ = [
     "check_given_loss",
     "check_ids",
     "check_model",
+    "check_untrained",
     "from_homes",
     "our_head",
+    "replaced",
     "warn_untested",
 ]
 
@@ -378,10 +380,26 @@ def our_head(module: ModuleType) -> Iterator[None]:
         >>> dpo_trainer.add_fused_lm_head is theirs
         True
     """
-    ours = {"add_fused_lm_head": _attach, "BaseTunerLayer": ()}
-    kept = {name: getattr(module, name) for name in ours if hasattr(module, name)}
-    if "add_fused_lm_head" not in kept:
+    if not hasattr(module, "add_fused_lm_head"):
         raise ImportError(f"expected a TRL whose {module.__name__} has a fused head, which ours replaces")
+    with replaced(module, add_fused_lm_head=_attach, BaseTunerLayer=()):
+        yield
+
+
+@contextlib.contextmanager
+def replaced(module: ModuleType, **ours: Any) -> Iterator[None]:
+    """Names of a module, those that it has, have other values meanwhile.
+
+    Example:
+        >>> import math
+        >>> from chunked_embed.trainers import replaced
+        >>> with replaced(math, tau=6.0, unknown=1.0):
+        ...     print(math.tau, hasattr(math, "unknown"))
+        6.0 False
+        >>> round(math.tau, 2)
+        6.28
+    """
+    kept = {name: getattr(module, name) for name in ours if hasattr(module, name)}
     try:
         for name in kept:
             setattr(module, name, ours[name])
@@ -417,6 +435,13 @@ def check_model(model: Any, who: str) -> None:
     if not isinstance(model, str) and (head is None or head() is None):
         got = f"{type(model).__name__}, which has no LM head" if isinstance(model, nn.Module) else kind_of(model)
         raise TypeError(f"expected {who} to be a causal language model or its name, got {got}")
+
+
+def check_untrained(model: nn.Module, other: nn.Module, who: str) -> None:
+    """A teacher or a reference that learns with the model, if only by the model's adapters, agrees with all it says."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if other is model or any(id(p) in trained for p in other.parameters()):
+        raise ValueError(f"expected a {who} apart from the model, got one that would be trained with it")
 
 
 def check_ids(model: Any, who: str, ids: Tensor) -> None:

@@ -37,7 +37,7 @@ except ImportError as missing:
     ) from missing
 
 from chunked_embed import LossOutput, causal_lm, checks
-from chunked_embed.trainers import HeadTrainer, check_given_loss
+from chunked_embed.trainers import HeadTrainer, check_given_loss, check_untrained
 
 from . import packing
 from .collator import COLUMNS, MASKS, OFFLINE, ROWS, DistillCollator
@@ -336,7 +336,7 @@ class DistillTrainer(Distilling, Trainer):
         if self.offline:
             raise ValueError("expected no teacher_model: TopKLoss reads the dataset's teacher_ids and teacher_logprobs")
         checks.instance("teacher_model", teacher, nn.Module)
-        check_apart(model, teacher)
+        check_untrained(model, teacher, "teacher_model")
         ours, theirs = head_width(model), head_width(teacher)
         if ours is not None and theirs is not None:
             self.loss.compared(ours, theirs)
@@ -463,13 +463,6 @@ def _warn_foreign(args: TrainingArguments | None) -> None:
     if unread := [f.name for f in theirs if getattr(args, f.name) not in (f.default, dataclasses.MISSING, None)]:
         said = ", ".join(f"{name}={getattr(args, name)!r}" for name in unread)
         warnings.warn(f"DistillTrainer reads TrainingArguments, and of {type(args).__name__} not {said}", stacklevel=3)
-
-
-def check_apart(model: nn.Module, teacher: nn.Module) -> None:
-    """A teacher that learns with its student, if only by the student's adapters, agrees with whatever it says."""
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    if teacher is model or any(id(p) in trained for p in teacher.parameters()):
-        raise ValueError("expected a teacher_model apart from the model, got one that would be trained with it")
 
 
 def head_width(model: Any) -> int | None:

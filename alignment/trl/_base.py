@@ -18,7 +18,15 @@ from trl.trainer.utils import use_adapter
 
 from chunked_embed import LossOutput, causal_lm, checks
 from chunked_embed.fields import ChunkFields
-from chunked_embed.trainers import HeadTrainer, Sums, check_given_loss, check_model, our_head, warn_untested
+from chunked_embed.trainers import (
+    HeadTrainer,
+    Sums,
+    check_given_loss,
+    check_model,
+    check_untrained,
+    our_head,
+    warn_untested,
+)
 
 from ..pairs import PairLoss
 from ..path import PreferenceLoss
@@ -153,11 +161,9 @@ class Chunked(HeadTrainer):
 
     def _check_apart(self) -> None:
         """A reference that learns with the policy is none. What is precomputed was there before."""
-        if getattr(self, "ref_model", None) is None or getattr(self.args, "precompute_ref_log_probs", False):
-            return
-        trained = {id(p) for p in self.model.parameters() if p.requires_grad}
-        if any(id(p) in trained for p in self.ref_model.parameters()):
-            raise ValueError("expected a ref_model apart from the model, got one that would be trained with it")
+        precomputed = getattr(self.args, "precompute_ref_log_probs", False)
+        if getattr(self, "ref_model", None) is not None and not precomputed:
+            check_untrained(self.model, self.ref_model, "ref_model")
 
     def _precompute_ref_logps(self, *args: Any) -> Any:
         """TRL keeps what it computed by the reference and the data; here it also depends on numbers of the loss."""

@@ -40,10 +40,6 @@ class Derived(Step):
     def key(self) -> Hashable:
         return Derived, self.step.key
 
-    @property
-    def takes_factors(self) -> bool:  # type: ignore[override]
-        return self.step.takes_factors
-
     def needs(self, shape: Shape) -> Needs:
         return self.step.needs(shape)
 

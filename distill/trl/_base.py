@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import trl
 
 from chunked_embed import causal_lm
-from chunked_embed.trainers import check_given_loss, check_ids, check_model, warn_untested
+from chunked_embed.trainers import check_given_loss, check_ids, check_model, check_untrained, warn_untested
 
 from ..losses import DistillationLoss, JSDLoss
 from ..topk import TopKLoss
-from ..trainer import Distilling, check_apart, head_width
+from ..trainer import Distilling, head_width
 from . import TESTED
 
 warn_untested("distill.trl", trl, TESTED)
@@ -49,7 +49,7 @@ class Taught(Distilling):
         if teacher_model is not None:
             check_model(teacher_model, "teacher_model")
         if teacher_model is model and not isinstance(model, str):
-            check_apart(model, teacher_model)
+            check_untrained(model, teacher_model, "teacher_model")
         args = self.default_args(model) if args is None else args
         if not isinstance(args, self.config_class):
             raise TypeError(f"expected args to be a {self.config_class.__name__}, got {type(args).__name__}")
@@ -63,7 +63,8 @@ class Taught(Distilling):
         with _taught(args, teacher_model, self.load_teacher) as teacher, self.building():
             theirs = _vocabulary(teacher)
             super().__init__(model, teacher, args, *more, **trainer_options)  # type: ignore[call-arg]
-        check_apart(self.model, teacher)  # with its adapters, which may have gone into the teacher, too
+        # With its adapters, which may have gone into the teacher, too.
+        check_untrained(self.model, teacher, "teacher_model")
         self.attach_model()
         # TRL has wrapped its forward for autocast. What goes past that is called under autocast here.
         causal_lm.attach(self.accelerator.unwrap_model(self.teacher_model))

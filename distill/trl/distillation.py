@@ -15,6 +15,8 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.trainer import distillation_trainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
+from chunked_embed.trainers import replaced
+
 from .. import packing
 from ..losses import DistillationLoss, JSDLoss
 from ._base import Taught
@@ -206,16 +208,8 @@ def _without_router_logits(model: Any) -> Iterator[None]:
             config.output_router_logits = asked
 
 
-@contextlib.contextmanager
-def _adapters_in_forward() -> Iterator[None]:
+def _adapters_in_forward() -> contextlib.AbstractContextManager[None]:
     """TRL refuses adapters on the head and virtual tokens, which its loss would go past. A prefix stays refused: what
     generates with a cache may leave it out."""
-    ours = {"BaseTunerLayer": (), "PromptLearningConfig": getattr(distillation_trainer, "PrefixTuningConfig", ())}
-    kept = {name: getattr(distillation_trainer, name) for name in ours if hasattr(distillation_trainer, name)}
-    try:
-        for name in kept:
-            setattr(distillation_trainer, name, ours[name])
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(distillation_trainer, name, value)
+    prefixes = getattr(distillation_trainer, "PrefixTuningConfig", ())
+    return replaced(distillation_trainer, BaseTunerLayer=(), PromptLearningConfig=prefixes)
